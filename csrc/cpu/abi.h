@@ -1,0 +1,80 @@
+// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field, ops/cpu.py repeats it.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+// torch's intra-op pool, as libtorch_cpu's stable C shim exports it (`torch_parallel_for`, torch >= 2.10). Passed in
+// as a pointer, so that this library links to neither torch nor a second OpenMP runtime.
+using Task = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task task, void* context);
+
+enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1 };
+
+// All strides are in elements of the tensor.
+struct Arguments {
+  ParallelFor parallel_for;
+  int64_t tokens;                     // T
+
+  const void* kv_score;               // [T, 512] fp32 or bf16
+  int64_t kv_score_stride;
+  int64_t kv_score_is_bf16;
+  const float* ape;                   // [4, 256]
+  const void* norm_weight;            // [128] fp32 or bf16
+  int64_t norm_weight_is_bf16;
+  const float* cos_sin;               // [cos_sin_rows, 64]
+  int64_t cos_sin_stride;
+  int64_t cos_sin_rows;
+
+  const int64_t* positions;           // [T]
+  const int32_t* token_to_req;        // [T]
+  const int64_t* state_slots;         // [T]
+  const int32_t* block_table;         // [requests, table_columns]
+  int64_t block_table_stride;
+  int64_t requests;
+  int64_t table_columns;
+
+  float* state;                       // [state_pages, state_page, 512]
+  int64_t state_page_stride;
+  int64_t state_row_stride;
+  int64_t state_pages;
+  int64_t state_page;                 // tokens per page: 2, 4 or 8
+
+  const int64_t* k_slots;             // [T]
+  void* k_cache;                      // fp8: opaque pages of bytes; int8: [k_pages, k_page, 128]
+  int64_t k_page_stride;
+  int64_t k_entry_stride;             // int8 only
+  int64_t k_pages;
+  int64_t k_page;                     // entries per page
+  void* k_scale;                      // int8 only: [k_pages, k_page] fp32 or fp16
+  int64_t k_scale_page_stride;
+  int64_t k_scale_entry_stride;
+  int64_t k_scale_is_fp16;
+
+  int64_t k_format;                   // KFormat
+  double eps;
+};
+
+// What the checks found; contract.py has the sentence for each code.
+enum ViolationCode : int64_t {
+  kNoViolation = 0,
+  kStateSlot = 1,
+  kKSlot = 2,
+  kPosition = 3,
+  kRequest = 4,
+  kTableColumn = 5,
+  kTableEntry = 6,
+};
+
+struct Violation {
+  int64_t code;
+  int64_t token;
+  int64_t request;
+  int64_t position;
+  int64_t needed;                     // the window position that a table violation is about
+  int64_t value;
+  int64_t bound;
+};
+
+}  // namespace dsv4

@@ -1,0 +1,249 @@
+"""Batches for the op: paged caches with sentinel bytes, slots and tables for a list of requests, and comparisons.
+
+A request is (start, length): its history, the state rows of the last eight positions before `start`, is in the state
+already. The same seed gives the same projections at the same positions, however the requests are cut into calls.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import (
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
+)  # fmt: skip
+
+MAX_POSITION = 512
+_FP8_PAGE = FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES
+# (bytes per state page, per fp8 page, offset of both): None is dense.
+LAYOUTS = {
+    "dense": (None, None, 0),
+    "padded": (8640, 8704, 0),
+    # vLLM 0.32, four layers: one storage for the state and the K cache of all layers, here those of the layer whose
+    # slot begins at byte 8640. State and K views begin at the same byte and use different pages.
+    "engine": (93888, 93888, 8640),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    kv_score: Tensor
+    ape: Tensor
+    norm_weight: Tensor
+    cos_sin_cache: Tensor
+    positions: Tensor
+    token_to_req: Tensor
+    inner_state_slot_mapping: Tensor
+    inner_state_block_table: Tensor
+    inner_state_cache: Tensor
+    k_slot_mapping: Tensor
+    k_cache: Tensor
+    k_scale_cache: Tensor | None
+    k_format: str
+    storages: tuple[Tensor, ...]  # every byte behind the caches, each storage once
+
+    def run(self, impl: str | None = None) -> "Batch":
+        ops.compress(*self.tensors(), k_format=self.k_format, impl=impl)
+        return self
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(self.__dict__.values())[:12]
+
+    def take(self, tokens) -> "Batch":
+        """The call with these tokens only, on the same caches."""
+        per_token = ("kv_score", "positions", "token_to_req", "inner_state_slot_mapping", "k_slot_mapping")
+        return replace(self, **{name: getattr(self, name)[tokens] for name in per_token})
+
+    def clone(self) -> "Batch":
+        """An equal batch on tensors of its own; the caches keep their strides and share their storages as before."""
+        copies = {s.untyped_storage().data_ptr(): s.clone() for s in self.storages}
+
+        def moved(tensor: Tensor) -> Tensor:
+            storage = copies.get(tensor.untyped_storage().data_ptr())
+            if storage is None:
+                return tensor.clone()
+            return storage.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        tensors = {name: moved(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)}
+        return replace(self, **tensors, storages=tuple(copies.values()))
+
+    def codes(self) -> Tensor:
+        """[pages, entries, 128] view of the K values."""
+        if self.k_format == "int8_hadamard":
+            return self.k_cache
+        return self.k_cache.as_strided(
+            (len(self.k_cache), FP8_PAGE_ENTRIES, HEAD_DIM),
+            (self.k_cache.stride(0), HEAD_DIM, 1),
+            self.k_cache.storage_offset(),
+        )
+
+    def entries(self) -> list[bytes]:
+        """What each window-closing token stored, in the order of the tokens."""
+        slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
+        per_page = self.k_cache.shape[1]
+        page, entry = slots // per_page, slots % per_page
+        if self.k_format == "int8_hadamard":
+            scales = self.k_scale_cache[page, entry, None].view(torch.uint8)
+        else:
+            offset = self.k_cache.storage_offset() + FP8_SCALE_OFFSET
+            scales = self.k_cache.as_strided(
+                (len(self.k_cache), FP8_PAGE_ENTRIES, 4), (self.k_cache.stride(0), 4, 1), offset
+            )[page, entry]
+        values = self.codes()[page, entry].view(torch.uint8)
+        return [bytes(row.tolist()) for row in torch.cat([values, scales], dim=1)]
+
+
+def make_batch(
+    requests: list[tuple[int, int]],
+    *,
+    seed: int = 0,
+    page: int = 4,
+    layout: str = "dense",
+    kv_dtype: torch.dtype = torch.float32,
+    norm_dtype: torch.dtype = torch.bfloat16,
+    k_format: str = "fp8_pow2",
+    scale_dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    ring: int | None = None,
+    page_seed: int | None = None,
+) -> Batch:
+    """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents.
+
+    `ring`: positions p and p + ring of a request share a state row. `page_seed` permutes the pages without changing
+    anything else.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    pages = torch.Generator().manual_seed(seed if page_seed is None else page_seed)
+    ape = 0.15 * torch.randn(RATIO, KV_WIDTH, generator=numbers)
+    cos_sin = _rope_table()
+    norm_weight = (0.7 + 0.26 * torch.randn(HEAD_DIM, generator=numbers)).to(norm_dtype)
+    # The projection of every position of every request; the caller's calls select from it.
+    sequences = [(2 * torch.randn(s + n, ROW_WIDTH, generator=numbers)).to(kv_dtype) for s, n in requests]
+
+    # Logical to physical pages. What lies before the last eight positions is freed: page 0.
+    ends = [s + n for s, n in requests]
+    held = [min(_ceil(end, page), ring // page if ring else end) for end in ends]
+    state_pages = sum(held) + 3
+    k_page = FP8_PAGE_ENTRIES if k_format == "fp8_pow2" else 16
+    k_held = [_ceil(_ceil(end, RATIO), k_page) for end in ends]
+    shared = LAYOUTS[layout][2] > 0
+    k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
+    free_k = (torch.randperm(sum(k_held) + 1, generator=pages) + (state_pages if shared else 1)).tolist()
+    state_pages = k_pages if shared else state_pages
+    free = (torch.randperm(sum(held) + 2, generator=pages) + 1).tolist()
+    table = torch.zeros(len(requests), max(_ceil(e, page) for e in ends) + 1, dtype=torch.int32)
+
+    state, k_cache, k_scale, storages = _caches(
+        state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
+    )
+    columns = {name: [] for name in ("positions", "token_to_req", "state_slots", "k_slots")}
+    for request, ((start, length), sequence) in enumerate(zip(requests, sequences)):
+        owned, k_owned = [free.pop() for _ in range(held[request])], [free_k.pop() for _ in range(k_held[request])]
+        first = max(start - WINDOW, 0)
+        for column in range(first // page, _ceil(start + length, page)):
+            table[request, column] = owned[column % len(owned)]
+        position = torch.arange(start + length)
+        slots = table[request, position // page].long() * page + position % page
+        entry = position // RATIO
+        k_slots = torch.tensor(k_owned)[entry // k_page] * k_page + entry % k_page
+        rows = sequence.float()
+        rows[:, KV_WIDTH:] += ape[position % RATIO]
+        for p in range(first, start):
+            state[slots[p] // page, slots[p] % page] = rows[p]
+        new = slice(start, start + length)
+        columns["positions"].append(position[new])
+        columns["token_to_req"].append(torch.full((length,), request, dtype=torch.int32))
+        columns["state_slots"].append(slots[new])
+        columns["k_slots"].append(torch.where(position % RATIO == RATIO - 1, k_slots, -1)[new])
+    arbitrary = [-(2**62), 2**62, 3, 0, 7, -1]
+    pad = (torch.tensor(arbitrary * padding, dtype=torch.int64)[:padding], torch.full((padding,), -1))
+    return Batch(
+        kv_score=torch.cat([s[start:] for (start, _), s in zip(requests, sequences)] + [_nan(padding, kv_dtype)]),
+        ape=ape,
+        norm_weight=norm_weight,
+        cos_sin_cache=cos_sin,
+        positions=torch.cat([*columns["positions"], pad[0]]),
+        token_to_req=torch.cat([*columns["token_to_req"], (pad[0] % 1000 - 500).int()]),
+        inner_state_slot_mapping=torch.cat([*columns["state_slots"], pad[1]]),
+        inner_state_block_table=table,
+        inner_state_cache=state,
+        k_slot_mapping=torch.cat([*columns["k_slots"], pad[1]]),
+        k_cache=k_cache,
+        k_scale_cache=k_scale,
+        k_format=k_format,
+        storages=storages,
+    )
+
+
+def assert_identical(a: Batch, b: Batch, case: object = "") -> None:
+    """Every byte of every storage."""
+    for x, y in zip(a.storages, b.storages):
+        assert torch.equal(x, y), f"{(x != y).sum()} bytes differ: {case}"
+
+
+def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0) -> tuple[int, int]:
+    """Values at most one code apart, scales within `scale_rtol`, every other byte of the storages equal.
+
+    Returns how many values differ, and how many values were stored; the caller bounds their ratio.
+    """
+    distance = (_ordered(actual) - _ordered(expected)).abs()
+    assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
+    blended = actual.clone()
+    blended.codes().copy_(expected.codes())
+    if scale_rtol:
+        torch.testing.assert_close(actual.k_scale_cache, expected.k_scale_cache, rtol=scale_rtol, atol=0, equal_nan=True)
+        blended.k_scale_cache.copy_(expected.k_scale_cache)
+    assert_identical(blended, expected, case)
+    return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM
+
+
+def _ordered(batch: Batch) -> Tensor:
+    """The codes as integers in the order of the values that they stand for."""
+    codes = batch.codes().int()
+    if batch.k_format == "int8_hadamard":
+        return codes
+    codes = torch.where(codes == 0xFF, 0x7F, codes)  # either NaN
+    return torch.where(codes < 128, codes, 128 - codes)
+
+
+def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
+    state_stride, k_stride, offset = LAYOUTS[layout]
+    page_bytes = page * ROW_WIDTH * 4
+    state_stride = state_stride or page_bytes
+    state_stride *= _ceil(page_bytes, state_stride)
+    entry = HEAD_DIM if k_format == "int8_hadamard" else FP8_ENTRY_BYTES
+    k_stride = k_stride or k_page * entry
+
+    def storage(size: int) -> Tensor:
+        words = torch.randint(-(2**63), 2**63 - 1, (_ceil(size, 8),), generator=numbers)
+        return words.view(torch.uint8)
+
+    state_storage = storage(state_pages * state_stride + offset)
+    k_storage = state_storage if offset else storage(k_pages * k_stride)
+    state = state_storage.view(torch.float32).as_strided(
+        (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
+    )
+    k_dtype = torch.int8 if k_format == "int8_hadamard" else torch.uint8
+    k_cache = k_storage.view(k_dtype).as_strided((k_pages, k_page, entry), (k_stride, entry, 1), offset)
+    storages = (state_storage,) if offset else (state_storage, k_storage)
+    if k_format == "fp8_pow2":
+        return state, k_cache, None, storages
+    scale_storage = storage(k_pages * k_page * 8)
+    scales = scale_storage.view(scale_dtype)
+    k_scale = scales.as_strided((k_pages, k_page), (k_page * 2, 2), 0)
+    return state, k_cache, k_scale, (*storages, scale_storage)
+
+
+def _rope_table() -> Tensor:
+    frequency = 160000.0 ** (-torch.arange(0, ROPE_DIM, 2) / ROPE_DIM)
+    angle = torch.arange(MAX_POSITION)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _nan(rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((rows, ROW_WIDTH), torch.nan, dtype=dtype)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,175 @@
+"""Broken arguments: one error for each, the same from every implementation, and nothing is written."""
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from batches import Batch, assert_close, assert_identical, make_batch
+from vllm_dsv4_indexer import contract, ops
+from vllm_dsv4_indexer.contract import ContractError
+
+IMPLS = ("reference", "cpu")
+INT8 = {"k_format": "int8_hadamard"}
+
+
+def strided(tensor: torch.Tensor, step: int = 2) -> torch.Tensor:
+    """An equal tensor whose last stride is `step`."""
+    wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] * step, dtype=tensor.dtype)
+    wide[..., ::step] = tensor
+    return wide[..., ::step]
+
+
+METADATA = [
+    ({}, lambda b: {"kv_score": b.kv_score.double()}, "kv_score has dtype torch.float64; expected torch.float32 or torch.bfloat16"),
+    ({}, lambda b: {"kv_score": b.kv_score[:, :256]}, r"kv_score has shape \[16, 256\]; expected \[T=16, 512\]"),
+    ({}, lambda b: {"kv_score": strided(b.kv_score)}, r"kv_score has strides .*; expected its last 1 dim"),
+    ({}, lambda b: {"ape": b.ape.T.contiguous().T}, r"ape has strides \(1, 4\); expected its last 2 dim"),
+    ({}, lambda b: {"norm_weight": b.norm_weight.half()}, "norm_weight has dtype"),
+    ({}, lambda b: {"cos_sin_cache": b.cos_sin_cache.bfloat16()}, "cos_sin_cache has dtype"),
+    ({}, lambda b: {"positions": b.positions.int()}, "positions has dtype torch.int32; expected torch.int64"),
+    ({}, lambda b: {"positions": b.positions[:-1]}, r"positions has shape \[15\]; expected \[T=16\]"),
+    ({}, lambda b: {"token_to_req": b.token_to_req.long()}, "token_to_req has dtype"),
+    ({}, lambda b: {"inner_state_slot_mapping": strided(b.inner_state_slot_mapping)}, "inner_state_slot_mapping has strides"),
+    ({}, lambda b: {"inner_state_block_table": b.inner_state_block_table[0]}, r"inner_state_block_table has shape \[5\]; expected \[R=5, M\]"),
+    ({}, lambda b: {"inner_state_cache": b.inner_state_cache.bfloat16()}, "inner_state_cache has dtype"),
+    ({}, lambda b: {"inner_state_cache": b.inner_state_cache[:, :3]}, r"inner_state_cache has pages of 3 tokens; expected one of \(2, 4, 8\)"),
+    ({}, lambda b: {"k_slot_mapping": b.k_slot_mapping.int()}, "k_slot_mapping has dtype"),
+    ({}, lambda b: {"k_cache": b.k_cache.view(torch.int8)}, "k_cache has dtype torch.int8; expected torch.uint8"),
+    ({}, lambda b: {"k_cache": b.k_cache[:, :32]}, r"k_cache has shape .*; expected \[k_pages=3, 64, 132\]"),
+    ({}, lambda b: {"k_cache": strided(b.k_cache)}, "k_cache has strides"),
+    ({}, lambda b: {"k_scale_cache": torch.zeros(1)}, "k_scale_cache must be None: the pages of k_format 'fp8_pow2'"),
+    ({}, lambda b: {"k_format": "fp9"}, "k_format is 'fp9'; the formats are 'fp8_pow2', 'int8_hadamard'"),
+    (INT8, lambda b: {"k_scale_cache": None}, "k_scale_cache is None, but k_format 'int8_hadamard'"),
+    (INT8, lambda b: {"k_scale_cache": b.k_scale_cache[:, :4]}, r"k_scale_cache has shape .*; expected \[k_pages=3, bs=16\]"),
+    (INT8, lambda b: {"k_scale_cache": b.k_scale_cache.double()}, "k_scale_cache has dtype"),
+    (INT8, lambda b: {"k_format": "fp8_pow2"}, "k_scale_cache must be None"),
+]  # fmt: skip
+
+VALUES = [
+    ("inner_state_slot_mapping", 5, -2, r"inner_state_slot_mapping\[5\] = -2 \(request 0, position 13\).* -1 .* less than 40"),
+    ("inner_state_slot_mapping", 5, 40, r"inner_state_slot_mapping\[5\] = 40"),
+    ("k_slot_mapping", 7, -2, r"k_slot_mapping\[7\] = -2 \(request 0, position 15\).* less than 192"),
+    ("k_slot_mapping", 4, 192, r"k_slot_mapping\[4\] = 192"),
+    ("positions", 5, -1, r"positions\[5\] = -1 \(request 0\).* less than 512, the rows of cos_sin_cache"),
+    ("positions", 5, 512, r"positions\[5\] = 512"),
+    ("token_to_req", 5, 1, r"token_to_req\[5\] = 1 \(position 13\).* less than 1, the rows of inner_state_block_table"),
+    ("token_to_req", 5, -1, r"token_to_req\[5\] = -1"),
+    ("inner_state_block_table", (0, 1), 0, r"page 0 for position 4 of request 0, .* token 3 closes \(position 11\).* less than 10"),
+    ("inner_state_block_table", (0, 1), 10, r"page 10 for position 4"),
+    ("inner_state_block_table", (0, 1), -1, r"page -1 for position 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options, change, message", METADATA, ids=[m for *_, m in METADATA])
+def test_broken_metadata_is_named(options, change, message, impl):
+    batch = make_batch([(0, 16)], **options)
+    before = batch.clone()
+    with pytest.raises(ContractError, match=message):
+        replace(batch, **change(batch)).run(impl)
+    assert_identical(batch, before)
+
+
+def test_a_tensor_on_another_device_is_named():
+    batch = make_batch([(0, 16)])
+    mixed = replace(batch, ape=batch.ape.to("meta"))
+    with pytest.raises(ContractError, match="ape is on meta; expected cpu, the device of kv_score"):
+        contract.check_metadata(mixed.tensors(), mixed.k_format)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("argument, index, value, message", VALUES, ids=[f"{a}={v}" for a, _, v, _ in VALUES])
+def test_a_broken_value_is_named_and_nothing_is_written(argument, index, value, message, impl):
+    batch = make_batch([(8, 17)])
+    getattr(batch, argument)[index] = value
+    before = batch.clone()
+    with pytest.raises(ContractError, match=message):
+        batch.run(impl)
+    assert_identical(batch, before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("columns", (0, 1))
+def test_a_table_that_is_too_narrow_for_a_window_is_named(impl, columns):
+    batch = make_batch([(8, 4)])
+    narrow = replace(batch, inner_state_block_table=batch.inner_state_block_table[:, :columns])
+    message = rf"has {columns} columns, but the window that token 3 closes .* needs column 1 for position 4"
+    with pytest.raises(ContractError, match=message):
+        narrow.run(impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_freed_table_entries_are_legal_until_a_window_needs_them(impl):
+    batch = make_batch([(8, 17)])
+    batch.inner_state_block_table[:, 3:] = 0  # positions 12.. are rows of this call
+    batch.run(impl)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_both_implementations_report_the_same_first_violation(seed):
+    pick = random.Random(seed)
+    batch = make_batch([(8, 17), (0, 6), (21, 3)], padding=2, page=pick.choice((2, 4, 8)))
+    table = batch.inner_state_block_table
+    for _ in range(pick.randrange(1, 4)):
+        token = pick.randrange(len(batch.positions))
+        argument, values = pick.choice(
+            (
+                ("inner_state_slot_mapping", (-2, -1, 10**6, 0, 2**62)),
+                ("k_slot_mapping", (-2, -1, 10**6, 3, -(2**62))),
+                ("positions", (-1, 3, 7, 511, 512, 2**62, -(2**62))),
+                ("token_to_req", (-1, 0, 1, 2, 3, 2**31 - 1)),
+                ("inner_state_block_table", (-1, 0, 1, 10**6)),
+            )
+        )
+        index = (pick.randrange(3), pick.randrange(table.shape[1])) if argument.endswith("table") else token
+        getattr(batch, argument)[index] = pick.choice(values)
+    if pick.random() < 0.2:
+        batch = replace(batch, inner_state_block_table=table[:, : pick.randrange(4)])
+    outcomes = [outcome(batch.clone(), batch, impl) for impl in IMPLS]
+    if isinstance(outcomes[0], Batch) and isinstance(outcomes[1], Batch):
+        assert_close(*outcomes, f"seed {seed}")
+    else:
+        assert outcomes[0] == outcomes[1], f"seed {seed}"
+
+
+def outcome(batch: Batch, before: Batch, impl: str) -> Batch | str:
+    try:
+        return batch.run(impl)
+    except ContractError as error:
+        assert_identical(batch, before)
+        return str(error)
+
+
+def test_an_unknown_impl_lists_those_for_the_device():
+    batch = make_batch([(0, 4)])
+    with pytest.raises(ValueError, match="impl 'triton' is not one for device 'cpu'; available by name: cpu, reference"):
+        batch.run("triton")
+    with pytest.raises(ValueError, match="impl 'cpu' is not one for device 'cuda'; available by name: reference"):
+        ops._implementation("cpu", "cuda")
+    with pytest.raises(ValueError, match="there is no default impl for device 'cuda'; available by name: reference"):
+        ops._implementation(None, "cuda")
+
+
+def test_layout_h_and_the_contract_hold_the_same_numbers():
+    header = (Path(__file__).parents[2] / "csrc" / "layout.h").read_text()
+    constants: dict[str, float] = {}
+    for name, value in re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", header):
+        constants[name] = eval(value.rstrip("f"), dict(constants))
+    in_contract = {
+        "kHeadDim": contract.HEAD_DIM,
+        "kRopeDim": contract.ROPE_DIM,
+        "kRatio": contract.RATIO,
+        "kWindow": contract.WINDOW,
+        "kKvWidth": contract.KV_WIDTH,
+        "kRowWidth": contract.ROW_WIDTH,
+        "kFp8PageEntries": contract.FP8_PAGE_ENTRIES,
+        "kFp8ScaleOffset": contract.FP8_SCALE_OFFSET,
+        "kAmaxFloor": contract.AMAX_FLOOR,
+        "kFp8Max": contract.FP8_MAX,
+        "kInt8Max": contract.INT8_MAX,
+    }
+    assert constants == in_contract

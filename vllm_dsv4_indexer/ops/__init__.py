@@ -1,0 +1,131 @@
+"""The op `dsv4_indexer::compress`: schema, fake implementation and dispatch.
+
+An implementation is a module of this folder with a function `compress`, which takes the arguments of the op without
+`impl`, already checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many
+entries it wrote. To add one, write the module and its line in `IMPLEMENTATIONS`.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import contract
+
+# name -> device types it is the default for, the first line wins. A name without any serves every device, if asked for.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "reference": (),
+}
+
+
+@dataclass
+class Work:
+    """What `compress` has done in this process: the proof that an engine really calls it."""
+
+    calls: int = 0
+    tokens: int = 0
+    entries: int = 0
+
+    def __str__(self) -> str:
+        return f"compress was called {self.calls} times on {self.tokens} tokens and wrote {self.entries} entries"
+
+
+work = Work()
+
+_library = torch.library.Library("dsv4_indexer", "DEF")
+_library.define(
+    "compress(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, Tensor positions, "
+    "Tensor token_to_req, Tensor inner_state_slot_mapping, Tensor inner_state_block_table, "
+    "Tensor(a!) inner_state_cache, Tensor k_slot_mapping, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, "
+    "float eps=1e-6, str k_format='fp8_pow2', str? impl=None) -> ()"
+)
+
+
+def compress(
+    kv_score: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    token_to_req: Tensor,
+    inner_state_slot_mapping: Tensor,
+    inner_state_block_table: Tensor,
+    inner_state_cache: Tensor,
+    k_slot_mapping: Tensor,
+    k_cache: Tensor,
+    k_scale_cache: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    k_format: str = "fp8_pow2",
+    impl: str | None = None,
+) -> None:
+    """Saves the state rows of a batch and stores the K entries whose windows it closes.
+
+    A token at position p with a state slot saves the row `[kv | gate + ape[p % 4]]`. A token with (p + 1) % 4 == 0 and
+    a K slot also emits one entry: the rows of positions p-7 .. p are pooled by a softmax per channel over their gates
+    (front halves of the first four, back halves of the last four), then RMSNorm, RoPE at position p-3, one rounding to
+    bfloat16, quantisation. Rows of this call come from `kv_score`, older ones from the state as it was before the
+    call (the pre-image rule), so a token without a state slot still counts in its own call. If a slot occurs twice,
+    the last token wins. A padding row has both slots -1; nothing else in it is read as a position or a request.
+
+    Args:
+        kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the positional bias.
+        ape: [4, 256] fp32, the gate's positional bias.
+        norm_weight: [128] fp32 or bf16, the RMSNorm weight.
+        cos_sin_cache: [max_pos, 64] fp32, 32 cosines then 32 sines of each position.
+        positions: [T] int64, the absolute position of each token.
+        token_to_req: [T] int32, each token's row of `inner_state_block_table`.
+        inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`; -1 for none.
+        inner_state_block_table: [R, M] int32, the state page of each `page_size` positions of a request.
+        inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and written.
+        k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
+        k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry o's values at
+            o * 128 and its fp32 scale at 8192 + 4 * o. `int8_hadamard`: int8 [pages, bs, 128].
+        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for `fp8_pow2`.
+        eps: RMSNorm epsilon.
+        k_format: "fp8_pow2" (power-of-two scale, e4m3fn) or "int8_hadamard" (Hadamard rotation, amax / 127 scale).
+        impl: the name of an implementation; None for the default of the tensors' device.
+
+    The caches may be views of one storage with any page stride; only their pages must not overlap.
+
+    Raises:
+        ContractError: (a ValueError) the arguments break the contract of contract.py; nothing was written.
+        ValueError: `impl` is unknown, or there is none for the device.
+    """
+    torch.ops.dsv4_indexer.compress(
+        kv_score, ape, norm_weight, cos_sin_cache, positions, token_to_req, inner_state_slot_mapping,
+        inner_state_block_table, inner_state_cache, k_slot_mapping, k_cache, k_scale_cache,
+        eps=eps, k_format=k_format, impl=impl,
+    )  # fmt: skip
+
+
+# torch leaves out the arguments that equal their default, so the defaults are needed here too.
+def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
+    kv_score = args[0]
+    tensors = args if len(args) == 12 else (*args, None)
+    run = _implementation(impl, kv_score.device.type)
+    contract.check_metadata(tensors, k_format)
+    if kv_score.shape[0]:
+        work.entries += run(*tensors, eps=eps, k_format=k_format)
+        work.calls += 1
+        work.tokens += kv_score.shape[0]
+
+
+@functools.cache
+def _implementation(name: str | None, device: str) -> Callable[..., int]:
+    usable = [n for n, devices in IMPLEMENTATIONS.items() if not devices or device in devices]
+    if name is None:
+        name = next((n for n in usable if IMPLEMENTATIONS[n]), None)
+    if name not in usable:
+        what = "there is no default impl" if name is None else f"impl {name!r} is not one"
+        raise ValueError(f"{what} for device {device!r}; available by name: {', '.join(usable)}")
+    return importlib.import_module(f".{name}", __name__).compress
+
+
+# One Python kernel for every device: it costs about 3 us a call more than a C++ one, and torch.library.custom_op 60.
+_library.impl("compress", _dispatch, "CompositeExplicitAutograd")
+torch.library.register_fake("dsv4_indexer::compress", lambda *args, **kwargs: None, lib=_library)

@@ -1,0 +1,132 @@
+"""`compress` on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
+
+The library is loaded on first use. It has a C interface, so one binary serves every Python and every torch from 2.10.
+It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
+environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import contract
+
+ISAS = ("avx512", "avx2", "generic")  # best first
+_LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
+_K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
+
+
+class _Arguments(ctypes.Structure):
+    """csrc/cpu/abi.h, `struct Arguments`, which explains the fields; all but eps are 8-byte integers or addresses."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "parallel_for tokens "
+            "kv_score kv_score_stride kv_score_is_bf16 ape norm_weight norm_weight_is_bf16 "
+            "cos_sin cos_sin_stride cos_sin_rows "
+            "positions token_to_req state_slots block_table block_table_stride requests table_columns "
+            "state state_page_stride state_row_stride state_pages state_page "
+            "k_slots k_cache k_page_stride k_entry_stride k_pages k_page "
+            "k_scale k_scale_page_stride k_scale_entry_stride k_scale_is_fp16 k_format"
+        ).split()
+    ] + [("eps", ctypes.c_double)]
+
+
+class _Violation(ctypes.Structure):
+    """csrc/cpu/abi.h, `struct Violation`."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("code", "token", "request", "position", "needed", "value", "bound")
+    ]
+
+
+def compress(
+    kv_score: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    token_to_req: Tensor,
+    inner_state_slot_mapping: Tensor,
+    inner_state_block_table: Tensor,
+    inner_state_cache: Tensor,
+    k_slot_mapping: Tensor,
+    k_cache: Tensor,
+    k_scale_cache: Tensor | None,
+    *,
+    eps: float,
+    k_format: str,
+) -> int:
+    """See `vllm_dsv4_indexer.ops.compress`; returns the number of entries written."""
+    native, parallel_for = _native()
+    scale = (
+        (0, 0, 0, 0)
+        if k_scale_cache is None
+        else (k_scale_cache.data_ptr(), *k_scale_cache.stride(), k_scale_cache.dtype is torch.float16)
+    )
+    arguments = _Arguments(
+        parallel_for, kv_score.shape[0],
+        kv_score.data_ptr(), kv_score.stride(0), kv_score.dtype is torch.bfloat16,
+        ape.data_ptr(), norm_weight.data_ptr(), norm_weight.dtype is torch.bfloat16,
+        cos_sin_cache.data_ptr(), cos_sin_cache.stride(0), cos_sin_cache.shape[0],
+        positions.data_ptr(), token_to_req.data_ptr(), inner_state_slot_mapping.data_ptr(),
+        inner_state_block_table.data_ptr(), inner_state_block_table.stride(0), *inner_state_block_table.shape,
+        inner_state_cache.data_ptr(), *inner_state_cache.stride()[:2], *inner_state_cache.shape[:2],
+        k_slot_mapping.data_ptr(), k_cache.data_ptr(), *k_cache.stride()[:2], *k_cache.shape[:2],
+        *scale, _K_FORMATS[k_format], eps,
+    )  # fmt: skip
+    violation = _Violation()
+    entries = native(ctypes.byref(arguments), ctypes.byref(violation))
+    if violation.code:
+        raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
+    return entries
+
+
+@functools.cache
+def _native():
+    """The native function for this CPU, and the address of torch's parallel_for."""
+    path = library_path()
+    library = ctypes.CDLL(str(path))
+    if library.dsv4_indexer_arguments_size() != ctypes.sizeof(_Arguments):
+        raise ImportError(f"{path} was built from other sources than this package; build and install it again")
+    asked = os.environ.get("DSV4_INDEXER_ISA")
+    if asked is not None and asked not in ISAS:
+        raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
+    compress_for = library.dsv4_indexer_compress_for
+    compress_for.restype = ctypes.c_void_p
+    address = next(filter(None, (compress_for(isa.encode()) for isa in ([asked] if asked else ISAS))), None)
+    if address is None:
+        raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one")
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(address)
+    return function, _torch_parallel_for()
+
+
+def library_path() -> Path:
+    """The native library: where the installed distribution has it (also an editable one), or beside this package."""
+    candidates = [Path(__file__).parents[2] / _LIBRARY]
+    try:
+        candidates.insert(0, Path(importlib.metadata.distribution("vllm-dsv4-indexer").locate_file(_LIBRARY)))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise ImportError(
+        f"the native library is missing: looked for {' and '.join(map(str, candidates))}; install the package with "
+        "`pip install .`, or build it with `cmake -S csrc -B build && cmake --build build` and copy it there"
+    )
+
+
+def _torch_parallel_for() -> int:
+    """The address of `torch_parallel_for`, a function of torch's stable C interface."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # loaded already
+    try:
+        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
+    except AttributeError:
+        raise ImportError(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
