@@ -1,0 +1,42 @@
+"""The command `vllm-dsv4-indexer`."""
+
+import argparse
+import sys
+import time
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit status; a mistake of the user's is one line on stderr and status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"vllm-dsv4-indexer {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser(
+        "make-checkpoint", help="write a small DeepSeek-V4 checkpoint with random weights, to try the machinery on"
+    )
+    make.add_argument("directory", metavar="DIR")
+    make.add_argument("--layers", type=int, default=4, metavar="N", help="layers, at least 3 (default: %(default)s)")
+    make.add_argument("--hidden", type=int, default=512, metavar="H", help="hidden size (default: %(default)s)")
+    make.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
+    make.set_defaults(run=_make_checkpoint)
+    return parser
+
+
+def _make_checkpoint(arguments: argparse.Namespace) -> None:
+    from vllm_dsv4_indexer.checkpoint import make_checkpoint
+
+    start = time.monotonic()
+    make_checkpoint(arguments.directory, arguments.layers, arguments.hidden, arguments.seed, report=print)
+    print(f"done in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
