@@ -57,7 +57,7 @@ inline float float_of(int32_t i) {
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, in the float's own rounding.
 constexpr float kRounder = 12582912.0f;
 
-// exp(x) for x <= 0, within 2 ulp; below the smallest normal float it is 0. exp(x) = 2^n * exp(r), with
+// exp(x) for x <= 0, within 2.3 ulp; below the smallest normal float it is 0. exp(x) = 2^n * exp(r), with
 // |r| <= ln(2)/2 and a minimax polynomial of degree 5 for exp(r). ln(2) is split so that n * kLn2High is exact.
 inline Floats exp_nonpositive(Floats x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kSmallest = -87.3f;
