@@ -1,11 +1,13 @@
 """What several folders of tests share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
 
 
 @pytest.fixture(scope="session")

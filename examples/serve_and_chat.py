@@ -1,0 +1,99 @@
+"""Serve a model with the dsv4_indexer backend, ask it something through the OpenAI client, and stop it.
+
+    python examples/serve_and_chat.py MODEL
+
+What the server prints goes to serve_and_chat.log. At the end the line is shown in which the server's worker says what
+our op did; it stands in the log of every server that runs this backend.
+"""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+
+LOG = Path("serve_and_chat.log")
+START_SECONDS = 300
+STOP_SECONDS = 60
+
+
+def main(model: str) -> None:
+    with server(model) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        served = client.models.list().data[0].id
+        question = "Who are you?"
+        chat = client.chat.completions.create(
+            model=served,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=24,
+            temperature=0,
+            extra_body={"chat_template_kwargs": {"thinking": False}},
+        )
+        say(f"chat        {question!r} -> {chat.choices[0].message.content!r}")
+        prompt = "Once upon a time"
+        completion = client.completions.create(model=served, prompt=prompt, max_tokens=24, temperature=0)
+        say(f"completion  {prompt!r} -> {completion.choices[0].text!r}")
+    proof = [line for line in LOG.read_text().splitlines() if "compress was called" in line]
+    if not proof:
+        sys.exit(f"the server's log has no line that says what the op did: see {LOG}")
+    say("the server's own account, from its log:")
+    print("\n".join(proof))
+
+
+@contextmanager
+def server(model: str) -> Iterator[str]:
+    """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever happens."""
+    port = free_port()
+    command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
+    command += ["--max-model-len", "8192", "--kv-cache-memory-bytes", "1G"]
+    say(" ".join(command))
+    with LOG.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_until_up(process, url := f"http://127.0.0.1:{port}")
+        yield url
+    finally:
+        say("stopping the server")
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait_until_up(process: subprocess.Popen, url: str) -> None:
+    for second in range(START_SECONDS):
+        if process.poll() is not None:
+            sys.exit(f"the server stopped with status {process.returncode}:\n{LOG.read_text()[-2000:]}")
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5)
+            return say("the server is up")
+        except (urllib.error.URLError, OSError):
+            if second % 10 == 9:
+                say("waiting for the server to load the model")
+            time.sleep(1)
+    sys.exit(f"the server did not answer within {START_SECONDS} s: see {LOG}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+START = time.monotonic()
+
+
+def say(message: str) -> None:
+    print(f"[{time.monotonic() - START:5.1f} s] {message}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

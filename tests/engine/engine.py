@@ -1,0 +1,72 @@
+"""Engines for the tests: what to ask of one, and how far two may differ."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY = 120_000  # ordinary tokens; the special ones come after
+LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
+GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """A prompt of `length` random tokens; no two prompts share a prefix."""
+    return random.Random(f"{length} {seed}").choices(range(VOCABULARY), k=length)
+
+
+PROMPTS = [prompt(length) for length in LENGTHS]
+ALONE = [dict(prompts=[one], sampling=GREEDY) for one in PROMPTS]
+BATCHED = dict(prompts=PROMPTS, sampling=GREEDY)
+
+
+@dataclass
+class Result:
+    rounds: list[list[dict]]
+    preemptions: int
+    caches: dict[str, np.ndarray]
+    log: str
+
+
+def run_engine(folder: Path, model: Path, rounds: list[dict], caches=False, environment=None, **options) -> Result:
+    """Run one engine with our backend in a process of its own, and return what it answered and logged.
+
+    In one process vLLM schedules all requests of a round at once, so that two engines see the same batches.
+    """
+    defaults = dict(attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192)
+    defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
+    job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds, caches=caches)
+    job_file, result_file = folder / "job.json", folder / "result.json"
+    job_file.write_text(json.dumps(job))
+    command = [sys.executable, str(Path(__file__).with_name("run_engine.py")), str(job_file), str(result_file)]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {})
+    with (folder / "log").open("w+") as log:
+        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600)
+        log.seek(0)
+        lines = log.read()
+    assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
+    saved = dict(np.load(result_file.with_suffix(".npz"))) if caches else {}
+    return Result(**json.loads(result_file.read_text()), caches=saved, log=lines)
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """How far two answers' log-probabilities differ, as far as the two answers have the same tokens.
+
+    Asserts that the first token in which they differ was a toss-up: that its margin over the second is no larger than
+    twice the difference seen up to it.
+    """
+    largest = 0.0
+    for position, (a, b) in enumerate(zip(one["logprobs"], other["logprobs"], strict=True)):
+        common = a.keys() & b.keys()
+        assert common, f"no token among the most likely ones of both at position {position}: {a} {b}"
+        largest = max(largest, *(abs(a[token] - b[token]) for token in common))
+        if one["tokens"][position] != other["tokens"][position]:
+            first, second = sorted(a.values(), reverse=True)[:2]
+            assert first - second <= 2 * largest, f"position {position}: {a} against {b}"
+            break
+    return largest

@@ -1,0 +1,115 @@
+"""Registration with vLLM: the name, what it costs, and what happens when it is impossible."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm.config import AttentionConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_dsv4_indexer import plugin
+
+VLLM_0_26 = Path(sys.prefix, "vllm-0.26.0")  # `make test` puts the package there
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Run `code` in a fresh interpreter and return all that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_vllm_parses_the_option_into_the_registered_name():
+    plugin.register()
+    assert AttentionConfig(backend="dsv4_indexer").backend is AttentionBackendEnum["DSV4_INDEXER"]
+
+
+def test_registering_again_changes_nothing():
+    from vllm.platforms import current_platform
+
+    plugin.register()
+    members, check = list(AttentionBackendEnum), type(current_platform).check_and_update_config
+    plugin.register()
+    assert list(AttentionBackendEnum) == members
+    assert type(current_platform).check_and_update_config is check
+
+
+def test_the_entry_point_is_the_one_that_vllm_loads():
+    out = run_python(
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as names; print(names['DSV4_INDEXER'])"
+    )
+    assert "AttentionBackendEnum.DSV4_INDEXER" in out
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    out = run_python("import sys, vllm_dsv4_indexer; print({'torch', 'vllm'} & set(sys.modules))")
+    assert out.strip() == "set()"
+
+
+def test_registering_loads_none_of_our_native_code():
+    out = run_python(
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "import sys; print([name for name in sys.modules if name.startswith('vllm_dsv4_indexer')]);"
+        "print('libdsv4_indexer' in open('/proc/self/maps').read())"
+    )
+    assert out.splitlines()[-2:] == ["['vllm_dsv4_indexer', 'vllm_dsv4_indexer.plugin']", "False"]
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickled_configuration_loads_in_a_process_that_has_no_plugin_yet(tmp_path: Path, protocol: int):
+    plugin.register()
+    pickled = tmp_path / "config.pickle"
+    pickled.write_bytes(pickle.dumps(AttentionConfig(backend="dsv4_indexer"), protocol))
+    out = run_python(f"import pickle; print(pickle.load(open({str(pickled)!r}, 'rb')).backend.name)")
+    assert out.splitlines()[-1] == "DSV4_INDEXER"
+
+
+def test_other_names_are_pickled_as_vllm_pickles_them():
+    plugin.register()
+    assert pickle.loads(pickle.dumps(AttentionBackendEnum.CPU_ATTN)) is AttentionBackendEnum.CPU_ATTN
+
+
+def test_a_vllm_without_a_registry_is_told_in_one_line_and_not_taken_down():
+    out = run_python(
+        "import sys; sys.modules['vllm.v1.attention.backends.registry'] = None;"
+        "from vllm_dsv4_indexer.plugin import register; register(); print('still running')"
+    )
+    reasons = [line for line in out.splitlines() if "could not register with this vLLM" in line]
+    assert len(reasons) == 1 and "halted" in reasons[0] and "README" in reasons[0]
+    assert out.splitlines()[-1] == "still running"
+
+
+def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
+    environment = {"PYTHONPATH": str(VLLM_0_26)}
+    register = "from vllm_dsv4_indexer.plugin import register; register(); register();"
+    out = run_python(
+        register + "import pickle, vllm; from vllm.config import AttentionConfig;"
+        "print(vllm.__version__, pickle.dumps(AttentionConfig(backend='dsv4_indexer').backend).hex())",
+        **environment,
+    )
+    version, pickled = out.splitlines()[-1].split()
+    assert version == "0.26.0"
+    out = run_python(f"import pickle; print(pickle.loads(bytes.fromhex({pickled!r})).name)", **environment)
+    assert out.splitlines()[-1] == "DSV4_INDEXER"
+
+
+def test_an_unsupported_vllm_is_named_when_the_backend_is_selected():
+    out = run_python(
+        "from vllm_dsv4_indexer import plugin; plugin.register()\n"
+        "from vllm.platforms import current_platform\n"
+        "try: plugin._engine(current_platform)\n"
+        "except ImportError as error: print(error)",
+        PYTHONPATH=str(VLLM_0_26),
+    )
+    assert "this is vLLM 0.26.0" in out and "supports vLLM 0.32.0" in out

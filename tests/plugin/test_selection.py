@@ -1,0 +1,120 @@
+"""What selecting the backend does to a configuration, when it is refused, and that other backends never notice."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_dsv4_indexer import plugin
+from vllm_dsv4_indexer.engines import vllm_cpu
+
+OURS = "vllm_dsv4_indexer.engines.vllm_cpu.Worker"
+
+
+def configure(model: Path, backend: str | None = "dsv4_indexer", **options):
+    arguments = EngineArgs(model=str(model), attention_backend=backend, skip_tokenizer_init=True, **options)
+    return arguments.create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A model that is not DeepSeek-V4; its configuration is all that is read of it."""
+    directory = tmp_path_factory.mktemp("llama")
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64, intermediate_size=64)
+    config |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128)
+    (directory / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=128)))
+    return directory
+
+
+@pytest.fixture
+def variant(checkpoint: Path, tmp_path: Path):
+    """The demo checkpoint's configuration with some keys changed."""
+
+    def make(**changes) -> Path:
+        config = json.loads((checkpoint / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        return tmp_path
+
+    return make
+
+
+def test_selecting_the_backend_runs_our_worker_with_what_the_user_asked_for(checkpoint: Path):
+    config = configure(checkpoint, max_num_batched_tokens=512)
+    assert config.parallel_config.worker_cls == OURS
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.max_num_batched_tokens == 512
+
+
+def test_what_the_user_switches_off_stays_off(checkpoint: Path):
+    config = configure(checkpoint, enable_prefix_caching=False)
+    assert not config.cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize("backend", [None, "CPU_ATTN"])
+def test_another_backend_gets_vllms_own_worker_and_settings(llama: Path, backend: str | None):
+    config = configure(llama, backend)
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def test_deepseek_v4_without_our_backend_is_left_to_vllm(checkpoint: Path):
+    config = configure(checkpoint, None)
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def refusal(*arguments, **options) -> str:
+    with pytest.raises(ValueError) as refused:
+        configure(*arguments, **options)
+    return str(refused.value)
+
+
+def test_a_model_that_is_not_deepseek_v4_is_refused(llama: Path):
+    message = refusal(llama)
+    assert "'llama'" in message and "supported: deepseek_v4" in message and "leave the option out" in message
+
+
+def test_an_index_topk_that_the_engine_cannot_do_is_refused(variant):
+    message = refusal(variant(index_topk=1024))
+    assert "index_topk is 1024" in message and "512" in message
+
+
+def test_a_model_without_an_indexer_is_refused(variant):
+    assert "no layer of this model has an indexer" in refusal(variant(compress_ratios=[0, 128, 128, 0]))
+
+
+def test_another_worker_class_is_refused(checkpoint: Path):
+    message = refusal(checkpoint, worker_cls="some.other.Worker")
+    assert "some.other.Worker" in message
+
+
+def test_an_unknown_platform_is_refused():
+    with pytest.raises(ValueError, match=r"the platform is 'cuda'; supported are \['cpu'\]"):
+        plugin._engine(SimpleNamespace(device_type="cuda"))
+
+
+def test_an_unknown_setting_is_refused_by_name(checkpoint: Path):
+    message = refusal(checkpoint, additional_config={"dsv4_indexer": {"implementation": "cpu"}})
+    assert "unknown key dsv4_indexer.implementation" in message and "['impl']" in message
+
+
+def test_an_unknown_implementation_is_refused_by_name(checkpoint: Path):
+    message = refusal(checkpoint, additional_config={"dsv4_indexer": {"impl": "fast"}})
+    assert "'fast'" in message and "'reference'" in message
+
+
+def test_an_unknown_environment_variable_of_ours_is_refused(checkpoint: Path, monkeypatch):
+    monkeypatch.setenv("DSV4_INDEXER_SPEED", "11")
+    assert "DSV4_INDEXER_SPEED" in refusal(checkpoint)
+
+
+def test_settings_of_other_plugins_are_not_ours_to_refuse(checkpoint: Path):
+    configure(checkpoint, additional_config={"another_plugin": {"speed": 11}})
+
+
+def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
+    layer = SimpleNamespace(indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor")))
+    monkeypatch.setattr(vllm_cpu, "DeepseekV4CPUAttention", SimpleNamespace)
+    with pytest.raises(RuntimeError, match="layers.1.compressor is a SimpleNamespace"):
+        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), "cpu")

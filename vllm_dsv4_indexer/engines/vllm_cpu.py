@@ -1,0 +1,260 @@
+"""vLLM 0.32.0's CPU engine, with our compressor in the place of the indexer's.
+
+`configure` runs where vLLM checks its configuration and names `Worker` as the worker class. Everything else happens
+inside that worker, so an engine that uses another backend never meets any of it: the worker supplies the metadata
+that vLLM has only as Triton kernels, loads the model, replaces the compressor of every indexer, and says at
+shut-down what the op did.
+"""
+
+import vllm
+
+SUPPORTED_VLLM = "0.32.0"  # everything below is written against this version's objects
+if not vllm.__version__.startswith(SUPPORTED_VLLM):
+    raise ImportError(
+        f"--attention-backend dsv4_indexer: this is vLLM {vllm.__version__}; on a CPU the backend supports vLLM "
+        f"{SUPPORTED_VLLM}. Install that version, or leave the option out."
+    )
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
+from vllm.models.deepseek_v4.cpu.cpu_mla import (
+    DeepseekV4CPUSparseBackend,
+    DeepseekV4CPUSparseSWAMetadataBuilder,
+)
+from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
+from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
+from vllm.v1.attention.ops import metadata
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.settings import Settings
+
+INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
+
+logger = init_logger("vllm.dsv4_indexer")
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
+    """Check that the backend can do what is asked, then configure vLLM for it.
+
+    vllm_config: the configuration, complete but for what the platform sets.
+    check_and_update_config: the platform's own function, called in between.
+    Raises ValueError that says what was found, what is supported and what to do.
+    """
+    if vllm_config.model_config is None:  # vLLM also makes configurations without a model, for its own tools
+        return check_and_update_config(vllm_config)
+    _refuse_unsupported(vllm_config)
+    Settings.read(vllm_config.additional_config)
+
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    wanted = scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens
+    check_and_update_config(vllm_config)
+    # Without AMX vLLM 0.32 turns these off for DeepSeek-V4, though its operators support them.
+    scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = wanted
+    logger.info_once("DSV4_INDEXER: chunked prefill %s, prefix caching %s, %d tokens a step, as asked for", *wanted)
+    vllm_config.parallel_config.worker_cls = f"{__name__}.{Worker.__qualname__}"
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    config = vllm_config.model_config.hf_config
+    model_type, topk = config.model_type, getattr(config, "index_topk", None)
+    worker = vllm_config.parallel_config.worker_cls
+    if model_type != "deepseek_v4":
+        _refuse(f"the model is of type {model_type!r}", "deepseek_v4", "leave the option out for this model")
+    if 4 not in config.compress_ratios[: config.num_hidden_layers]:
+        _refuse("no layer of this model has an indexer", "layers of compress_ratio 4", "leave the option out")
+    if topk != INDEX_TOPK:
+        _refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve it on an NPU")
+    if worker not in ("auto", f"{__name__}.{Worker.__qualname__}"):
+        _refuse(f"worker_cls is {worker!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
+
+
+def _refuse(found: str, supported: str, remedy: str) -> None:
+    raise ValueError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
+
+
+# ---- the worker and the compressor ---------------------------------------------------------------------------------
+
+
+class Dsv4IndexerBackend(DeepseekV4CPUSparseBackend):
+    """The engine's sparse attention over the keys that our compressor wrote."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "DSV4_INDEXER"
+
+
+class Worker(CPUWorker):
+    """vLLM's CPU worker with our compressor in the model and our metadata under it."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        self._patches = ExitStack()
+        provide_metadata(self._patches)
+        super().load_model(**kwargs)
+        impl = Settings.read(self.vllm_config.additional_config).impl
+        replaced = replace_compressors(self.get_model(), impl)
+        logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, replaced)
+
+    def shutdown(self) -> None:
+        logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
+        super().shutdown()
+        if patches := self.__dict__.pop("_patches", None):
+            patches.close()
+
+
+class IndexerCompressor(DeepseekV4CPUCompressor):
+    """The indexer's compressor: one call of our op, which saves the state and writes the entries.
+
+    Never constructed: takes the place of the engine's own by assignment to `__class__`, as the engine's CPU layer
+    does with the class of the GPU layer. `impl` is set at the same time.
+    """
+
+    impl: str
+
+    def forward(self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> None:
+        """kv_score fp32 [T, 512], positions int64 [T]; everything else comes from the step's metadata."""
+        step = get_forward_context().attn_metadata
+        if not isinstance(step, dict):  # a profiling run has no caches
+            return
+        state, entries = step[self.state_cache.prefix], step[self.k_cache_prefix]
+        ops.compress(
+            kv_score,
+            self.ape,
+            self._norm_weight_fp32,
+            rotary_emb.cos_sin_cache,
+            positions,
+            state.token_to_req_indices,
+            state.slot_mapping,
+            state.block_table,
+            self.state_cache.kv_cache,
+            entries.slot_mapping,
+            self._static_forward_context[self.k_cache_prefix].kv_cache,
+            eps=self.rms_norm_eps,
+            impl=self.impl,
+        )
+
+
+def replace_compressors(model: torch.nn.Module, impl: str) -> int:
+    """Put our compressor into every indexer of `model` and return how many there are.
+
+    Raises RuntimeError where an indexer does not look as vLLM 0.32.0 builds it.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, DeepseekV4CPUAttention) and layer.indexer is not None]
+    for layer in layers:
+        compressor = layer.indexer.compressor
+        if type(compressor) is not DeepseekV4CPUCompressor:
+            raise RuntimeError(
+                f"--attention-backend dsv4_indexer: {compressor.prefix} is a {type(compressor).__name__}, where vLLM "
+                f"{SUPPORTED_VLLM} has a DeepseekV4CPUCompressor. Is another plugin replacing it? Disable that plugin."
+            )
+        layer.backend_cls = Dsv4IndexerBackend
+        if impl != "stock":
+            compressor.__class__ = IndexerCompressor
+            compressor.impl = impl
+    return len(layers)
+
+
+# ---- metadata that vLLM 0.32.0 has only as Triton kernels, which do not run on a CPU ----------------------------------
+# A patch can go when vLLM registers its own in CpuPlatform.register_triton_kernel_overrides. The parameters have the
+# names of the kernels' parameters, since vLLM passes them by name.
+
+
+def provide_metadata(patches: ExitStack) -> None:
+    """Replace the kernels and the builder method below; closing `patches` puts vLLM's own back."""
+    for owner, name, function in (
+        (metadata, "_token_request_mapping_kernel", token_request_mapping),
+        (compressor_utils.CompressedSlotMappingKernel, "kernel", compressed_slot_mapping),
+        (indexer.BuildPrefillChunkMetadataKernel, "kernel", prefill_chunk_metadata),
+        (sparse_swa.ComputeSWAIndicesAndLensKernel, "kernel", not_read_on_cpu),
+        (sparse_swa.ComputePrefillMetadataKernel, "kernel", not_read_on_cpu),
+    ):
+        _patch(patches, owner, name, KernelOverride(getattr(owner, name), function))
+    _patch(patches, DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler", no_tile_schedule)
+
+
+def _patch(patches: ExitStack, owner: Any, name: str, value: Any) -> None:
+    patches.callback(setattr, owner, name, vars(owner)[name])
+    setattr(owner, name, value)
+
+
+def token_request_mapping(query_start_loc, output, num_reqs, num_mapped, num_tokens, num_warps):
+    """output[t] = the request that token t belongs to; 0 for the padding behind the last request."""
+    tokens = torch.arange(num_mapped, dtype=query_start_loc.dtype)
+    output[:num_mapped] = torch.searchsorted(query_start_loc[1:], tokens, right=True)
+    output[num_mapped:num_tokens] = 0
+
+
+def _requests_and_positions(query_start_loc, seq_lens):
+    """The request and the position of each token of a packed batch, int64 [T]."""
+    query_lens = torch.diff(query_start_loc)
+    request = torch.repeat_interleave(query_lens)
+    first_position = seq_lens[: len(query_lens)] - query_lens
+    return request, torch.arange(len(request)) + (first_position - query_start_loc[:-1])[request]
+
+
+def compressed_slot_mapping(
+    compressed_slot_mapping_ptr,
+    slot_mapping_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    block_table_stride,
+    block_size,
+    dcp_world_size,
+    cp_interleave,
+    COMPRESS_RATIO,
+    PAD_ID,
+    TRITON_BLOCK_SIZE,
+):
+    """The slot of the entry that each token closes, PAD_ID for a token that closes none or has no slot itself."""
+    num_reqs = len(block_table_ptr)
+    request, position = _requests_and_positions(query_start_loc_ptr[: num_reqs + 1], seq_lens_ptr)
+    closes = ((position + 1) % COMPRESS_RATIO == 0) & (slot_mapping_ptr[: len(request)] != PAD_ID)
+    request, entry = request[closes], position[closes] // COMPRESS_RATIO
+    slots = compressed_slot_mapping_ptr[: len(closes)]
+    slots.fill_(PAD_ID)
+    slots[closes] = block_table_ptr[request, entry // block_size].long() * block_size + entry % block_size
+
+
+def prefill_chunk_metadata(
+    query_start_loc_ptr,
+    uncompressed_seq_lens_ptr,
+    cu_compressed_seq_lens_ptr,
+    row_start_cu_compressed_seq_lens_ptr,
+    token_to_seq_ptr,
+    cu_compressed_seq_len_ks_ptr,
+    cu_compressed_seq_len_ke_ptr,
+    query_slice_start,
+    query_slice_stop,
+    DCP_RANK,
+    DCP_WORLD,
+    DCP_INTERLEAVE,
+    BLOCK_SIZE,
+    COMPRESS_RATIO,
+):
+    """The range [ks, ke) of entries that each token of the slice may score, and the request of each entry."""
+    request, position = _requests_and_positions(query_start_loc_ptr, uncompressed_seq_lens_ptr)
+    rows = slice(query_slice_start, query_slice_stop)
+    first_entry = row_start_cu_compressed_seq_lens_ptr[request[rows]]
+    cu_compressed_seq_len_ks_ptr.copy_(first_entry)
+    cu_compressed_seq_len_ke_ptr.copy_(first_entry + (position[rows] + 1) // COMPRESS_RATIO)
+    token_to_seq_ptr.copy_(torch.repeat_interleave(torch.diff(cu_compressed_seq_lens_ptr)))
+
+
+def not_read_on_cpu(*_, **__):
+    """Window indices and gather lengths: the CPU attention works its own out from the positions."""
+
+
+def no_tile_schedule(self, num_decode_tokens):
+    """The CPU has no tile scheduler. vLLM 0.32.0's own override lacks the layer types that V4.1 brought (c1a, c2a)."""
+    return dict.fromkeys(getattr(sparse_swa, name) for name in vars(sparse_swa) if name.startswith("_LAYER_TYPE_"))

@@ -1,0 +1,47 @@
+"""What a user may set, and where: the key `dsv4_indexer` of `--additional-config`.
+
+    vllm serve MODEL --attention-backend dsv4_indexer --additional-config '{"dsv4_indexer": {"impl": "reference"}}'
+
+The environment shares the namespace as the prefix `DSV4_INDEXER_`. Whatever stands in either and is not
+listed here is an error: a misspelt setting that is silently ignored is worse than none.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+NAMESPACE = "dsv4_indexer"
+ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # read by csrc/cpu when the library is loaded
+
+Impl = Literal["cpu", "reference", "stock"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """impl: the implementation of the op that the engine calls. `stock` leaves the engine's own compressor in
+    place, under our metadata, so that the two can be compared in otherwise equal engines."""
+
+    impl: Impl = "cpu"
+
+    @staticmethod
+    def read(additional_config: Mapping[str, Any] | Any) -> "Settings":
+        """Check and return the user's settings. Raises ValueError that names the setting and what is allowed."""
+        for name in os.environ:
+            if name.startswith(f"{NAMESPACE.upper()}_") and name not in ENVIRONMENT_VARIABLES:
+                raise ValueError(
+                    f"unknown environment variable {name}; {NAMESPACE} knows {sorted(ENVIRONMENT_VARIABLES)}"
+                )
+        given = additional_config.get(NAMESPACE, {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"--additional-config: {NAMESPACE} must be an object of settings, not {given!r}")
+        known = [field.name for field in fields(Settings)]
+        for key in given:
+            if key not in known:
+                raise ValueError(f"--additional-config: unknown key {NAMESPACE}.{key}; known keys are {known}")
+        settings = Settings(**given)
+        if settings.impl not in get_args(Impl):
+            raise ValueError(
+                f"--additional-config: {NAMESPACE}.impl is {settings.impl!r}; choose one of {list(get_args(Impl))}"
+            )
+        return settings
