@@ -17,14 +17,14 @@ help: ## list the targets
 venv: .venv/package.done ## set up .venv: CPU torch, vLLM, this package with its native op
 
 demo: deepseek-v4 ## serve the demo checkpoint with our backend, talk to it, stop
-	$(RUN) python examples/serve_and_chat.py deepseek-v4
+	@$(RUN) python examples/serve_and_chat.py deepseek-v4
 
 # By default vLLM wants 92% of the machine's memory free at the start; a stated KV cache size does without.
 serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001")
-	$(RUN) vllm serve deepseek-v4 --attention-backend dsv4_indexer --max-model-len 8192 --kv-cache-memory-bytes 1G $(ARGS)
+	@$(RUN) vllm serve deepseek-v4 --attention-backend dsv4_indexer --max-model-len 8192 --kv-cache-memory-bytes 1G $(ARGS)
 
 test: venv .venv/old-vllm.done ## run the tests (ARGS="tests/setup -k lock")
-	$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
 
 lock: ## resolve requirements/cpu.in again into requirements/cpu.lock (PYTHON=python3.11)
 	@sh requirements/install.sh lock
@@ -50,6 +50,6 @@ clean: ## undo everything that the targets made
 
 # Made aside and moved into place when complete. `| venv`: a newer package does not make an old checkpoint stale.
 deepseek-v4: | venv
-	rm -rf build/$@
-	$(RUN) vllm-dsv4-indexer make-checkpoint build/$@
-	mv build/$@ $@
+	@rm -rf build/$@
+	@$(RUN) vllm-dsv4-indexer make-checkpoint build/$@
+	@mv build/$@ $@

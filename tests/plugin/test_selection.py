@@ -48,6 +48,11 @@ def test_selecting_the_backend_runs_our_worker_with_what_the_user_asked_for(chec
     assert config.scheduler_config.max_num_batched_tokens == 512
 
 
+def test_the_worker_gets_the_time_to_say_what_it_did(checkpoint: Path):
+    assert configure(checkpoint).shutdown_timeout == vllm_cpu.SHUTDOWN_SECONDS
+    assert configure(checkpoint, shutdown_timeout=60).shutdown_timeout == 60
+
+
 def test_what_the_user_switches_off_stays_off(checkpoint: Path):
     config = configure(checkpoint, enable_prefix_caching=False)
     assert not config.cache_config.enable_prefix_caching

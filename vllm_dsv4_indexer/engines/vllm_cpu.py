@@ -37,6 +37,7 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
+SHUTDOWN_SECONDS = 5  # vLLM's own grace where a user names none, but for servers
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -63,6 +64,8 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = wanted
     logger.info_once("DSV4_INDEXER: chunked prefill %s, prefix caching %s, %d tokens a step, as asked for", *wanted)
     vllm_config.parallel_config.worker_cls = f"{__name__}.{Worker.__qualname__}"
+    # With 0, its default, vLLM 0.32 kills a server's workers the moment they are told to stop: ours has a line to log.
+    vllm_config.shutdown_timeout = max(vllm_config.shutdown_timeout, SHUTDOWN_SECONDS)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
