@@ -124,7 +124,8 @@ extern "C" Entry dsv4_indexer_compress_for(const char* isa) {
   if (!std::strcmp(isa, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return dsv4::run<dsv4::avx512::compress>;
-  if (!std::strcmp(isa, "avx2") && __builtin_cpu_supports("avx2")) return dsv4::run<dsv4::avx2::compress>;
+  if (!std::strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return dsv4::run<dsv4::avx2::compress>;
 #endif
   if (!std::strcmp(isa, "generic")) return dsv4::run<dsv4::generic::compress>;
   return nullptr;
