@@ -6,7 +6,7 @@ BIN = .venv/bin
 MADE = .venv .cache .pytest_cache build deepseek-v4 serve_and_chat.log vllm_dsv4_indexer/*.so
 
 # As in an activated environment, with all caches inside the checkout, reporting and fetching nothing.
-RUN = env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
+RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
 	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 
 .PHONY: help venv demo serve test lock clean

@@ -46,7 +46,7 @@ def main(model: str) -> None:
     if not proof:
         sys.exit(f"the server's log has no line that says what the op did: see {LOG}")
     say("the server's own account, from its log:")
-    print("\n".join(proof))
+    print(proof[-1])
 
 
 @contextmanager
@@ -55,6 +55,7 @@ def server(model: str) -> Iterator[str]:
     port = free_port()
     command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
     command += ["--max-model-len", "8192", "--kv-cache-memory-bytes", "1G"]
+    command += ["--shutdown-timeout", "10"]  # time for the worker to log its account before vLLM kills it
     say(" ".join(command))
     with LOG.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -100,4 +101,7 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the server is stopped")

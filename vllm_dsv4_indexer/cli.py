@@ -4,6 +4,8 @@ import argparse
 import sys
 import time
 
+from vllm_dsv4_indexer import __version__
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit status; a mistake of the user's is one line on stderr and status 2."""
@@ -17,14 +19,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description=__doc__)
+    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description="Tools around the dsv4_indexer backend of vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser(
         "make-checkpoint", help="write a small DeepSeek-V4 checkpoint with random weights, to try the machinery on"
     )
-    make.add_argument("directory", metavar="DIR")
+    make.add_argument("directory", metavar="DIR", help="where to; an earlier checkpoint of ours is replaced")
     make.add_argument("--layers", type=int, default=4, metavar="N", help="layers, at least 3 (default: %(default)s)")
-    make.add_argument("--hidden", type=int, default=512, metavar="H", help="hidden size (default: %(default)s)")
+    make.add_argument("--hidden", type=int, default=512, metavar="H", help="hidden size, a multiple of 32 (default: %(default)s)")
     make.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
     make.set_defaults(run=_make_checkpoint)
     return parser

@@ -81,12 +81,12 @@ def check_metadata(tensors: tuple[torch.Tensor | None, ...], k_format: str) -> N
         raise ContractError(f"k_format is {k_format!r}; the formats are {', '.join(map(repr, K_FORMATS))}")
     if len(arguments) < len(tensors) and tensors[-1] is not None:
         raise ContractError(f"k_scale_cache must be None: the pages of k_format {k_format!r} hold their own scales")
-    device = tensors[0].device
+    device = getattr(tensors[0], "device", None)
     bound = dict(_NUMBERS)
     for argument, tensor in zip(arguments, tensors):
         name, sizes, dtypes, dense = argument
         if tensor is None:
-            raise ContractError(f"k_scale_cache is None, but k_format {k_format!r} stores its scales there")
+            raise ContractError(f"{argument.name} is None, but k_format {k_format!r} needs it")
         if tensor.dtype not in dtypes:
             raise ContractError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
         shape = tensor.shape

@@ -7,6 +7,7 @@ listed here is an error: a misspelt setting that is silently ignored is worse th
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -30,9 +31,13 @@ class Settings:
         for name in os.environ:
             if name.startswith(f"{NAMESPACE.upper()}_") and name not in ENVIRONMENT_VARIABLES:
                 raise ValueError(
-                    f"unknown environment variable {name}; {NAMESPACE} knows {sorted(ENVIRONMENT_VARIABLES)}"
+                    f"unknown environment variable {name}: unset it; {NAMESPACE} knows {sorted(ENVIRONMENT_VARIABLES)}"
                 )
-        given = additional_config.get(NAMESPACE, {}) if isinstance(additional_config, Mapping) else {}
+        additional_config = additional_config if isinstance(additional_config, Mapping) else {}
+        for key in additional_config:
+            if key != NAMESPACE and re.sub("[^a-z0-9]", "", key.lower()) == NAMESPACE.replace("_", ""):
+                raise ValueError(f"--additional-config: unknown key {key!r}; settings of ours stand under {NAMESPACE!r}")
+        given = additional_config.get(NAMESPACE, {})
         if not isinstance(given, Mapping):
             raise ValueError(f"--additional-config: {NAMESPACE} must be an object of settings, not {given!r}")
         known = [field.name for field in fields(Settings)]

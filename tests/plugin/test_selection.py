@@ -48,11 +48,6 @@ def test_selecting_the_backend_runs_our_worker_with_what_the_user_asked_for(chec
     assert config.scheduler_config.max_num_batched_tokens == 512
 
 
-def test_the_worker_gets_the_time_to_say_what_it_did(checkpoint: Path):
-    assert configure(checkpoint).shutdown_timeout == vllm_cpu.SHUTDOWN_SECONDS
-    assert configure(checkpoint, shutdown_timeout=60).shutdown_timeout == 60
-
-
 def test_what_the_user_switches_off_stays_off(checkpoint: Path):
     config = configure(checkpoint, enable_prefix_caching=False)
     assert not config.cache_config.enable_prefix_caching
@@ -123,6 +118,12 @@ def test_an_unknown_implementation_is_refused_by_name(checkpoint: Path):
 def test_an_unknown_environment_variable_of_ours_is_refused(checkpoint: Path, monkeypatch):
     monkeypatch.setenv("DSV4_INDEXER_SPEED", "11")
     assert "DSV4_INDEXER_SPEED" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["dsv4-indexer", "DSV4_INDEXER", "dsv4indexer"])
+def test_a_misspelt_namespace_is_refused(checkpoint: Path, key: str):
+    message = refusal(checkpoint, additional_config={key: {"impl": "cpu"}})
+    assert repr(key) in message and "'dsv4_indexer'" in message
 
 
 def test_settings_of_other_plugins_are_not_ours_to_refuse(checkpoint: Path):

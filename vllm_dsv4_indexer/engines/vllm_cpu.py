@@ -15,6 +15,7 @@ if vllm.__version__.split("+")[0] != SUPPORTED_VLLM:  # "+cpu" if built for it
         f"{SUPPORTED_VLLM}. Install that version, or leave the option out."
     )
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,7 +39,7 @@ from vllm_dsv4_indexer.contract import RATIO
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
-SHUTDOWN_SECONDS = 5  # what vLLM gives the workers of an offline engine
+ACCOUNT_SECONDS = 10  # as often as vLLM logs its own statistics
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -61,24 +62,22 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     wanted = scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens
     check_and_update_config(vllm_config)
-    # Without AMX vLLM 0.32 turns these off for DeepSeek-V4, though its operators support them.
+    # Without AMX vLLM 0.32 turns these off for DeepSeek-V4, and says so, though its operators support them.
     scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = wanted
-    logger.info_once("DSV4_INDEXER: chunked prefill %s, prefix caching %s, %d tokens a step, as asked for", *wanted)
+    logger.info_once("DSV4_INDEXER: restored chunked prefill=%s, prefix caching=%s, %d tokens a step", *wanted)
     vllm_config.parallel_config.worker_cls = f"{__name__}.{Worker.__qualname__}"
-    # With 0, its default, vLLM 0.32 kills a server's workers the moment they are told to stop: ours has a line to log.
-    vllm_config.shutdown_timeout = max(vllm_config.shutdown_timeout, SHUTDOWN_SECONDS)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     config = vllm_config.model_config.hf_config
-    model_type, topk = config.model_type, getattr(config, "index_topk", None)
+    topk = getattr(config, "index_topk", None)
     parallel = vllm_config.parallel_config
-    if model_type != "deepseek_v4":
-        _refuse(f"the model is of type {model_type!r}", "deepseek_v4", "leave the option out for this model")
-    if RATIO not in config.compress_ratios[: config.num_hidden_layers]:
+    if config.model_type != "deepseek_v4":
+        _refuse(f"the model is of type {config.model_type!r}", "deepseek_v4", "leave the option out for this model")
+    if RATIO not in getattr(config, "compress_ratios", ())[: config.num_hidden_layers]:
         _refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
     if topk != INDEX_TOPK:
-        _refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve it on an NPU")
+        _refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve Flash instead of Pro")
     if parallel.worker_cls not in ("auto", f"{__name__}.{Worker.__qualname__}"):
         _refuse(f"worker_cls is {parallel.worker_cls!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -115,12 +114,25 @@ class Worker(CPUWorker):
         first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
         indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
         replace_compressors(self.get_model(), impl, indexers)
-        logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, indexers)
+        who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
+        logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers", who, indexers)
+        self._account_due = 0.0
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(*args, **kwargs)
+        if time.monotonic() > self._account_due:
+            self._log_account()
+        return output
 
     def shutdown(self) -> None:
-        logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
+        self._log_account()
         super().shutdown()
         withdraw_metadata(self)
+
+    def _log_account(self) -> None:
+        """What the op did in this process. Not at shut-down alone: vLLM kills the workers of a server when it stops."""
+        logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
+        self._account_due = time.monotonic() + ACCOUNT_SECONDS
 
 
 class IndexerCompressor(DeepseekV4CPUCompressor):

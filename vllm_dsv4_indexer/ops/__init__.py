@@ -81,7 +81,8 @@ def compress(
         positions: [T] int64, the absolute position of each token.
         token_to_req: [T] int32, each token's row of `inner_state_block_table`.
         inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`; -1 for none.
-        inner_state_block_table: [R, M] int32, the state page of each `page_size` positions of a request.
+        inner_state_block_table: [R, M] int32, the state page of each `page_size` positions of a request. Page 0 is the
+            null page; the last 8 positions before a token that closes a window need another one.
         inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and written.
         k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
         k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry o's values at
@@ -117,8 +118,8 @@ def prepare(impl: str | None, device: str) -> None:
 def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
     kv_score = args[0]
     tensors = args if len(args) == 12 else (*args, None)
-    run = _implementation(impl, kv_score.device.type)
     contract.check_metadata(tensors, k_format)
+    run = _implementation(impl, kv_score.device.type)
     if kv_score.shape[0]:
         work.entries += run(*tensors, eps=eps, k_format=k_format)
         work.calls += 1

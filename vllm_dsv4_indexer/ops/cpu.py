@@ -97,8 +97,8 @@ def _native():
     library = ctypes.CDLL(str(path))
     if library.dsv4_indexer_arguments_size() != ctypes.sizeof(_Arguments):
         raise ImportError(f"{path} has another interface than this package; build and install it again")
-    asked = os.environ.get("DSV4_INDEXER_ISA")
-    if asked is not None and asked not in ISAS:
+    asked = os.environ.get("DSV4_INDEXER_ISA")  # empty counts as unset
+    if asked and asked not in ISAS:
         raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
     compress_for = library.dsv4_indexer_compress_for
     compress_for.restype = ctypes.c_void_p
