@@ -26,7 +26,7 @@ BATCHED = dict(prompts=PROMPTS, sampling=GREEDY)
 FEW_LENGTHS = (1, 4, 7, 129, 512, 2050, 4097)
 FEW = [ALONE[LENGTHS.index(length)] for length in FEW_LENGTHS]
 PREFIXES = [prompt(2049, seed=1), prompt(4097, seed=1)]
-PREEMPTED = [prompt(2601 + length, seed=2) for length in range(3)]
+PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
 
 @dataclass
