@@ -4,6 +4,8 @@ import argparse
 import sys
 import time
 
+from vllm_dsv4_indexer.bench import command as bench
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit status; a mistake of the user's is one line on stderr and status 2."""
@@ -27,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--hidden", type=int, default=512, metavar="H", help="hidden size (default: %(default)s)")
     make.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
     make.set_defaults(run=_make_checkpoint)
+    bench.add_to(commands)
     return parser
 
 

@@ -1,0 +1,94 @@
+"""Who is measured: implementations of the op, vLLM's own code for the same step, and the floor.
+
+Each is a function without arguments over the same inputs, which writes to the same caches.
+
+    NAME in ops.IMPLEMENTATIONS   `ops.compress(..., impl=NAME)`, everything that an engine's call costs
+    vllm                          what vLLM 0.32's CPU engine does after the projection: widen kv_score, save the rows, find
+                                  the eight slots of every token, store the entries
+    vllm_ops                      its two C++ ops alone
+    floor, floor_past_cache       csrc/cpu/floor.cpp: move the bytes that every implementation must move, with ordinary
+                                  stores, and with stores that go around the caches
+"""
+
+import ctypes
+import importlib.metadata
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..contract import RATIO, WINDOW
+from ..ops import cpu
+
+FLOORS = ("floor", "floor_past_cache")
+VLLM = ("vllm", "vllm_ops")
+_VLLM_VERSION = "0.32.0"  # whose private functions `_vllm` calls
+_EPS = 1e-6
+
+
+def available() -> list[str]:
+    """The names that can be measured here: implementations for a CPU, and vLLM where it is the version that we know."""
+    names = [name for name, i in ops.IMPLEMENTATIONS.items() if not i.devices or "cpu" in i.devices]
+    return names + list(VLLM) * (vllm_version() or "").startswith(_VLLM_VERSION)
+
+
+def vllm_version() -> str | None:
+    """The version of the vLLM in this environment, None if there is none."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def contestants(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+    """The functions by name, the floors behind those asked for."""
+    runs = {name: _implementation(name, inputs) for name in names if name not in VLLM}
+    if not set(VLLM).isdisjoint(names):
+        runs |= {name: run for name, run in _vllm(*inputs).items() if name in names}
+    return runs | _floors(inputs)
+
+
+def _implementation(name: str, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    return lambda: ops.compress(*inputs, eps=_EPS, impl=name)
+
+
+def _floors(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+    native = cpu.native()
+    arguments = cpu.arguments_of(*inputs, None, eps=_EPS, k_format="fp8_pow2")
+    move = getattr(native.library, f"dsv4_indexer_floor_{native.isa}")
+    move.argtypes, move.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    address = ctypes.byref(arguments)
+    return {"floor": lambda: move(address, 0), "floor_past_cache": lambda: move(address, 1)}
+
+
+def _vllm(
+    kv_score, ape, norm_weight, cos_sin_cache, positions, token_to_req, slots, block_table, state, k_slots, k_cache
+) -> dict[str, Callable[[], object]]:
+    from vllm._custom_ops import compress_norm_rope_store_indexer_cpu, save_partial_states_cpu
+    from vllm.models.deepseek_v4.cpu.cpu_utils import map_local_to_global_slots_cpu
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+
+    def widened() -> tuple[Tensor, Tensor]:
+        return kv_score.float().chunk(2, dim=-1)
+
+    def gather_slots() -> Tensor:
+        window = positions.unsqueeze(-1) - WINDOW + 1 + torch.arange(WINDOW)
+        return map_local_to_global_slots_cpu(window, token_to_req, block_table, state.shape[1])
+
+    def save(kv: Tensor, score: Tensor) -> None:
+        save_partial_states_cpu(kv, score, ape, positions, state, slots)
+
+    def pool_and_store(gathered: Tensor) -> None:
+        compress_norm_rope_store_indexer_cpu(
+            state, gathered, positions, k_slots, norm_weight, _EPS, cos_sin_cache,
+            k_cache.view(k_cache.shape[0], -1), k_cache.shape[1], RATIO,
+        )  # fmt: skip
+
+    kv, score, gathered = *widened(), gather_slots()
+    return {
+        "vllm": lambda: (save(*widened()), pool_and_store(gather_slots())),
+        "vllm_ops": lambda: (save(kv, score), pool_and_store(gathered)),
+    }
