@@ -49,7 +49,7 @@ def test_the_table_names_every_contestant_and_the_three_algorithms(result):
     table = report.table(result)
     for name in result["cells"][0]["nanoseconds"].keys() - {"floor_past_cache"}:
         assert f"  {name} " in table
-    assert "A overlay_scan, B scatter_pool, C cpu" in table and "bandwidth" in table
+    assert "A overlay_scan, B scatter_pool, C one_pass" in table and "bandwidth" in table
 
 
 def test_the_plot_is_xml_with_a_line_for_every_contestant(folder, result):

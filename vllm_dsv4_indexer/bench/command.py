@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-_PRESETS = ("standard", "traffic")
-
 
 def add_to(commands) -> None:
     """Adds `bench` and `bench compare` to the subcommands."""
@@ -17,12 +15,12 @@ def add_to(commands) -> None:
     )
     listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
     counts = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,M"}
-    bench.add_argument("--preset", choices=_PRESETS, default="standard",
+    bench.add_argument("--preset", choices=("standard", "traffic"), default="standard",
                        help="standard: calls of several lengths and mixes; traffic: chunks of chats and long documents")
     bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
     bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
     bench.add_argument("--threads", **counts, help="default: 1 and the number of cores")
-    bench.add_argument("--implementations", **listed, help="default: all but reference")
+    bench.add_argument("--implementations", **listed, help="default: all but reference; for traffic: cpu and vLLM")
     bench.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                        help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
     bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
@@ -38,13 +36,15 @@ def add_to(commands) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     import torch
 
+    from ..ops.cpu import ALGORITHMS
     from . import contestants, machine, measure, plot, report
 
     for option in ("lengths", "threads"):
         if min(getattr(arguments, option) or [1]) < 1:
             raise ValueError(f"--{option}: every number is at least 1")
     cases = _cases(arguments)
-    names = _chosen(arguments.implementations, contestants.available(), ["reference"])
+    slow = {"standard": ["reference"], "traffic": ["reference", *ALGORITHMS]}[arguments.preset]
+    names = _chosen(arguments.implementations, contestants.available(), slow)
     threads = arguments.threads or sorted({1, len(os.sched_getaffinity(0))})
     options = {"preset": arguments.preset, "kv_dtype": arguments.kv_dtype, "seconds": arguments.seconds}
     result = {"machine": machine.describe(), "options": options, "cells": []}
@@ -86,7 +86,8 @@ def _chosen(asked: list[str] | None, known: list[str], not_by_default: list[str]
 
 def _progress(done: int, steps: int, start: float, what: str) -> None:
     bar = ("#" * (30 * done // steps)).ljust(30, ".")
-    print(f"\r\033[K[{bar}] {done}/{steps} {time.monotonic() - start:4.0f} s  {what}", end="", file=sys.stderr, flush=True)
+    line = f"\r\033[K[{bar}] {done}/{steps} {time.monotonic() - start:4.0f} s  {what}"
+    print(line, end="", file=sys.stderr, flush=True)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -1,16 +1,19 @@
-"""Who is measured: implementations of the op, vLLM's own code for the same step, and the floor.
+"""Who is measured: the op and its algorithms, vLLM's own code for the same step, and the floor.
 
 Each is a function without arguments over the same inputs, which writes to the same caches.
 
-    NAME in ops.IMPLEMENTATIONS   `ops.compress(..., impl=NAME)`, everything that an engine's call costs
-    vllm                          what vLLM 0.32's CPU engine does after the projection: widen kv_score, save the rows, find
-                                  the eight slots of every token, store the entries
-    vllm_ops                      its two C++ ops alone
-    floor, floor_past_cache       csrc/cpu/floor.cpp: move the bytes that every implementation must move, with ordinary
-                                  stores, and with stores that go around the caches
+    cpu, reference            `ops.compress(..., impl=NAME)`: everything that a call costs an engine
+    vllm                      all that vLLM 0.32's CPU engine does after the projection: widen kv_score, save the rows,
+                              find the eight slots of every token, store the entries
+    one_pass, overlay_scan,   the native code of impl="cpu" and of the baselines alone, checks of values included
+    scatter_pool
+    vllm_ops                  vLLM's two C++ ops alone
+    floor, floor_past_cache   csrc/cpu/floor.cpp: move the bytes that everyone must move, with ordinary stores, and with
+                              stores that go around the caches
 """
 
 import ctypes
+import functools
 import importlib.metadata
 from collections.abc import Callable
 
@@ -21,16 +24,16 @@ from .. import ops
 from ..contract import RATIO, WINDOW
 from ..ops import cpu
 
-FLOORS = ("floor", "floor_past_cache")
+OPS = ("cpu", "reference")
 VLLM = ("vllm", "vllm_ops")
+FLOORS = {"floor": False, "floor_past_cache": True}
 _VLLM_VERSION = "0.32.0"  # whose private functions `_vllm` calls
-_EPS = 1e-6
+_EPS, _K_FORMAT = 1e-6, "fp8_pow2"
 
 
 def available() -> list[str]:
-    """The names that can be measured here: implementations for a CPU, and vLLM where it is the version that we know."""
-    names = [name for name, i in ops.IMPLEMENTATIONS.items() if not i.devices or "cpu" in i.devices]
-    return names + list(VLLM) * (vllm_version() or "").startswith(_VLLM_VERSION)
+    """The names that can be measured here: vLLM only where it is the version that we know."""
+    return [*OPS, *cpu.ALGORITHMS, *VLLM * (vllm_version() or "").startswith(_VLLM_VERSION)]
 
 
 def vllm_version() -> str | None:
@@ -42,24 +45,22 @@ def vllm_version() -> str | None:
 
 
 def contestants(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
-    """The functions by name, the floors behind those asked for."""
-    runs = {name: _implementation(name, inputs) for name in names if name not in VLLM}
+    """The functions of `names` and the floors. `inputs` are the first eleven arguments of `compress`."""
+    runs = {name: functools.partial(ops.compress, *inputs, eps=_EPS, impl=name) for name in OPS} | _native(inputs)
     if not set(VLLM).isdisjoint(names):
-        runs |= {name: run for name, run in _vllm(*inputs).items() if name in names}
-    return runs | _floors(inputs)
+        runs |= _vllm(*inputs)
+    return {name: runs[name] for name in (*names, *FLOORS)}
 
 
-def _implementation(name: str, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    return lambda: ops.compress(*inputs, eps=_EPS, impl=name)
-
-
-def _floors(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+def _native(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
     native = cpu.native()
-    arguments = cpu.arguments_of(*inputs, None, eps=_EPS, k_format="fp8_pow2")
+    arguments = cpu.arguments_of(*inputs, None, eps=_EPS, k_format=_K_FORMAT)
+    arguments.inputs = inputs  # it has their addresses alone
+    at, violation = ctypes.byref(arguments), ctypes.byref(cpu.Violation())
     move = getattr(native.library, f"dsv4_indexer_floor_{native.isa}")
     move.argtypes, move.restype = (ctypes.c_void_p, ctypes.c_int64), None
-    address = ctypes.byref(arguments)
-    return {"floor": lambda: move(address, 0), "floor_past_cache": lambda: move(address, 1)}
+    runs = {name: functools.partial(compressor, at, violation) for name, compressor in native.compressors.items()}
+    return runs | {name: functools.partial(move, at, past_cache) for name, past_cache in FLOORS.items()}
 
 
 def _vllm(

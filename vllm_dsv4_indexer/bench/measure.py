@@ -5,8 +5,8 @@ each contestant once, in a new order, on the same inputs and caches, and brings 
 before each call:
 
     warm   all bytes that the call must read and write have just been touched
-    cold   the state and the K cache are in DRAM, as after the other layers of a step, and so is the contestant's code;
-           kv_score and the slots, which the step has just made, are not
+    cold   the state and the K cache are in DRAM, as after the other layers of a step; kv_score and the slots, which the
+           step has just made, and the code, which has just run on a small call, are not
 
 Before anything is timed, all contestants must have stored the same state and entries.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..contract import FP8_SCALE_OFFSET
-from .cases import Case, make_inputs
+from .cases import Case, make_inputs, mix
 from .contestants import FLOORS, contestants
 from .machine import last_level_cache
 
@@ -51,7 +51,8 @@ def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: f
     inputs = make_inputs(case, kv_dtype)
     runs = contestants(names, inputs)
     check_equal(inputs, runs)
-    states = {"warm": runs["floor"], "cold": functools.partial(_chill, inputs)}
+    small = contestants(names, make_inputs(mix("short", 8), kv_dtype))
+    states = {"warm": lambda name: runs["floor"](), "cold": lambda name: (_chill(inputs), small[name]())}
     cells = []
     for i, (cache, prepare) in enumerate(states.items()):
         share = (end - time.monotonic()) / (len(states) - i)
@@ -72,7 +73,7 @@ def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dic
             break
         random.shuffle(order)
         for name in order:
-            prepare()
+            prepare(name)
             start = time.perf_counter_ns()
             runs[name]()
             times[name].append(time.perf_counter_ns() - start)

@@ -24,7 +24,7 @@ _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
 _K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """csrc/cpu/abi.h, `struct Arguments`, which explains the fields; all but eps are 8-byte integers or addresses."""
 
     _fields_ = [
@@ -41,7 +41,7 @@ class _Arguments(ctypes.Structure):
     ] + [("eps", ctypes.c_double)]
 
 
-class _Violation(ctypes.Structure):
+class Violation(ctypes.Structure):
     """csrc/cpu/abi.h, `struct Violation`."""
 
     _fields_ = [
@@ -61,7 +61,7 @@ class Native(NamedTuple):
 def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str = "one_pass") -> int:
     """See `vllm_dsv4_indexer.ops.compress`; returns the number of entries written."""
     arguments = arguments_of(*tensors, eps=eps, k_format=k_format)
-    violation = _Violation()
+    violation = Violation()
     entries = native().compressors[algorithm](ctypes.byref(arguments), ctypes.byref(violation))
     if violation.code:
         raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
@@ -84,14 +84,14 @@ def arguments_of(
     *,
     eps: float,
     k_format: str,
-) -> _Arguments:
+) -> Arguments:
     """The arguments of `compress` as the library takes them: addresses, which do not keep the tensors alive."""
     scale = (
         (0, 0, 0, 0)
         if k_scale_cache is None
         else (k_scale_cache.data_ptr(), *k_scale_cache.stride(), k_scale_cache.dtype is torch.float16)
     )
-    return _Arguments(
+    return Arguments(
         native().parallel_for, kv_score.shape[0],
         kv_score.data_ptr(), kv_score.stride(0), kv_score.dtype is torch.bfloat16,
         ape.data_ptr(), norm_weight.data_ptr(), norm_weight.dtype is torch.bfloat16,
@@ -109,7 +109,7 @@ def native() -> Native:
     """The native library, loaded, for this CPU."""
     path = library_path()
     library = ctypes.CDLL(str(path))
-    if library.dsv4_indexer_arguments_size() != ctypes.sizeof(_Arguments):
+    if library.dsv4_indexer_arguments_size() != ctypes.sizeof(Arguments):
         raise ImportError(f"{path} was built from other sources than this package; build and install it again")
     asked = os.environ.get("DSV4_INDEXER_ISA")
     if asked is not None and asked not in ISAS:
