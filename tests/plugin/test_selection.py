@@ -122,4 +122,9 @@ def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
     layer = SimpleNamespace(indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor")))
     monkeypatch.setattr(vllm_cpu, "DeepseekV4CPUAttention", SimpleNamespace)
     with pytest.raises(RuntimeError, match="layers.1.compressor is a SimpleNamespace"):
-        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), "cpu")
+        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), "cpu", indexers=1)
+
+
+def test_a_model_class_that_another_plugin_replaced_is_refused():
+    with pytest.raises(RuntimeError, match="the model has 0 layers .* its configuration asks for 2"):
+        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: []), "cpu", indexers=2)

@@ -34,6 +34,7 @@ from vllm.v1.attention.ops import metadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import RATIO
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
@@ -74,8 +75,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     worker = vllm_config.parallel_config.worker_cls
     if model_type != "deepseek_v4":
         _refuse(f"the model is of type {model_type!r}", "deepseek_v4", "leave the option out for this model")
-    if 4 not in config.compress_ratios[: config.num_hidden_layers]:
-        _refuse("no layer of this model has an indexer", "layers of compress_ratio 4", "leave the option out")
+    if RATIO not in config.compress_ratios[: config.num_hidden_layers]:
+        _refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
     if topk != INDEX_TOPK:
         _refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve it on an NPU")
     if worker not in ("auto", f"{__name__}.{Worker.__qualname__}"):
@@ -105,8 +106,10 @@ class Worker(CPUWorker):
         provide_metadata(self._patches)
         super().load_model(**kwargs)
         impl = Settings.read(self.vllm_config.additional_config).impl
-        replaced = replace_compressors(self.get_model(), impl)
-        logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, replaced)
+        first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
+        indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
+        replace_compressors(self.get_model(), impl, indexers)
+        logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, indexers)
 
     def shutdown(self) -> None:
         logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
@@ -147,12 +150,18 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
         )
 
 
-def replace_compressors(model: torch.nn.Module, impl: str) -> int:
-    """Put our compressor into every indexer of `model` and return how many there are.
+def replace_compressors(model: torch.nn.Module, impl: str, indexers: int) -> None:
+    """Put our compressor into the indexers of `model`, which must be as many as `indexers`.
 
-    Raises RuntimeError where an indexer does not look as vLLM 0.32.0 builds it.
+    Raises RuntimeError where the model does not look as vLLM 0.32.0 builds it.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, DeepseekV4CPUAttention) and layer.indexer is not None]
+    if len(layers) != indexers:
+        raise RuntimeError(
+            f"--attention-backend dsv4_indexer: the model has {len(layers)} layers of vLLM {SUPPORTED_VLLM}'s "
+            f"DeepseekV4CPUAttention with an indexer, where its configuration asks for {indexers}. Is another plugin "
+            "replacing the model class? Disable that plugin."
+        )
     for layer in layers:
         compressor = layer.indexer.compressor
         if type(compressor) is not DeepseekV4CPUCompressor:
@@ -164,7 +173,6 @@ def replace_compressors(model: torch.nn.Module, impl: str) -> int:
         if impl != "stock":
             compressor.__class__ = IndexerCompressor
             compressor.impl = impl
-    return len(layers)
 
 
 # ---- metadata that vLLM 0.32.0 has only as Triton kernels, which do not run on a CPU ----------------------------------
