@@ -27,7 +27,7 @@ from .cases import Case, make_inputs, mix
 from .contestants import FLOORS, contestants
 from .machine import last_level_cache
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+LEAST_ROUNDS, MOST_ROUNDS = 3, 500
 _MADE_BY_THE_STEP = (0, 4, 5, 6, 9)  # of the inputs: kv_score, positions, requests and both kinds of slots
 
 
