@@ -48,8 +48,6 @@ clean: ## undo everything that the targets made
 	@sh requirements/install.sh old-vllm
 	@touch $@
 
-# Made aside and moved into place when complete. `| venv`: a newer package does not make an old checkpoint stale.
+# `| venv`: a newer package does not make an old checkpoint stale.
 deepseek-v4: | venv
-	@rm -rf build/$@
-	@$(RUN) vllm-dsv4-indexer make-checkpoint build/$@
-	@mv build/$@ $@
+	@$(RUN) vllm-dsv4-indexer make-checkpoint $@

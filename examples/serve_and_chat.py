@@ -6,6 +6,8 @@ What the server prints goes to serve_and_chat.log. At the end the line is shown 
 our op did; it stands in the log of every server that runs this backend.
 """
 
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,7 +42,7 @@ def main(model: str) -> None:
         prompt = "Once upon a time"
         completion = client.completions.create(model=served, prompt=prompt, max_tokens=24, temperature=0)
         say(f"completion  {prompt!r} -> {completion.choices[0].text!r}")
-    proof = [line for line in LOG.read_text().splitlines() if "compress was called" in line]
+    proof = [line for line in LOG.read_text().splitlines() if re.search("compress was called [1-9]", line)]
     if not proof:
         sys.exit(f"the server's log has no line that says what the op did: see {LOG}")
     say("the server's own account, from its log:")
@@ -55,7 +57,7 @@ def server(model: str) -> Iterator[str]:
     command += ["--max-model-len", "8192", "--kv-cache-memory-bytes", "1G"]
     say(" ".join(command))
     with LOG.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         wait_until_up(process, url := f"http://127.0.0.1:{port}")
         yield url
@@ -65,20 +67,22 @@ def server(model: str) -> Iterator[str]:
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the workers too
 
 
 def wait_until_up(process: subprocess.Popen, url: str) -> None:
-    for second in range(START_SECONDS):
+    deadline, next_word = time.monotonic() + START_SECONDS, 10
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             sys.exit(f"the server stopped with status {process.returncode}:\n{LOG.read_text()[-2000:]}")
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5)
             return say("the server is up")
         except (urllib.error.URLError, OSError):
-            if second % 10 == 9:
-                say("waiting for the server to load the model")
-            time.sleep(1)
+            time.sleep(0.5)
+        if time.monotonic() - START > next_word:
+            say("waiting for the server to load the model")
+            next_word += 10
     sys.exit(f"the server did not answer within {START_SECONDS} s: see {LOG}")
 
 

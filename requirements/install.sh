@@ -1,7 +1,7 @@
 #!/bin/sh
 # The set-up behind `make`. Needs Python, a C++17 compiler, and for vLLM libnuma and lscpu.
 #   install.sh dependencies   an empty .venv, then CPU torch, then vLLM and all it needs as pinned in cpu.lock
-#   install.sh package        this package, editable, with its native op (cmake and ninja come by themselves if missing)
+#   install.sh package        this package, editable; its native op is built with the locked cmake and ninja
 #   install.sh old-vllm       for the tests: vLLM 0.26.0 in a folder of its own
 #   install.sh lock           resolves cpu.in into cpu.lock, in a throw-away environment
 # Packages come from wherever pip is configured to find them; torch also from TORCH_INDEX_URL.
@@ -127,7 +127,7 @@ dependencies)
     ;;
 package)
     step "[4/4] building and installing this package with its native op" \
-        "$VENV/bin/python" -m pip install --no-deps -e . || exit
+        "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e . || exit
     ;;
 old-vllm)
     step "[tests] fetching vLLM 0.26.0, which the plugin is tested against too" \

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 # Fixed by vLLM's CPU kernels (0.32.0): any other value is refused or asserts.
-HEAD_DIM = 512
+ATTENTION_HEAD_DIM = 512
 ROPE_DIM = 64
 INDEX_HEAD_DIM = 128
 INDEX_TOPK = 512
@@ -29,7 +29,7 @@ HIDDEN_MULTIPLE = 32  # what the expert products pack by
 
 # The real model's (Flash).
 VOCABULARY = 129280
-WINDOW = 128
+SLIDING_WINDOW = 128
 STREAMS = 4  # parallel residual streams ("hyper-connections")
 HASH_LAYERS = 3
 
@@ -122,10 +122,10 @@ def make_config(layers: int, hidden: int) -> dict:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "compress_ratios": compress_ratios(layers),
-        "sliding_window": WINDOW,
+        "sliding_window": SLIDING_WINDOW,
         "num_attention_heads": HEADS,
         "num_key_value_heads": 1,
-        "head_dim": HEAD_DIM,
+        "head_dim": ATTENTION_HEAD_DIM,
         "qk_rope_head_dim": ROPE_DIM,
         "q_lora_rank": QUERY_RANK,
         "o_groups": OUTPUT_GROUPS,
@@ -254,14 +254,14 @@ def _mixing(draw: _Draw, prefix: str, hidden: int, outputs: int, scales: int) ->
 def _attention(draw: _Draw, prefix: str, hidden: int, ratio: int) -> Tensors:
     yield f"{prefix}wq_a.weight", draw.linear(QUERY_RANK, hidden)
     yield f"{prefix}q_norm.weight", draw.gamma(QUERY_RANK)
-    yield f"{prefix}wq_b.weight", draw.linear(HEADS * HEAD_DIM, QUERY_RANK)
-    yield f"{prefix}wkv.weight", draw.linear(HEAD_DIM, hidden)
-    yield f"{prefix}kv_norm.weight", draw.gamma(HEAD_DIM, ATTENTION_GAMMA)
+    yield f"{prefix}wq_b.weight", draw.linear(HEADS * ATTENTION_HEAD_DIM, QUERY_RANK)
+    yield f"{prefix}wkv.weight", draw.linear(ATTENTION_HEAD_DIM, hidden)
+    yield f"{prefix}kv_norm.weight", draw.gamma(ATTENTION_HEAD_DIM, ATTENTION_GAMMA)
     yield f"{prefix}attn_sink", draw.normal(HEADS)
-    yield f"{prefix}wo_a.weight", draw.linear(OUTPUT_GROUPS * OUTPUT_RANK, HEADS // OUTPUT_GROUPS * HEAD_DIM)
+    yield f"{prefix}wo_a.weight", draw.linear(OUTPUT_GROUPS * OUTPUT_RANK, HEADS // OUTPUT_GROUPS * ATTENTION_HEAD_DIM)
     yield f"{prefix}wo_b.weight", draw.linear(hidden, OUTPUT_GROUPS * OUTPUT_RANK, OUTPUT_GAIN)
     if ratio:
-        yield from _compressor(draw, f"{prefix}compressor.", hidden, ratio, HEAD_DIM, ATTENTION_GAMMA)
+        yield from _compressor(draw, f"{prefix}compressor.", hidden, ratio, ATTENTION_HEAD_DIM, ATTENTION_GAMMA)
     if ratio == 4:
         yield f"{prefix}indexer.wq_b.weight", draw.linear(INDEX_HEADS * INDEX_HEAD_DIM, QUERY_RANK)
         yield f"{prefix}indexer.weights_proj.weight", draw.linear(INDEX_HEADS, hidden)

@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"vllm-dsv4-indexer {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -16,8 +16,8 @@ def register() -> None:
     """Register the backend with vLLM. Idempotent; logs instead of raising, since vLLM does not catch what a
     plugin raises and a plugin that cannot register must not take down an engine that does not use it."""
     try:
+        _watch_configuration()  # first: a name that is accepted and not watched would be ignored silently
         _name_backend()
-        _watch_configuration()
     except Exception as error:
         from vllm_dsv4_indexer import __version__
 
@@ -51,9 +51,10 @@ def _add_member(enum: type, name: str, value: str) -> None:
         from vllm.v1.attention.backends.registry import register_backend
 
         register_backend(name, value)
-    else:  # before vLLM 0.32 the enumeration cannot be extended from outside
+    else:  # before vLLM 0.32 the enumeration has no `register`: do what that one does
         member = object.__new__(enum)
         member._name_, member._value_ = name, value
+        setattr(enum, name, member)
         enum._member_map_[name] = enum._value2member_map_[value] = member
         enum._member_names_.append(name)
     # A spawned engine or worker unpickles its configuration before vLLM loads plugins there, when the member does
@@ -64,8 +65,8 @@ def _add_member(enum: type, name: str, value: str) -> None:
 def _watch_configuration() -> None:
     """Enter our engine file where vLLM has the platform check its configuration.
 
-    The platform is the last to change the configuration and the first that sees it whole. It only logs when it
-    ignores a backend, so this is also where a selection that cannot be honoured is refused.
+    The platform sees the whole configuration and may change any of it. It only logs when it ignores a backend, so
+    this is also where a selection that cannot be honoured is refused.
     """
     from vllm.platforms import current_platform
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 NAMESPACE = "dsv4_indexer"
-ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # read by csrc/cpu when the library is loaded
+ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
 
 Impl = Literal["cpu", "reference", "stock"]
 

@@ -133,27 +133,27 @@ void pool_from_state(int64_t begin, int64_t end, void* context) {
 }
 
 // One pass over all tokens, a barrier, then the other.
-void run(const Arguments& a, const Plan& plan, Task first, Task second) {
+bool run(const Arguments& a, const Plan& plan, Task first, Task second) {
   Call call{a, {}};
   a.norm_weight_is_bf16 ? widen(static_cast<const bfloat16*>(a.norm_weight), kHeadDim, call.norm_weight)
                         : widen(static_cast<const float*>(a.norm_weight), kHeadDim, call.norm_weight);
-  const Task passes[] = {first, second};
-  for (const Task pass : passes) {
-    if (plan.unique)
-      a.parallel_for(0, a.tokens, kGrain, pass, &call);
-    else  // in order, so that the last token wins
-      pass(0, a.tokens, &call);
-  }
+  if (plan.unique)
+    return a.parallel_for(0, a.tokens, kGrain, first, &call) == 0 &&
+           a.parallel_for(0, a.tokens, kGrain, second, &call) == 0;
+  // In order, so that the last token wins.
+  first(0, a.tokens, &call);
+  second(0, a.tokens, &call);
+  return true;
 }
 
 }  // namespace
 
-void dsv4::DSV4_ISA::overlay_scan(const Arguments& a, const Plan& plan) {
-  a.kv_score_is_bf16 ? run(a, plan, overlay_and_pool<bfloat16>, save_rows<bfloat16>)
-                     : run(a, plan, overlay_and_pool<float>, save_rows<float>);
+bool dsv4::DSV4_ISA::overlay_scan(const Arguments& a, const Plan& plan) {
+  return a.kv_score_is_bf16 ? run(a, plan, overlay_and_pool<bfloat16>, save_rows<bfloat16>)
+                            : run(a, plan, overlay_and_pool<float>, save_rows<float>);
 }
 
-void dsv4::DSV4_ISA::scatter_pool(const Arguments& a, const Plan& plan) {
-  a.kv_score_is_bf16 ? run(a, plan, save_rows<bfloat16>, pool_from_state)
-                     : run(a, plan, save_rows<float>, pool_from_state);
+bool dsv4::DSV4_ISA::scatter_pool(const Arguments& a, const Plan& plan) {
+  return a.kv_score_is_bf16 ? run(a, plan, save_rows<bfloat16>, pool_from_state)
+                            : run(a, plan, save_rows<float>, pool_from_state);
 }

@@ -7,16 +7,16 @@
 namespace dsv4 {
 
 namespace generic {
-void overlay_scan(const Arguments& a, const Plan& plan);
-void scatter_pool(const Arguments& a, const Plan& plan);
+bool overlay_scan(const Arguments& a, const Plan& plan);
+bool scatter_pool(const Arguments& a, const Plan& plan);
 }  // namespace generic
 namespace avx2 {
-void overlay_scan(const Arguments& a, const Plan& plan);
-void scatter_pool(const Arguments& a, const Plan& plan);
+bool overlay_scan(const Arguments& a, const Plan& plan);
+bool scatter_pool(const Arguments& a, const Plan& plan);
 }  // namespace avx2
 namespace avx512 {
-void overlay_scan(const Arguments& a, const Plan& plan);
-void scatter_pool(const Arguments& a, const Plan& plan);
+bool overlay_scan(const Arguments& a, const Plan& plan);
+bool scatter_pool(const Arguments& a, const Plan& plan);
 }  // namespace avx512
 
 }  // namespace dsv4

@@ -77,7 +77,7 @@ Violation check_window(const Arguments& a, int64_t token, bool& in_call) {
   return {};
 }
 
-// Returns how many entries were written, or -1 if a check failed.
+// Returns how many entries were written, or -1 if a check (then `violation` says which) or parallel_for failed.
 template <Kernel kernel>
 int64_t run(const Arguments* arguments, Violation* violation) {
   const Arguments& a = *arguments;
@@ -110,8 +110,8 @@ int64_t run(const Arguments* arguments, Violation* violation) {
     else
       early.push_back(w.token);
   }
-  kernel(a, {early.data(), static_cast<int64_t>(early.size()), late.data(), unique});
-  return static_cast<int64_t>(windows.size());
+  const Plan plan{early.data(), static_cast<int64_t>(early.size()), late.data(), unique};
+  return kernel(a, plan) ? static_cast<int64_t>(windows.size()) : -1;
 }
 
 }  // namespace
@@ -157,5 +157,5 @@ extern "C" Entry dsv4_indexer_compress_for(const char* algorithm, const char* is
   return nullptr;
 }
 
-// Guards against a library built from other sources than the Python files beside it.
+// Guards against a library whose struct is not the one that the Python files beside it fill.
 extern "C" int64_t dsv4_indexer_arguments_size() { return sizeof(dsv4::Arguments); }

@@ -1,7 +1,7 @@
 // Phases 1 and 2 of a call, compiled once per instruction set (DSV4_ISA, DSV4_LANES; see CMakeLists.txt).
 //
-// Phase 1 pools the windows that read older rows from the state (and the first window of a request), phase 2 saves the rows of this call and pools the
-// windows made of them. All history is read before the first row is written, so the result does not depend on whether
+// Phase 1 pools the windows that read older rows from the state (and the first window of a request), phase 2 saves the
+// rows of this call and pools the windows made of them. All history is read before the first row is written, so the result does not depend on whether
 // this call overwrites what it reads: rings and recycled pages need no special case, and there is no other barrier.
 
 #include "entry.h"
@@ -107,24 +107,25 @@ void save_and_pool(int64_t begin, int64_t end, void* context) {
 }
 
 template <class T>
-void run(Call& call) {
+bool run(Call& call) {
   const Arguments& a = call.a;
   const Plan& plan = call.plan;
   if (plan.unique) {
-    a.parallel_for(0, plan.early_count, kWindowGrain, pool_early<T>, &call);
-    a.parallel_for(0, a.tokens, kTokenGrain, save_and_pool<T>, &call);
-  } else {  // in order, so that the last token wins
-    pool_early<T>(0, plan.early_count, &call);
-    save_and_pool<T>(0, a.tokens, &call);
+    return a.parallel_for(0, plan.early_count, kWindowGrain, pool_early<T>, &call) == 0 &&
+           a.parallel_for(0, a.tokens, kTokenGrain, save_and_pool<T>, &call) == 0;
   }
+  // In order, so that the last token wins.
+  pool_early<T>(0, plan.early_count, &call);
+  save_and_pool<T>(0, a.tokens, &call);
+  return true;
 }
 
 }  // namespace
 
-void dsv4::DSV4_ISA::compress(const Arguments& a, const Plan& plan) {
+bool dsv4::DSV4_ISA::compress(const Arguments& a, const Plan& plan) {
   Call call{a, plan, {}};
   for (int c = 0; c < kHeadDim; c += kLanes)
     store(call.norm_weight + c, a.norm_weight_is_bf16 ? load(static_cast<const bfloat16*>(a.norm_weight) + c)
                                                       : load(static_cast<const float*>(a.norm_weight) + c));
-  a.kv_score_is_bf16 ? run<bfloat16>(call) : run<float>(call);
+  return a.kv_score_is_bf16 ? run<bfloat16>(call) : run<float>(call);
 }

@@ -13,10 +13,10 @@ struct Plan {
   bool unique;               // no slot occurs twice, so that tokens may be written in any order
 };
 
-using Kernel = void (*)(const Arguments& a, const Plan& plan);
+using Kernel = bool (*)(const Arguments& a, const Plan& plan);  // false: parallel_for failed
 
-namespace generic { void compress(const Arguments& a, const Plan& plan); }
-namespace avx2 { void compress(const Arguments& a, const Plan& plan); }
-namespace avx512 { void compress(const Arguments& a, const Plan& plan); }
+namespace generic { bool compress(const Arguments& a, const Plan& plan); }
+namespace avx2 { bool compress(const Arguments& a, const Plan& plan); }
+namespace avx512 { bool compress(const Arguments& a, const Plan& plan); }
 
 }  // namespace dsv4

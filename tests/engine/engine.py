@@ -23,6 +23,10 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 PROMPTS = [prompt(length) for length in LENGTHS]
 ALONE = [dict(prompts=[one], sampling=GREEDY) for one in PROMPTS]
 BATCHED = dict(prompts=PROMPTS, sampling=GREEDY)
+FEW_LENGTHS = (1, 4, 7, 129, 512, 2050, 4097)
+FEW = [ALONE[LENGTHS.index(length)] for length in FEW_LENGTHS]
+PREFIXES = [prompt(2049, seed=1), prompt(4097, seed=1)]
+PREEMPTED = [prompt(3001 + length, seed=2) for length in range(6)]
 
 
 @dataclass
@@ -31,6 +35,10 @@ class Result:
     preemptions: int
     caches: dict[str, np.ndarray]
     log: str
+
+    def alone(self, lengths: tuple[int, ...] = LENGTHS) -> dict[int, dict]:
+        """The answers of the first rounds, one prompt each, by prompt length."""
+        return {length: answers[0] for length, answers in zip(lengths, self.rounds)}
 
 
 def run_engine(folder: Path, model: Path, rounds: list[dict], caches=False, environment=None, **options) -> Result:

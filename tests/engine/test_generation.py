@@ -6,20 +6,20 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import PREFIXES, alone
-from engine import LENGTHS, PROMPTS, largest_difference
+from engine import FEW_LENGTHS, LENGTHS, PREFIXES, PROMPTS, largest_difference
 
 # Of log-probabilities. Another batch shape goes through another kernel of the engine's last matrix product, whose
 # bfloat16 logits have steps of 1/16 here: 0.12 is the largest difference seen.
 SHAPE_TOLERANCE = 0.25
-# Two workers, or transformers in fp32 with an unquantised KV cache, round differently in every layer, and an expert or a
-# selected entry at the border changes with it: 0.35 is the largest difference seen up to 2050 tokens, 0.84 at 4097.
-LAYER_TOLERANCE = 1.0
+# Two workers, or transformers in fp32 with an unquantised KV cache, round differently in every layer, and an expert at the
+# border changes with it: 0.35 is the largest difference seen. With more than 512 entries so does a selected one: 0.84.
+LAYER_TOLERANCE = 0.5
+TOPK_TOLERANCE = 1.0
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_tokens_and_logprobs_are_those_of_the_stock_compressor(ours, stock, length):
-    assert alone(ours)[length] == alone(stock)[length]
+    assert ours.alone()[length] == stock.alone()[length]
 
 
 def test_in_a_batch_too_tokens_and_logprobs_are_those_of_the_stock_compressor(ours, stock):
@@ -53,14 +53,14 @@ def work(log: str) -> tuple[int, ...]:
     return tuple(map(int, re.search(r"called (\d+) times on (\d+) tokens and wrote (\d+) entries", log).groups()))
 
 
-@pytest.mark.parametrize("length", LENGTHS[:12])
+@pytest.mark.parametrize("length", FEW_LENGTHS)
 def test_the_reference_implementation_gives_the_same_answers_in_the_engine(reference, ours, length):
-    assert alone(reference)[length] == alone(ours)[length]
+    assert reference.alone(FEW_LENGTHS)[length] == ours.alone()[length]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_prefill_changes_no_answer(chunked, ours, length):
-    assert largest_difference(alone(ours)[length], alone(chunked)[length]) <= SHAPE_TOLERANCE
+    assert largest_difference(ours.alone()[length], chunked.alone()[length]) <= SHAPE_TOLERANCE
 
 
 @pytest.mark.parametrize("index", range(len(PREFIXES)))
@@ -71,16 +71,21 @@ def test_a_prefix_cache_hit_changes_no_answer(chunked, index):
     assert largest_difference(hit, miss) <= SHAPE_TOLERANCE
 
 
-def test_preemption_changes_no_answer(chunked):
-    together, *in_eights = chunked.rounds[len(PROMPTS) + 2 * len(PREFIXES) :]
-    assert chunked.preemptions > 0
-    for answer, expected in zip(together, sum(in_eights, []), strict=True):
+def test_preemption_changes_no_answer(preempted):
+    together, *alone = preempted.rounds
+    assert preempted.preemptions > 0
+    for answer, (expected,) in zip(together, alone, strict=True):
         assert largest_difference(answer, expected) <= SHAPE_TOLERANCE
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", FEW_LENGTHS)
 def test_tensor_parallelism_changes_no_answer(two_workers, ours, length):
-    assert largest_difference(alone(ours)[length], alone(two_workers)[length]) <= LAYER_TOLERANCE
+    difference = largest_difference(ours.alone()[length], two_workers.alone(FEW_LENGTHS)[length])
+    assert difference <= (LAYER_TOLERANCE if length <= 2050 else TOPK_TOLERANCE)
+
+
+def test_two_workers_give_the_tokens_and_logprobs_of_the_stock_compressor(two_workers, two_stock_workers):
+    assert two_workers.rounds == two_stock_workers.rounds
 
 
 def test_both_tensor_parallel_workers_compress(two_workers):
@@ -89,7 +94,7 @@ def test_both_tensor_parallel_workers_compress(two_workers):
 
 
 def test_in_a_batch_answers_are_those_of_the_requests_alone(ours):
-    for expected, answer in zip(alone(ours).values(), ours.rounds[-1], strict=True):
+    for expected, answer in zip(ours.alone().values(), ours.rounds[-1], strict=True):
         assert largest_difference(expected, answer) <= SHAPE_TOLERANCE
 
 
@@ -102,7 +107,7 @@ def transformers_model(checkpoint):
 
 @pytest.mark.parametrize("length", [length for length in LENGTHS if length <= 2048])
 def test_transformers_in_fp32_agrees(transformers_model, ours, length):
-    answer = alone(ours)[length]
+    answer = ours.alone()[length]
     tokens = torch.tensor([[*PROMPTS[LENGTHS.index(length)], *answer["tokens"][:-1]]])
     with torch.inference_mode():
         logits = transformers_model(tokens, logits_to_keep=len(answer["tokens"])).logits[0]

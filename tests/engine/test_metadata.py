@@ -1,7 +1,5 @@
 """The metadata that vLLM has only as Triton kernels, against the plainest loops that say what it is."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
@@ -20,9 +18,9 @@ BATCHES = {
 
 @pytest.fixture
 def provided():
-    with ExitStack() as patches:
-        vllm_cpu.provide_metadata(patches)
-        yield
+    vllm_cpu.provide_metadata("a test")
+    yield
+    vllm_cpu.withdraw_metadata("a test")
 
 
 @pytest.fixture(params=BATCHES.values(), ids=BATCHES)
@@ -96,8 +94,16 @@ KERNELS = [
 VLLMS_OWN = [vars(owner)[name] for owner, name in KERNELS]
 
 
-def test_closing_the_patches_puts_vllms_own_objects_back():
-    with ExitStack() as patches:
-        vllm_cpu.provide_metadata(patches)
-        assert not any(vars(owner)[name] is own for (owner, name), own in zip(KERNELS, VLLMS_OWN))
-    assert all(vars(owner)[name] is own for (owner, name), own in zip(KERNELS, VLLMS_OWN))
+def vllms_own() -> list[bool]:
+    return [vars(owner)[name] is own for (owner, name), own in zip(KERNELS, VLLMS_OWN)]
+
+
+def test_vllms_own_objects_are_back_when_the_last_engine_of_the_process_is_gone():
+    assert all(vllms_own())
+    vllm_cpu.provide_metadata("first")
+    vllm_cpu.provide_metadata("second")
+    assert not any(vllms_own())
+    vllm_cpu.withdraw_metadata("first")
+    assert not any(vllms_own())
+    vllm_cpu.withdraw_metadata("second")
+    assert all(vllms_own())

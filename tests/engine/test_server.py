@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,7 +82,20 @@ def test_after_an_aborted_request_the_answers_are_as_before(client, model):
     thread.start()
     assert first_piece.wait(60)
     thread.join()
+    wait_until_idle(client)
     assert [complete(client, model, prompt) for prompt in PROMPTS] == before
+
+
+def wait_until_idle(client: OpenAI) -> None:
+    """Until the server runs no request any more: the aborted one would go on for minutes."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        metrics = urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")).read().decode()
+        running = re.findall(r"^vllm:num_requests_running\{.*\} (.*)$", metrics, re.MULTILINE)
+        if running and not any(map(float, running)):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the aborted request still runs")
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_server_goes_on(client, model):

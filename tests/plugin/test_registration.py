@@ -90,6 +90,18 @@ def test_a_vllm_without_a_registry_is_told_in_one_line_and_not_taken_down():
     assert out.splitlines()[-1] == "still running"
 
 
+def test_a_configuration_that_cannot_be_watched_leaves_the_name_unknown():
+    out = run_python(
+        "from vllm.platforms import current_platform; del type(current_platform).check_and_update_config\n"
+        "import vllm.platforms.interface as base; del base.Platform.check_and_update_config\n"
+        "from vllm_dsv4_indexer.plugin import register; register()\n"
+        "from vllm.config import AttentionConfig\n"
+        "try: AttentionConfig(backend='dsv4_indexer')\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "could not register" in out and "Unknown attention backend" in out
+
+
 def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
     environment = {"PYTHONPATH": str(VLLM_0_26)}
     register = "from vllm_dsv4_indexer.plugin import register; register(); register();"

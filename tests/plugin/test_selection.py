@@ -94,6 +94,17 @@ def test_another_worker_class_is_refused(checkpoint: Path):
     assert "some.other.Worker" in message
 
 
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        (dict(decode_context_parallel_size=2, tensor_parallel_size=2), "decode_context_parallel_size is 2"),
+        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "speculative decoding is on"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, found: str):
+    assert found in refusal(checkpoint, **options)
+
+
 def test_an_unknown_platform_is_refused():
     with pytest.raises(ValueError, match=r"the platform is 'cuda'; supported are \['cpu'\]"):
         plugin._engine(SimpleNamespace(device_type="cuda"))

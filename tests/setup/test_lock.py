@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -25,6 +26,10 @@ def pins(name):
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in read(name)}
 
 
+# Of this environment alone: on sys.path setuptools also has packages of its own, once something has imported it.
+INSTALLED = {
+    canonicalize_name(d.name): d for d in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+}
 LOCK = pins("cpu.lock")
 EXCLUDED = pins("excluded.txt")
 DIRECT = read("cpu.in")
@@ -45,7 +50,7 @@ def unmet(lock, python, machine):
         # "" stands for the package without extras.
         for extra in {"", *requirement.extras} - {e for n, e in seen if n == name}:
             seen.add((name, extra))
-            for line in importlib.metadata.requires(name) or []:
+            for line in INSTALLED[name].requires or []:
                 wanted = Requirement(line)
                 if not wanted.marker or wanted.marker.evaluate(environment | {"extra": extra}):
                     todo.append((wanted, name))
@@ -82,7 +87,7 @@ def test_nothing_built_for_cuda_is_locked():
 
 
 def test_the_environment_is_what_is_locked():
-    installed = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
+    installed = {name: distribution.version for name, distribution in INSTALLED.items()}
     assert {name: installed.get(name) for name in LOCK} == LOCK
     assert not set(EXCLUDED) & set(installed)
 

@@ -1,7 +1,7 @@
 """vLLM 0.32.0's CPU engine, with our compressor in the place of the indexer's.
 
 `configure` runs where vLLM checks its configuration and names `Worker` as the worker class. Everything else happens
-inside that worker, so an engine that uses another backend never meets any of it: the worker supplies the metadata
+inside that worker, so an engine that uses another backend does not meet any of it: the worker supplies the metadata
 that vLLM has only as Triton kernels, loads the model, replaces the compressor of every indexer, and says at
 shut-down what the op did.
 """
@@ -9,7 +9,7 @@ shut-down what the op did.
 import vllm
 
 SUPPORTED_VLLM = "0.32.0"  # everything below is written against this version's objects
-if not vllm.__version__.startswith(SUPPORTED_VLLM):
+if vllm.__version__.split("+")[0] != SUPPORTED_VLLM:  # "+cpu" if built for it
     raise ImportError(
         f"--attention-backend dsv4_indexer: this is vLLM {vllm.__version__}; on a CPU the backend supports vLLM "
         f"{SUPPORTED_VLLM}. Install that version, or leave the option out."
@@ -38,7 +38,7 @@ from vllm_dsv4_indexer.contract import RATIO
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
-SHUTDOWN_SECONDS = 5  # vLLM's own grace where a user names none, but for servers
+SHUTDOWN_SECONDS = 5  # what vLLM gives the workers of an offline engine
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -72,15 +72,20 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     config = vllm_config.model_config.hf_config
     model_type, topk = config.model_type, getattr(config, "index_topk", None)
-    worker = vllm_config.parallel_config.worker_cls
+    parallel = vllm_config.parallel_config
     if model_type != "deepseek_v4":
         _refuse(f"the model is of type {model_type!r}", "deepseek_v4", "leave the option out for this model")
     if RATIO not in config.compress_ratios[: config.num_hidden_layers]:
         _refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
     if topk != INDEX_TOPK:
         _refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve it on an NPU")
-    if worker not in ("auto", f"{__name__}.{Worker.__qualname__}"):
-        _refuse(f"worker_cls is {worker!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
+    if parallel.worker_cls not in ("auto", f"{__name__}.{Worker.__qualname__}"):
+        _refuse(f"worker_cls is {parallel.worker_cls!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, option)) > 1:
+            _refuse(f"{option} is {size}", "1 on vLLM's CPU engine", "use tensor or pipeline parallelism")
+    if vllm_config.speculative_config is not None:
+        _refuse("speculative decoding is on", "one token a step on vLLM's CPU engine", "leave it out")
 
 
 def _refuse(found: str, supported: str, remedy: str) -> None:
@@ -102,10 +107,11 @@ class Worker(CPUWorker):
     """vLLM's CPU worker with our compressor in the model and our metadata under it."""
 
     def load_model(self, **kwargs: Any) -> None:
-        self._patches = ExitStack()
-        provide_metadata(self._patches)
-        super().load_model(**kwargs)
         impl = Settings.read(self.vllm_config.additional_config).impl
+        if impl != "stock":
+            ops.prepare(impl, "cpu")
+        provide_metadata(self)
+        super().load_model(**kwargs)
         first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
         indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
         replace_compressors(self.get_model(), impl, indexers)
@@ -114,8 +120,7 @@ class Worker(CPUWorker):
     def shutdown(self) -> None:
         logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
         super().shutdown()
-        if patches := self.__dict__.pop("_patches", None):
-            patches.close()
+        withdraw_metadata(self)
 
 
 class IndexerCompressor(DeepseekV4CPUCompressor):
@@ -180,8 +185,25 @@ def replace_compressors(model: torch.nn.Module, impl: str, indexers: int) -> Non
 # names of the kernels' parameters, since vLLM passes them by name.
 
 
-def provide_metadata(patches: ExitStack) -> None:
-    """Replace the kernels and the builder method below; closing `patches` puts vLLM's own back."""
+_users: set[Any] = set()  # an offline engine may share its process with others
+_originals = ExitStack()
+
+
+def provide_metadata(user: Any) -> None:
+    """Replace the kernels and the builder method below, unless another user in this process has."""
+    if not _users:
+        _replace_kernels()
+    _users.add(user)
+
+
+def withdraw_metadata(user: Any) -> None:
+    """Put vLLM's own back, if `user` is the last one."""
+    _users.discard(user)
+    if not _users:
+        _originals.close()
+
+
+def _replace_kernels() -> None:
     for owner, name, function in (
         (metadata, "_token_request_mapping_kernel", token_request_mapping),
         (compressor_utils.CompressedSlotMappingKernel, "kernel", compressed_slot_mapping),
@@ -189,12 +211,12 @@ def provide_metadata(patches: ExitStack) -> None:
         (sparse_swa.ComputeSWAIndicesAndLensKernel, "kernel", not_read_on_cpu),
         (sparse_swa.ComputePrefillMetadataKernel, "kernel", not_read_on_cpu),
     ):
-        _patch(patches, owner, name, KernelOverride(getattr(owner, name), function))
-    _patch(patches, DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler", no_tile_schedule)
+        _replace(owner, name, KernelOverride(getattr(owner, name), function))
+    _replace(DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler", no_tile_schedule)
 
 
-def _patch(patches: ExitStack, owner: Any, name: str, value: Any) -> None:
-    patches.callback(setattr, owner, name, vars(owner)[name])
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _originals.callback(setattr, owner, name, vars(owner)[name])
     setattr(owner, name, value)
 
 

@@ -81,7 +81,8 @@ def compress(
     (front halves of the first four, back halves of the last four), then RMSNorm, RoPE at position p-3, one rounding to
     bfloat16, quantisation. Rows of this call come from `kv_score`, older ones from the state as it was before the
     call (the pre-image rule), so a token without a state slot still counts in its own call. If a slot occurs twice,
-    the last token wins. A padding row has both slots -1; nothing else in it is read as a position or a request.
+    the last token wins. A padding row has both slots -1; its position and request may be anything that no
+    window of a later token in this call asks for.
 
     Args:
         kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the positional bias.
@@ -115,6 +116,15 @@ def compress(
 
 
 # torch leaves out the arguments that equal their default, so the defaults are needed here too.
+def prepare(impl: str | None, device: str) -> None:
+    """Load an implementation and what it needs now, so that whatever is missing is known before the first call.
+
+    Raises ValueError (`impl` is unknown, or there is none for the device; a setting in the environment is wrong) and
+    ImportError (the native library, or something in torch that it needs, is missing), which say what to do.
+    """
+    _implementation(impl, device)
+
+
 def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
     kv_score = args[0]
     tensors = args if len(args) == 12 else (*args, None)
@@ -124,6 +134,11 @@ def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | 
         work.entries += run(*tensors, eps=eps, k_format=k_format)
         work.calls += 1
         work.tokens += kv_score.shape[0]
+
+
+def _fake(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
+    """Also what torch calls if only some of the tensors are on the meta device: an error, not a call that does nothing."""
+    contract.check_metadata(args if len(args) == 12 else (*args, None), k_format)
 
 
 @functools.cache
@@ -140,4 +155,4 @@ def _implementation(name: str | None, device: str) -> Callable[..., int]:
 
 # One Python kernel for every device: it costs about 3 us a call more than a C++ one, and torch.library.custom_op 60.
 _library.impl("compress", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_fake("dsv4_indexer::compress", lambda *args, **kwargs: None, lib=_library)
+torch.library.register_fake("dsv4_indexer::compress", _fake, lib=_library)

@@ -1,6 +1,6 @@
 """`compress` on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
 
-The library is loaded on first use. It has a C interface, so one binary serves every Python and every torch from 2.10.
+The library is loaded with this module, which is imported on first use. It has a C interface, so one binary serves every Python and every torch from 2.10.
 It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
 environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
 """
@@ -65,6 +65,8 @@ def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str 
     entries = native().compressors[algorithm](ctypes.byref(arguments), ctypes.byref(violation))
     if violation.code:
         raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
+    if entries < 0:
+        raise RuntimeError("torch's parallel_for failed: the caches may be half written; see torch's own message")
     return entries
 
 
@@ -110,7 +112,7 @@ def native() -> Native:
     path = library_path()
     library = ctypes.CDLL(str(path))
     if library.dsv4_indexer_arguments_size() != ctypes.sizeof(Arguments):
-        raise ImportError(f"{path} was built from other sources than this package; build and install it again")
+        raise ImportError(f"{path} has another interface than this package; build and install it again")
     asked = os.environ.get("DSV4_INDEXER_ISA")
     if asked is not None and asked not in ISAS:
         raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
@@ -150,3 +152,6 @@ def _torch_parallel_for() -> int:
         return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
     except AttributeError:
         raise ImportError(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
+
+
+native()
