@@ -5,6 +5,7 @@ import sys
 import time
 
 from vllm_dsv4_indexer import __version__
+from vllm_dsv4_indexer.bench import command as bench
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"vllm-dsv4-indexer {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -30,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--hidden", type=int, default=512, metavar="H", help="hidden size, a multiple of 32 (default: %(default)s)")
     make.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
     make.set_defaults(run=_make_checkpoint)
+    bench.add_to(commands)
     return parser
 
 

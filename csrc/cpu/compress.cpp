@@ -1,9 +1,10 @@
-// The library's two exported functions, and phase 0 of a call: check every value, decide which window is pooled when.
+// The exported functions of the op, and phase 0 of a call: check every value, decide which window is pooled when.
 // Nothing is written before phase 0 is done. It is serial: a few nanoseconds per token.
 
 #include <cstring>
 #include <vector>
 
+#include "baselines.h"
 #include "plan.h"
 #include "window.h"
 
@@ -118,16 +119,41 @@ int64_t run(const Arguments* arguments, Violation* violation) {
 
 using Entry = int64_t (*)(const dsv4::Arguments*, dsv4::Violation*);
 
-// The compressor compiled for `isa` ("avx512", "avx2" or "generic"), or null if it is unknown or this CPU lacks it.
-extern "C" Entry dsv4_indexer_compress_for(const char* isa) {
+// Whether this build has the kernels of `isa` and this CPU runs them.
+static bool usable(const char* isa) {
 #if defined(__x86_64__)
-  if (!std::strcmp(isa, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return dsv4::run<dsv4::avx512::compress>;
-  if (!std::strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return dsv4::run<dsv4::avx2::compress>;
+  if (!std::strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  if (!std::strcmp(isa, "generic")) return dsv4::run<dsv4::generic::compress>;
+  return !std::strcmp(isa, "generic");
+}
+
+struct Compressor {
+  const char* algorithm;
+  const char* isa;
+  Entry run;
+};
+
+static constexpr Compressor kCompressors[] = {
+#if defined(__x86_64__)
+    {"one_pass", "avx512", dsv4::run<dsv4::avx512::compress>},
+    {"overlay_scan", "avx512", dsv4::run<dsv4::avx512::overlay_scan>},
+    {"scatter_pool", "avx512", dsv4::run<dsv4::avx512::scatter_pool>},
+    {"one_pass", "avx2", dsv4::run<dsv4::avx2::compress>},
+    {"overlay_scan", "avx2", dsv4::run<dsv4::avx2::overlay_scan>},
+    {"scatter_pool", "avx2", dsv4::run<dsv4::avx2::scatter_pool>},
+#endif
+    {"one_pass", "generic", dsv4::run<dsv4::generic::compress>},
+    {"overlay_scan", "generic", dsv4::run<dsv4::generic::overlay_scan>},
+    {"scatter_pool", "generic", dsv4::run<dsv4::generic::scatter_pool>},
+};
+
+// The compressor of that name compiled for `isa`, or null if either is unknown or this CPU lacks the instructions.
+extern "C" Entry dsv4_indexer_compress_for(const char* algorithm, const char* isa) {
+  for (const Compressor& c : kCompressors)
+    if (!std::strcmp(c.algorithm, algorithm) && !std::strcmp(c.isa, isa) && usable(isa)) return c.run;
   return nullptr;
 }
 

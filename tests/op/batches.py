@@ -14,6 +14,8 @@ from vllm_dsv4_indexer.contract import (
     FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
 )  # fmt: skip
 
+IMPLS = ("reference", "cpu", "overlay_scan")  # the same results
+IMPLS_WHERE_ROWS_ARE_UNIQUE = (*IMPLS, "scatter_pool")
 MAX_POSITION = 512
 _FP8_PAGE = FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES
 # (bytes per state page, per fp8 page, offset of both): None is dense.

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from batches import assert_identical, make_batch
+from batches import IMPLS_WHERE_ROWS_ARE_UNIQUE, assert_identical, make_batch
 from vllm_dsv4_indexer import contract, ops
 from vllm_dsv4_indexer.ops import cpu
 
 OP = torch.ops.dsv4_indexer.compress.default
 
 
-@pytest.mark.parametrize("impl", ("reference", "cpu"))
+@pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
 @pytest.mark.parametrize("k_format", contract.K_FORMATS)
 def test_opcheck_passes(impl, k_format):
     batch = make_batch([(5, 9)], k_format=k_format)
@@ -49,9 +49,9 @@ def test_importing_the_op_loads_no_native_library_and_no_vllm():
 
 @pytest.fixture
 def fresh_library():
-    cpu._native.cache_clear()
+    cpu.native.cache_clear()
     yield
-    cpu._native.cache_clear()
+    cpu.native.cache_clear()
 
 
 def test_a_missing_library_says_where_it_was_looked_for(monkeypatch, fresh_library):

@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batches import Batch, assert_close, assert_identical, make_batch
+from batches import IMPLS_WHERE_ROWS_ARE_UNIQUE, Batch, assert_close, assert_identical, make_batch
 from vllm_dsv4_indexer.contract import HEAD_DIM, WINDOW
 
-IMPLS = ("reference", "cpu")
 REQUESTS = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
 
 
@@ -34,7 +33,7 @@ def run_vllm(batch: Batch) -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
 @pytest.mark.parametrize("layout", ("dense", "padded", "engine"))
 @pytest.mark.parametrize("kv_dtype", (torch.float32, torch.bfloat16))
 def test_every_byte_is_vllms(impl, layout, kv_dtype):
@@ -79,7 +78,7 @@ def transformers_indexer():
     return indexer.requires_grad_(False), Caches
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
 @pytest.mark.parametrize("chunks", ([131], [1, 2, 30, 4, 7, 87], [5, 126], [1] * 20 + [111]))
 def test_entries_are_those_of_the_transformers_indexer(impl, chunks, transformers_indexer):
     """fp32 throughout; its entries are quantised here."""

@@ -1,24 +1,35 @@
 """The op `dsv4_indexer::compress`: schema, fake implementation and dispatch.
 
-An implementation is a module of this folder with a function `compress`, which takes the arguments of the op without
-`impl`, already checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many
-entries it wrote. To add one, write the module and its line in `IMPLEMENTATIONS`.
+An implementation is a function in a module of this folder, which takes the arguments of the op without `impl`, already
+checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many entries it wrote.
+To add one, write the module and its line in `IMPLEMENTATIONS`.
 """
 
 import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import contract
 
-# name -> device types it is the default for, the first line wins. A name without any serves every device, if asked for.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu",),
-    "reference": (),
+
+class Implementation(NamedTuple):
+    """`module.function` of this folder, and the device types that it serves: none named means every one, if asked for.
+    The default of a device is the first that names it."""
+
+    function: str
+    devices: tuple[str, ...] = ()
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation("cpu.compress", ("cpu",)),
+    "reference": Implementation("reference.compress"),
+    "overlay_scan": Implementation("baselines.overlay_scan", ("cpu",)),
+    "scatter_pool": Implementation("baselines.scatter_pool", ("cpu",)),
 }
 
 
@@ -133,13 +144,14 @@ def _fake(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None
 
 @functools.cache
 def _implementation(name: str | None, device: str) -> Callable[..., int]:
-    usable = [n for n, devices in IMPLEMENTATIONS.items() if not devices or device in devices]
+    usable = [n for n, i in IMPLEMENTATIONS.items() if not i.devices or device in i.devices]
     if name is None:
-        name = next((n for n in usable if IMPLEMENTATIONS[n]), None)
+        name = next((n for n in usable if IMPLEMENTATIONS[n].devices), None)
     if name not in usable:
         what = "there is no default impl" if name is None else f"impl {name!r} is not one"
         raise ValueError(f"{what} for device {device!r}; available by name: {', '.join(usable)}")
-    return importlib.import_module(f".{name}", __name__).compress
+    module, function = IMPLEMENTATIONS[name].function.split(".")
+    return getattr(importlib.import_module(f".{module}", __name__), function)
 
 
 # One Python kernel for every device: it costs about 3 us a call more than a C++ one, and torch.library.custom_op 60.

@@ -9,7 +9,9 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +19,12 @@ from torch import Tensor
 from .. import contract
 
 ISAS = ("avx512", "avx2", "generic")  # best first
+ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")  # the first is `compress`, the others are in baselines.py
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
 _K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """csrc/cpu/abi.h, `struct Arguments`, which explains the fields; all but eps are 8-byte integers or addresses."""
 
     _fields_ = [
@@ -38,7 +41,7 @@ class _Arguments(ctypes.Structure):
     ] + [("eps", ctypes.c_double)]
 
 
-class _Violation(ctypes.Structure):
+class Violation(ctypes.Structure):
     """csrc/cpu/abi.h, `struct Violation`."""
 
     _fields_ = [
@@ -46,7 +49,28 @@ class _Violation(ctypes.Structure):
     ]
 
 
-def compress(
+class Native(NamedTuple):
+    """The library, the instruction set in use, its compressors by algorithm, and torch's parallel_for."""
+
+    library: ctypes.CDLL
+    isa: str
+    compressors: dict[str, Callable[..., int]]
+    parallel_for: int
+
+
+def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str = "one_pass") -> int:
+    """See `vllm_dsv4_indexer.ops.compress`; returns the number of entries written."""
+    arguments = arguments_of(*tensors, eps=eps, k_format=k_format)
+    violation = Violation()
+    entries = native().compressors[algorithm](ctypes.byref(arguments), ctypes.byref(violation))
+    if violation.code:
+        raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
+    if entries < 0:
+        raise RuntimeError("torch's parallel_for failed: the caches may be half written; see torch's own message")
+    return entries
+
+
+def arguments_of(
     kv_score: Tensor,
     ape: Tensor,
     norm_weight: Tensor,
@@ -62,16 +86,15 @@ def compress(
     *,
     eps: float,
     k_format: str,
-) -> int:
-    """See `vllm_dsv4_indexer.ops.compress`; returns the number of entries written."""
-    native, parallel_for = _native()
+) -> Arguments:
+    """The arguments of `compress` as the library takes them: addresses, which do not keep the tensors alive."""
     scale = (
         (0, 0, 0, 0)
         if k_scale_cache is None
         else (k_scale_cache.data_ptr(), *k_scale_cache.stride(), k_scale_cache.dtype is torch.float16)
     )
-    arguments = _Arguments(
-        parallel_for, kv_score.shape[0],
+    return Arguments(
+        native().parallel_for, kv_score.shape[0],
         kv_score.data_ptr(), kv_score.stride(0), kv_score.dtype is torch.bfloat16,
         ape.data_ptr(), norm_weight.data_ptr(), norm_weight.dtype is torch.bfloat16,
         cos_sin_cache.data_ptr(), cos_sin_cache.stride(0), cos_sin_cache.shape[0],
@@ -81,32 +104,29 @@ def compress(
         k_slot_mapping.data_ptr(), k_cache.data_ptr(), *k_cache.stride()[:2], *k_cache.shape[:2],
         *scale, _K_FORMATS[k_format], eps,
     )  # fmt: skip
-    violation = _Violation()
-    entries = native(ctypes.byref(arguments), ctypes.byref(violation))
-    if violation.code:
-        raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
-    if entries < 0:
-        raise RuntimeError("torch's parallel_for failed: the caches may be half written; see torch's own message")
-    return entries
 
 
 @functools.cache
-def _native():
-    """The native function for this CPU, and the address of torch's parallel_for."""
+def native() -> Native:
+    """The native library, loaded, for this CPU."""
     path = library_path()
     library = ctypes.CDLL(str(path))
-    if library.dsv4_indexer_arguments_size() != ctypes.sizeof(_Arguments):
+    if library.dsv4_indexer_arguments_size() != ctypes.sizeof(Arguments):
         raise ImportError(f"{path} has another interface than this package; build and install it again")
     asked = os.environ.get("DSV4_INDEXER_ISA")  # empty counts as unset
     if asked and asked not in ISAS:
         raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
-    compress_for = library.dsv4_indexer_compress_for
-    compress_for.restype = ctypes.c_void_p
-    address = next(filter(None, (compress_for(isa.encode()) for isa in ([asked] if asked else ISAS))), None)
-    if address is None:
-        raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one")
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(address)
-    return function, _torch_parallel_for()
+    for isa in [asked] if asked else ISAS:
+        compressors = {name: _compressor(library, name, isa) for name in ALGORITHMS}
+        if all(compressors.values()):
+            return Native(library, isa, compressors, _torch_parallel_for())
+    raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one")
+
+
+def _compressor(library: ctypes.CDLL, algorithm: str, isa: str):
+    library.dsv4_indexer_compress_for.restype = ctypes.c_void_p
+    address = library.dsv4_indexer_compress_for(algorithm.encode(), isa.encode())
+    return address and ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(address)
 
 
 def library_path() -> Path:
@@ -134,4 +154,4 @@ def _torch_parallel_for() -> int:
         raise ImportError(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
 
 
-_native()
+native()

@@ -1,0 +1,128 @@
+"""`vllm-dsv4-indexer bench` on calls of a few tokens. Nothing here judges a time."""
+
+import json
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_dsv4_indexer import cli, ops
+from vllm_dsv4_indexer.bench import cases, contestants, measure, report
+from vllm_dsv4_indexer.contract import check_metadata
+
+NAMES = contestants.available()
+TINY = [cases.mix(kind, 13) for kind in cases.LENGTHS]
+
+
+def run(folder: Path, *options: str) -> dict:
+    command = ["bench", "--seconds", "0", "--threads", "1", "--output", str(folder), *options]
+    assert cli.main(command) == 0
+    return json.loads((folder / "bench.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def result(folder) -> dict:
+    return run(folder, "--requests", "one,mixed", "--lengths", "8,40")
+
+
+def test_the_result_holds_every_call_of_every_contestant(result):
+    assert {(c["case"], c["threads"], c["cache"]) for c in result["cells"]} == {
+        (f"{kind}, T={n}", 1, cache) for kind in ("one", "mixed") for n in (8, 40) for cache in ("warm", "cold")
+    }
+    for cell in result["cells"]:
+        assert cell["nanoseconds"].keys() == {*NAMES, *contestants.FLOORS} - {"reference"}
+        assert all(len(calls) >= measure.LEAST_ROUNDS and min(calls) > 0 for calls in cell["nanoseconds"].values())
+
+
+def test_the_result_names_the_machine(result):
+    machine = result["machine"]
+    assert machine["cpu"] and machine["cores"] >= 1 and machine["isa"] and machine["torch"] == torch.__version__
+
+
+def test_the_table_names_every_contestant_and_the_three_algorithms(result):
+    table = report.table(result)
+    for name in result["cells"][0]["nanoseconds"].keys() - {"floor_past_cache"}:
+        assert f"  {name} " in table
+    assert "A overlay_scan, B scatter_pool, C one_pass" in table and "bandwidth" in table
+
+
+def test_the_plot_is_xml_with_a_line_for_every_contestant(folder, result):
+    svg = xml.etree.ElementTree.parse(folder / "bench.svg")
+    lines = svg.findall("{*}polyline")
+    names = result["cells"][0]["nanoseconds"].keys() - {"floor_past_cache"}
+    assert len(lines) == 2 * 2 * len(names)  # two panels, warm and cold
+    assert {e.text for e in svg.findall("{*}text")} >= names
+
+
+def test_compare_marks_what_became_slower(folder, result, tmp_path, capsys):
+    slower = json.loads(json.dumps(result))
+    for cell in slower["cells"]:
+        cell["nanoseconds"]["cpu"] = [10 * max(cell["nanoseconds"]["cpu"])] * 3
+    (tmp_path / "slower.json").write_text(json.dumps(slower))
+    capsys.readouterr()
+    assert cli.main(["bench", "compare", str(folder / "bench.json"), str(tmp_path / "slower.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] == "slower" for line in lines if ": cpu " in line] == [True] * len(result["cells"])
+    assert all("+0.0%" in line for line in lines if ": scatter_pool " in line)
+
+
+def test_traffic_is_chats_and_long_documents_in_chunks():
+    chunks = cases.traffic()
+    assert {c.kind for c in chunks} == {"chat", "document"}
+    assert all(c.tokens <= 2000 for c in chunks if c.kind == "chat")
+    documents = [c for c in chunks if c.kind == "document"]
+    assert {c.tokens for c in documents} == {2048, 4096, 8192} and max(c.context for c in documents) > 128 << 10
+    assert len({c.name for c in documents}) == 3
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
+@pytest.mark.parametrize("kv_dtype", (torch.bfloat16, torch.float32))
+def test_the_inputs_keep_the_contract_and_are_not_zeros(case, kv_dtype):
+    inputs = cases.make_inputs(case, kv_dtype)
+    check_metadata((*inputs, None), "fp8_pow2")
+    assert len(inputs[0]) == case.tokens and inputs[0].count_nonzero() > 0.99 * inputs[0].numel()
+    assert (inputs[9] >= 0).sum() == case.entries
+    ops.compress(*inputs, impl="reference")
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
+@pytest.mark.parametrize("past_cache", contestants.FLOORS)
+def test_the_floor_moves_every_row_and_entry_and_nothing_else(case, past_cache):
+    inputs = cases.make_inputs(case, torch.bfloat16)
+    kv_score, slots, state, k_slots, k_cache = (inputs[i] for i in (0, 6, 8, 9, 10))
+    expected = state.clone()
+    expected[slots // cases.PAGE, slots % cases.PAGE] = kv_score.float()
+    entries = k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)).clone()
+    written = k_slots[k_slots >= 0]
+    entries[written // 64, written % 64] = kv_score[k_slots >= 0, :64].contiguous().view(torch.uint8)
+    contestants.contestants([], inputs)[past_cache]()
+    assert torch.equal(state, expected)
+    assert torch.equal(k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)), entries)
+
+
+def test_a_contestant_with_other_results_is_not_timed():
+    inputs = cases.make_inputs(TINY[0], torch.bfloat16)
+    runs = contestants.contestants(["cpu"], inputs) | {"idle": lambda: None}
+    with pytest.raises(RuntimeError, match="idle and cpu store different results"):
+        measure.check_equal(inputs, runs)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--implementations", "gpu"], "'gpu' is not one of cpu, reference"),
+        (["--requests", "many"], "'many' is not one of one, mixed, short, decode"),
+        (["--lengths", "0"], "--lengths: every number is at least 1"),
+        (["--threads", "0"], "--threads: every number is at least 1"),
+        (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
+    ],
+)
+def test_a_mistaken_option_is_one_line_and_status_2(options, message, capsys):
+    assert cli.main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,75 @@
+"""The algorithms kept for comparison: bit for bit the op where rows are unique, and wrong where they are known to be."""
+
+import random
+
+import pytest
+import torch
+
+from batches import Batch, assert_identical, make_batch
+from vllm_dsv4_indexer.ops import cpu
+
+BASELINES = ("overlay_scan", "scatter_pool")
+MIXED = [(5, 9), (0, 130), (67, 1), (128, 300), (3, 1), (0, 3), (62, 41)]
+OPTIONS = [
+    {"padding": 7},
+    {"layout": "engine", "kv_dtype": torch.bfloat16, "page": 2},
+    {"layout": "padded", "k_format": "int8_hadamard", "page": 8},
+]
+
+
+def differing_entries(a: Batch, b: Batch) -> list[int]:
+    return [i for i, (x, y) in enumerate(zip(a.entries(), b.entries())) if x != y]
+
+
+@pytest.mark.parametrize("impl", BASELINES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_where_rows_are_unique_every_byte_is_that_of_the_one_pass(impl, options):
+    for requests in (MIXED, *([(start, n) for n in (1, 2, 3, 7, 128)] for start in (0, 1, 2, 3, 4, 5, 63, 64))):
+        batch = make_batch(requests, **options)
+        assert_identical(batch.clone().run(impl), batch.clone().run("cpu"), requests)
+
+
+@pytest.mark.parametrize("impl", BASELINES)
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_every_instruction_set_and_number_of_threads_stores_the_same_bytes(impl, isa, monkeypatch):
+    compressor = cpu._compressor(cpu.native().library, impl, isa)
+    if not compressor:
+        pytest.skip(f"this CPU or build lacks {isa}")
+    batch, threads = make_batch(MIXED), torch.get_num_threads()
+    expected = batch.clone().run("cpu")
+    monkeypatch.setitem(cpu.native().compressors, impl, compressor)
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert_identical(batch.clone().run(impl), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_overlay_scan_is_right_for_every_ring(seed):
+    pick = random.Random(seed)
+    requests = [(pick.randrange(140), pick.randrange(1, 60)) for _ in range(pick.randrange(1, 6))]
+    batch = make_batch(requests, seed=seed, ring=pick.choice((8, 16, 64)), padding=3)
+    assert_identical(batch.clone().run("overlay_scan"), batch.clone().run("cpu"), f"seed {seed}")
+
+
+@pytest.mark.parametrize("length, ring, wrong", [(128, 134, [0]), (129, 136, [])])
+def test_scatter_pool_is_wrong_at_a_ring_of_n_plus_6_and_right_at_n_plus_7(length, ring, wrong):
+    batch = make_batch([(11, length)], ring=ring, page=2)
+    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == wrong
+
+
+def test_scatter_pool_is_wrong_in_both_windows_of_a_token_without_a_state_row():
+    batch = make_batch([(4, 12)])
+    batch.inner_state_slot_mapping[2] = -1  # position 6: in the group of entry 1, and the previous group of entry 2
+    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [0, 1]
+    assert differing_entries(batch.clone().run("overlay_scan"), batch.clone().run("cpu")) == []
+
+
+def test_scatter_pool_leaves_out_a_row_without_a_page():
+    """The contract asks for the pages of history alone; nothing is read outside the caches."""
+    batch = make_batch([(8, 17)])
+    batch.inner_state_block_table[:, 3:] = 10**6
+    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [1, 2, 3]
+    assert differing_entries(batch.clone().run("overlay_scan"), batch.clone().run("cpu")) == []

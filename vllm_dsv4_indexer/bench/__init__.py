@@ -1,0 +1,11 @@
+"""`vllm-dsv4-indexer bench`: how long every implementation of `compress` takes, beside vLLM's own code and the time that
+the same bytes take to move.
+
+    cases.py        what is measured: the tokens of a call and where its caches lie
+    contestants.py  who is measured
+    measure.py      how: one process per number of threads, interleaved, cold and warm
+    machine.py      where
+    report.py       the result as tables
+    plot.py         the result as a picture
+    command.py      the command
+"""

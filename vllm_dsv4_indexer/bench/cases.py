@@ -1,0 +1,144 @@
+"""What is measured: the tokens of one call, and caches as an engine lays them out.
+
+Values have the spread of a DeepSeek-V4 Flash layer's: hidden states uniform in +-0.05, projected from 4096 channels by
+weights of standard deviation 0.0293 (kv) and 0.0512 (gate), give the normal values below. Never zeros, which are faster.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contract import (
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
+)  # fmt: skip
+
+PAGE = 4  # tokens per state page in vLLM
+PAGE_BYTES = 8640  # of a state page (8192 used) and of a K page (8448 used): vLLM 0.32 aligns both to 576
+LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
+_DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep": 256 << 10}
+_HIDDEN_STD = 0.05 / 3**0.5
+_KV_STD, _GATE_STD = (4096**0.5 * _HIDDEN_STD * std for std in (0.0293, 0.0512))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `requests` are pairs (tokens computed before, tokens of this call). Cases of one `name` are reported
+    together, cases of one `kind` make a line of the plot."""
+
+    name: str
+    kind: str
+    requests: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(length for _, length in self.requests)
+
+    @property
+    def entries(self) -> int:
+        return sum((start + length) // RATIO - start // RATIO for start, length in self.requests)
+
+    @property
+    def context(self) -> int:
+        """The most tokens that any of the requests has behind it."""
+        return max(start for start, _ in self.requests)
+
+    def same_bytes(self, kv_dtype: torch.dtype) -> int:
+        """What every implementation must move: kv_score in, the state rows and the entries out."""
+        return self.tokens * ROW_WIDTH * (kv_dtype.itemsize + 4) + self.entries * FP8_ENTRY_BYTES
+
+
+def mix(kind: str, tokens: int) -> Case:
+    """`tokens` tokens as one prompt's third chunk, as requests of odd starts and lengths, as prompts of 1 to 9 tokens,
+    or as that many requests of one token each."""
+    pick = random.Random(tokens)
+    length = {
+        "one": lambda: tokens,
+        "mixed": lambda: pick.choice((1, 1, 1, 7, 33, 130, 515)),
+        "short": lambda: pick.randrange(1, 10),
+        "decode": lambda: 1,
+    }[kind]
+    start = {
+        "one": lambda: 2 * tokens,
+        "mixed": lambda: pick.randrange(10_000),
+        "short": lambda: 0,
+        "decode": lambda: pick.randrange(10_000),
+    }[kind]
+    requests, left = [], tokens
+    while left:
+        requests.append((start(), min(length(), left)))
+        left -= requests[-1][1]
+    return Case(f"{kind}, T={tokens}", kind, tuple(requests))
+
+
+def traffic(chunks: int = 48) -> list[Case]:
+    """The chunks of a day's serving: prompts of short chats, and documents of 64K to 256K tokens in chunks of 2K to 8K,
+    each as long and as deep in its document as chance has it."""
+    pick = random.Random(0)
+    cases = []
+    for i in range(chunks):
+        if i % 3 == 0:
+            length = min(2000, max(16, int(pick.lognormvariate(5.3, 0.9))))
+            cases.append(Case("chat", "chat", ((0, length),)))
+        else:
+            document, chunk = pick.randrange(64 << 10, 256 << 10), pick.choice((2048, 4096, 8192))
+            start = pick.randrange(document // chunk) * chunk
+            depth = next(name for name, limit in _DEPTHS.items() if start < limit)
+            cases.append(Case(f"document, {depth}", "document", ((start, chunk),)))
+    return sorted(cases, key=lambda case: (case.kind != "chat", case.context))
+
+
+def make_inputs(case: Case, kv_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The first eleven arguments of `compress` for an fp8 K cache. The pages of the requests lie anywhere in their
+    caches, as in an engine that has run for a while; pages before the last eight positions are freed."""
+    numbers = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
+        return mean + std * torch.randn(*shape, generator=numbers)
+
+    starts, lengths = torch.tensor(case.requests).T
+    request = torch.repeat_interleave(torch.arange(len(starts)), lengths)
+    first_token = lengths.cumsum(0) - lengths
+    positions = torch.arange(case.tokens) - first_token[request] + starts[request]
+
+    page_spans = [(max(start - WINDOW, 0) // PAGE, -(-(start + n) // PAGE)) for start, n in case.requests]
+    k_span = RATIO * FP8_PAGE_ENTRIES
+    k_spans = [(start // k_span, -(-(start + n) // k_span)) for start, n in case.requests]
+    table, pages = _table(page_spans, numbers)
+    k_table, k_pages = _table(k_spans, numbers)
+
+    state = normal(pages, PAGE_BYTES // 4, std=0.025)[:, : PAGE * ROW_WIDTH].unflatten(1, (PAGE, ROW_WIDTH))
+    k_cache = torch.randint(256, (k_pages, PAGE_BYTES), dtype=torch.uint8, generator=numbers)
+    entry = positions // RATIO
+    k_slots = k_table[request, entry // FP8_PAGE_ENTRIES].long() * FP8_PAGE_ENTRIES + entry % FP8_PAGE_ENTRIES
+    kv_score = torch.cat([normal(case.tokens, KV_WIDTH, std=std) for std in (_KV_STD, _GATE_STD)], dim=1)
+    return (
+        kv_score.to(kv_dtype),
+        normal(RATIO, KV_WIDTH, std=0.1528),
+        normal(HEAD_DIM, std=0.261, mean=0.685),
+        _cos_sin(int(positions.max()) + 1),
+        positions,
+        request.int(),
+        table[request, positions // PAGE].long() * PAGE + positions % PAGE,
+        table,
+        state,
+        torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
+        k_cache[:, : FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES].unflatten(1, (FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES)),
+    )
+
+
+def _table(spans: list[tuple[int, int]], numbers: torch.Generator) -> tuple[Tensor, int]:
+    """A block table in which request r owns the columns of `spans[r]`, and the pages of its cache; page 0 is null."""
+    table = torch.zeros(len(spans), max(end for _, end in spans), dtype=torch.int32)
+    owned = sum(end - begin for begin, end in spans)
+    free = (torch.randperm(owned, generator=numbers) + 1).int()
+    for row, (begin, end) in zip(table, spans):
+        row[begin:end], free = free[: end - begin], free[end - begin :]
+    return table, owned + 1
+
+
+def _cos_sin(positions: int) -> Tensor:
+    frequency = 160000.0 ** (-torch.arange(0, ROPE_DIM, 2) / ROPE_DIM)
+    angle = torch.arange(positions)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -1,0 +1,96 @@
+"""The command `vllm-dsv4-indexer bench`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def add_to(commands) -> None:
+    """Adds `bench` and `bench compare` to the subcommands."""
+    bench = commands.add_parser(
+        "bench", help="measure every implementation, vLLM's own code and the floor; two minutes by default"
+    )
+    listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
+    counts = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,M"}
+    bench.add_argument("--preset", choices=("standard", "traffic"), default="standard",
+                       help="standard: calls of several lengths and mixes; traffic: chunks of chats and long documents")
+    bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
+    bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
+    bench.add_argument("--threads", **counts, help="default: 1 and the number of cores")
+    bench.add_argument("--implementations", **listed, help="default: all but reference; for traffic: cpu and vLLM")
+    bench.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                       help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
+    bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
+    bench.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR",
+                       help="for bench.json and bench.svg (default: %(default)s)")  # fmt: skip
+    bench.set_defaults(run=_bench)
+    compare = bench.add_subparsers(metavar="[compare A.json B.json]").add_parser("compare")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.set_defaults(run=_compare)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from ..ops.cpu import ALGORITHMS
+    from . import contestants, machine, measure, plot, report
+
+    for option in ("lengths", "threads"):
+        if min(getattr(arguments, option) or [1]) < 1:
+            raise ValueError(f"--{option}: every number is at least 1")
+    cases = _cases(arguments)
+    slow = {"standard": ["reference"], "traffic": ["reference", *ALGORITHMS]}[arguments.preset]
+    names = _chosen(arguments.implementations, contestants.available(), slow)
+    threads = arguments.threads or sorted({1, len(os.sched_getaffinity(0))})
+    options = {"preset": arguments.preset, "kv_dtype": arguments.kv_dtype, "seconds": arguments.seconds}
+    result = {"machine": machine.describe(), "options": options, "cells": []}
+    steps = len(cases) * len(threads)
+    start = time.monotonic()
+    _progress(0, steps, start, "starting")
+    kv_dtype = getattr(torch, arguments.kv_dtype)
+    for done, cells in enumerate(measure.measure(cases, names, threads, kv_dtype, arguments.seconds), 1):
+        result["cells"] += cells
+        _progress(done, steps, start, f"{cells[0]['case']}, threads: {cells[0]['threads']}")
+    print(file=sys.stderr)
+
+    print(report.table(result))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    written = {"bench.json": json.dumps(result), "bench.svg": plot.svg(result)}
+    for name, text in written.items():
+        (arguments.output / name).write_text(text)
+        print(f"wrote {arguments.output / name}")
+
+
+def _cases(arguments: argparse.Namespace) -> list:
+    from . import cases
+
+    if arguments.preset == "traffic":
+        if arguments.lengths or arguments.requests:
+            raise ValueError("--preset traffic has its own lengths and requests; leave --lengths and --requests out")
+        return cases.traffic()
+    mixes = _chosen(arguments.requests, list(cases.LENGTHS))
+    return [cases.mix(mix, length) for mix in mixes for length in arguments.lengths or cases.LENGTHS[mix]]
+
+
+def _chosen(asked: list[str] | None, known: list[str], not_by_default: list[str] = ()) -> list[str]:
+    """What was asked for, or everything; a name that is not known is an error."""
+    for name in asked or ():
+        if name not in known:
+            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+    return asked or [name for name in known if name not in not_by_default]
+
+
+def _progress(done: int, steps: int, start: float, what: str) -> None:
+    bar = ("#" * (30 * done // steps)).ljust(30, ".")
+    line = f"\r\033[K[{bar}] {done}/{steps} {time.monotonic() - start:4.0f} s  {what}"
+    print(line, end="", file=sys.stderr, flush=True)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from . import report
+
+    print(report.compare(*(json.loads(path.read_text()) for path in (arguments.before, arguments.after))))

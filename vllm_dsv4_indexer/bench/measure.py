@@ -1,0 +1,115 @@
+"""How the times are taken.
+
+One process for each number of threads, since libraries keep the number that they see first. In it every round calls
+each contestant once, in a new order, on the same inputs and caches, and brings the caches of the CPU into the same state
+before each call:
+
+    warm   all bytes that the call must read and write have just been touched
+    cold   the state and the K cache are in DRAM, as after the other layers of a step; kv_score and the slots, which the
+           step has just made, and the code, which has just run on a small call, are not
+
+Before anything is timed, all contestants must have stored the same state and entries.
+"""
+
+import functools
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from ..contract import FP8_SCALE_OFFSET
+from .cases import Case, make_inputs, mix
+from .contestants import FLOORS, contestants
+from .machine import last_level_cache
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 500
+_MADE_BY_THE_STEP = (0, 4, 5, 6, 9)  # of the inputs: kv_score, positions, requests and both kinds of slots
+
+
+def measure(
+    cases: list[Case], names: list[str], threads: list[int], kv_dtype: torch.dtype, seconds: float
+) -> Iterator[list[dict]]:
+    """Yields the cells of one case after the other, for each number of threads. A cell is a case with one number of
+    threads and one state of the caches, and the nanoseconds of every call. `seconds` is the time for all."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    each = seconds / len(cases) / len(threads)
+    for n in threads:
+        # spawn: a forked child would inherit this process's threads and libraries
+        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (n,)) as process:
+            for case in cases:
+                yield process.submit(measure_case, case, names, kv_dtype, each).result()
+
+
+def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: float) -> list[dict]:
+    """The cells of one case on this process's threads, within `seconds` or LEAST_ROUNDS."""
+    end = time.monotonic() + seconds
+    inputs = make_inputs(case, kv_dtype)
+    runs = contestants(names, inputs)
+    check_equal(inputs, runs)
+    small = contestants(names, make_inputs(mix("short", 8), kv_dtype))
+    states = {"warm": lambda name: runs["floor"](), "cold": lambda name: (_chill(inputs), small[name]())}
+    cells = []
+    for i, (cache, prepare) in enumerate(states.items()):
+        share = (end - time.monotonic()) / (len(states) - i)
+        cells.append({
+            "case": case.name, "kind": case.kind, "tokens": case.tokens, "context": case.context,
+            "bytes": case.same_bytes(kv_dtype), "threads": torch.get_num_threads(), "cache": cache,
+            "nanoseconds": _rounds(runs, prepare, share),
+        })  # fmt: skip
+    return cells
+
+
+def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dict[str, list[int]]:
+    end = time.monotonic() + seconds
+    times = {name: [] for name in runs}
+    order = list(runs)
+    for count in range(MOST_ROUNDS):
+        if count >= LEAST_ROUNDS and time.monotonic() > end:
+            break
+        random.shuffle(order)
+        for name in order:
+            prepare(name)
+            start = time.perf_counter_ns()
+            runs[name]()
+            times[name].append(time.perf_counter_ns() - start)
+    return times
+
+
+def _chill(inputs: tuple[Tensor, ...]) -> None:
+    _larger_than_the_caches().add_(1)
+    for i in _MADE_BY_THE_STEP:
+        inputs[i].sum()
+
+
+@functools.cache
+def _larger_than_the_caches() -> Tensor:
+    return torch.zeros(2 * last_level_cache() // 8, dtype=torch.int64)
+
+
+def check_equal(inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> None:
+    """Runs every contestant but the floors. Raises RuntimeError unless they store the same state and scales, and values
+    at most one code apart (vLLM's fp32 arithmetic differs in the last bit, which shows at a rounding tie)."""
+    expected = None
+    for name, run in runs.items():
+        if name in FLOORS:
+            continue
+        runs["floor"]()  # leaves rows and entries that are nobody's result
+        run()
+        result = _stored(inputs[8], inputs[10])
+        expected = expected or (name, result)
+        (state, scales, codes), (state_, scales_, codes_) = result, expected[1]
+        if not (state.equal(state_) and scales.equal(scales_) and (codes - codes_).abs().max() <= 1):
+            raise RuntimeError(f"{name} and {expected[0]} store different results: not comparable, not measured")
+
+
+def _stored(state: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of the state's bits, of the K scales, and of the K codes in the order of the values they stand for."""
+    pages = k_cache.flatten(1)
+    codes = pages[:, :FP8_SCALE_OFFSET].int()
+    codes = torch.where(codes < 128, codes, 128 - codes)
+    return state.view(torch.int32).clone(), pages[:, FP8_SCALE_OFFSET:].clone(), codes
