@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument("directory", metavar="DIR", help="where to; an earlier checkpoint of ours is replaced")
     make.add_argument("--layers", type=int, default=4, metavar="N", help="layers, at least 3 (default: %(default)s)")
-    make.add_argument("--hidden", type=int, default=512, metavar="H", help="hidden size, a multiple of 32 (default: %(default)s)")
+    make.add_argument(
+        "--hidden", type=int, default=512, metavar="H", help="hidden size, a multiple of 32 (default: %(default)s)"
+    )
     make.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
     make.set_defaults(run=_make_checkpoint)
     bench.add_to(commands)

@@ -1,8 +1,9 @@
 // Phases 1 and 2 of a call, compiled once per instruction set (DSV4_ISA, DSV4_LANES; see CMakeLists.txt).
 //
 // Phase 1 pools the windows that read older rows from the state (and the first window of a request), phase 2 saves the
-// rows of this call and pools the windows made of them. All history is read before the first row is written, so the result does not depend on whether
-// this call overwrites what it reads: rings and recycled pages need no special case, and there is no other barrier.
+// rows of this call and pools the windows made of them. All history is read before the first row is written, so the
+// result does not depend on whether this call overwrites what it reads: rings and recycled pages need no special case,
+// and there is no other barrier.
 
 #include "entry.h"
 #include "plan.h"

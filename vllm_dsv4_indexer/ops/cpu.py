@@ -1,6 +1,7 @@
 """`compress` on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
 
-The library is loaded with this module, which is imported on first use. It has a C interface, so one binary serves every Python and every torch from 2.10.
+The library is loaded with this module, which is imported on first use. It has a C interface, so one binary serves every
+Python and every torch from 2.10.
 It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
 environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
 """
