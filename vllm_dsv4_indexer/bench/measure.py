@@ -36,13 +36,18 @@ def measure(
 ) -> Iterator[list[dict]]:
     """Yields the cells of one case after the other, for each number of threads. A cell is a case with one number of
     threads and one state of the caches, and the nanoseconds of every call. `seconds` is the time for all."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     each = seconds / len(cases) / len(threads)
     for n in threads:
         # spawn: a forked child would inherit this process's threads and libraries
-        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (n,)) as process:
+        with ProcessPoolExecutor(1, get_context("spawn"), _start, (n,)) as process:
             for case in cases:
                 yield process.submit(measure_case, case, names, kv_dtype, each).result()
+
+
+def _start(threads: int) -> None:
+    """In the process that measures: vLLM's log would run through the progress bar."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    torch.set_num_threads(threads)
 
 
 def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: float) -> list[dict]:

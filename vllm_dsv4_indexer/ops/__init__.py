@@ -116,7 +116,6 @@ def compress(
     )  # fmt: skip
 
 
-# torch leaves out the arguments that equal their default, so the defaults are needed here too.
 def prepare(impl: str | None, device: str) -> None:
     """Load an implementation and what it needs now, so that whatever is missing is known before the first call.
 
@@ -126,6 +125,7 @@ def prepare(impl: str | None, device: str) -> None:
     _implementation(impl, device)
 
 
+# torch leaves out the arguments that equal their default, so the defaults are needed here too.
 def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
     kv_score = args[0]
     tensors = args if len(args) == 12 else (*args, None)
