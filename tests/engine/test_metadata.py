@@ -1,5 +1,7 @@
 """The metadata that vLLM has only as Triton kernels, against the plainest loops that say what it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
@@ -96,6 +98,19 @@ VLLMS_OWN = [vars(owner)[name] for owner, name in KERNELS]
 
 def vllms_own() -> list[bool]:
     return [vars(owner)[name] is own for (owner, name), own in zip(KERNELS, VLLMS_OWN)]
+
+
+def test_vllms_own_objects_are_back_when_a_model_cannot_be_loaded(monkeypatch):
+    def fail(worker):
+        assert not any(vllms_own())
+        raise OSError("no such weights")
+
+    monkeypatch.setattr(vllm_cpu.CPUWorker, "load_model", fail)
+    worker = object.__new__(vllm_cpu.Worker)
+    worker.vllm_config = SimpleNamespace(additional_config={})
+    with pytest.raises(OSError, match="no such weights"):
+        worker.load_model()
+    assert all(vllms_own())
 
 
 def test_vllms_own_objects_are_back_when_the_last_engine_of_the_process_is_gone():

@@ -109,11 +109,14 @@ class Worker(CPUWorker):
         impl = Settings.read(self.vllm_config.additional_config).impl
         if impl != "stock":
             ops.prepare(impl, "cpu")
-        provide_metadata(self)
-        super().load_model(**kwargs)
-        first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
-        indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
-        replace_compressors(self.get_model(), impl, indexers)
+        with ExitStack() as if_it_fails:  # an offline engine leaves the process as it was
+            provide_metadata(self)
+            if_it_fails.callback(withdraw_metadata, self)
+            super().load_model(**kwargs)
+            first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
+            indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
+            replace_compressors(self.get_model(), impl, indexers)
+            if_it_fails.pop_all()
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers", who, indexers)
         self._account_due = 0.0
@@ -172,7 +175,8 @@ def replace_compressors(model: torch.nn.Module, impl: str, indexers: int) -> Non
 
     Raises RuntimeError where the model does not look as vLLM 0.32.0 builds it.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, DeepseekV4CPUAttention) and layer.indexer is not None]
+    attention = [layer for layer in model.modules() if isinstance(layer, DeepseekV4CPUAttention)]
+    layers = [layer for layer in attention if layer.indexer is not None]
     if len(layers) != indexers:
         raise RuntimeError(
             f"--attention-backend dsv4_indexer: the model has {len(layers)} layers of vLLM {SUPPORTED_VLLM}'s "
