@@ -9,11 +9,10 @@
 namespace {
 
 constexpr int64_t kGrain = 128;  // tokens that are worth a thread
-constexpr float kNoBias[kHeadDim] = {};
 
 struct Call {
   const Arguments& a;
-  float norm_weight[kHeadDim];
+  Entry norm_weight;
 };
 
 const float* bias(const Arguments& a, int64_t token) { return a.ape + a.positions[token] % kRatio * kKvWidth; }
@@ -87,7 +86,7 @@ Chunk chunk_of(const Arguments& a, int64_t token) {
 }
 
 template <class T>
-void pool_with_overlay(const Arguments& a, int64_t token, Chunk chunk, float* pooled) {
+Entry pool_with_overlay(const Arguments& a, int64_t token, Chunk chunk) {
   alignas(64) Half window[kWindow];
   for (int j = 0; j < kWindow; ++j) {
     const float* row = row_in_state(a, token, j);
@@ -102,41 +101,39 @@ void pool_with_overlay(const Arguments& a, int64_t token, Chunk chunk, float* po
     widen(from, kHeadDim, window[j].values);
     add(from + kKvWidth, bias(a, u) + half_of_row(j), kHeadDim, window[j].values + kKvWidth);
   }
-  Row<float> rows[kWindow];
-  for (int j = 0; j < kWindow; ++j) rows[j] = {window[j].values, kNoBias};
-  pool(rows, pooled);
+  Window rows;
+  for (int j = 0; j < kWindow; ++j) rows.row[j] = window[j].values;
+  return pool(rows);
 }
 
 template <class T>
 void overlay_and_pool(int64_t begin, int64_t end, void* context) {
   const Call& call = *static_cast<const Call*>(context);
+  Entries entries(call.a, call.norm_weight);
   Chunk chunk{0, 0};
   for (int64_t token = begin; token < end; ++token) {
     if (!closes_window(call.a, token)) continue;
     if (token >= chunk.end) chunk = chunk_of(call.a, token);
-    alignas(64) float x[kHeadDim];
-    pool_with_overlay<T>(call.a, token, chunk, x);
-    finish_entry(call.a, call.norm_weight, token, x);
+    entries.add(token, pool_with_overlay<T>(call.a, token, chunk));
   }
+  entries.finish();
 }
 
 void pool_from_state(int64_t begin, int64_t end, void* context) {
   const Call& call = *static_cast<const Call*>(context);
+  Entries entries(call.a, call.norm_weight);
   for (int64_t token = begin; token < end; ++token) {
     if (!closes_window(call.a, token)) continue;
-    Row<float> rows[kWindow];
-    for (int j = 0; j < kWindow; ++j) rows[j] = {row_in_state(call.a, token, j), kNoBias};
-    alignas(64) float x[kHeadDim];
-    pool(rows, x);
-    finish_entry(call.a, call.norm_weight, token, x);
+    Window rows;
+    for (int j = 0; j < kWindow; ++j) rows.row[j] = row_in_state(call.a, token, j);
+    entries.add(token, pool(rows));
   }
+  entries.finish();
 }
 
 // One pass over all tokens, a barrier, then the other.
 bool run(const Arguments& a, const Plan& plan, Task first, Task second) {
-  Call call{a, {}};
-  a.norm_weight_is_bf16 ? widen(static_cast<const bfloat16*>(a.norm_weight), kHeadDim, call.norm_weight)
-                        : widen(static_cast<const float*>(a.norm_weight), kHeadDim, call.norm_weight);
+  Call call{a, norm_weight(a)};
   if (plan.unique)
     return a.parallel_for(0, a.tokens, kGrain, first, &call) == 0 &&
            a.parallel_for(0, a.tokens, kGrain, second, &call) == 0;

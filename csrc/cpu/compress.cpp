@@ -46,69 +46,87 @@ class SlotSet {
 
 bool in_range(int64_t value, int64_t lowest, int64_t end) { return value >= lowest && value < end; }
 
+int64_t state_rows(const Arguments& a) { return a.state_pages * a.state_page; }
+int64_t k_entries(const Arguments& a) { return a.k_pages * a.k_page; }
+
 // The checks of one token, in the order that contract.py documents.
-Violation check_token(const Arguments& a, int64_t token) {
+ViolationCode check_token(const Arguments& a, int64_t token) {
   const int64_t slot = a.state_slots[token], k_slot = a.k_slots[token];
-  const int64_t request = a.token_to_req[token], position = a.positions[token];
-  const auto violation = [&](ViolationCode code, int64_t value, int64_t bound) {
-    return Violation{code, token, request, position, 0, value, bound};
-  };
-  const int64_t state_rows = a.state_pages * a.state_page, k_entries = a.k_pages * a.k_page;
-  if (!in_range(slot, -1, state_rows)) return violation(kStateSlot, slot, state_rows);
-  if (!in_range(k_slot, -1, k_entries)) return violation(kKSlot, k_slot, k_entries);
-  if (slot < 0 && k_slot < 0) return {};  // a padding row: its position and request are arbitrary
-  if (!in_range(position, 0, a.cos_sin_rows)) return violation(kPosition, position, a.cos_sin_rows);
-  if (!in_range(request, 0, a.requests)) return violation(kRequest, request, a.requests);
-  return {};
+  if (!in_range(slot, -1, state_rows(a))) return kStateSlot;
+  if (!in_range(k_slot, -1, k_entries(a))) return kKSlot;
+  if (slot < 0 && k_slot < 0) return kNoViolation;  // a padding row: its position and request are arbitrary
+  if (!in_range(a.positions[token], 0, a.cos_sin_rows)) return kPosition;
+  if (!in_range(a.token_to_req[token], 0, a.requests)) return kRequest;
+  return kNoViolation;
 }
 
-// The checks of the window that `token` closes; `in_call` tells whether all its eight rows are rows of this call.
-Violation check_window(const Arguments& a, int64_t token, bool& in_call) {
-  const int64_t request = a.token_to_req[token], position = a.positions[token];
+// The checks of the window that `token` closes. `q` is the position that it stopped at, and `in_call` tells whether all
+// eight rows are rows of this call.
+ViolationCode check_window(const Arguments& a, int64_t token, int64_t& q, bool& in_call) {
+  const int64_t position = a.positions[token];
   in_call = position >= kWindow - 1;
-  for (int64_t q = in_call ? position - kWindow + 1 : 0; q < position; ++q) {
+  for (q = in_call ? position - kWindow + 1 : 0; q < position; ++q) {
     if (token_at(a, token, q) >= 0) continue;
     in_call = false;
-    const int64_t column = q / a.state_page;
-    if (column >= a.table_columns) return {kTableColumn, token, request, position, q, column, a.table_columns};
-    const int64_t page = page_of(a, token, q);
-    if (!in_range(page, 1, a.state_pages)) return {kTableEntry, token, request, position, q, page, a.state_pages};
+    if (q / a.state_page >= a.table_columns) return kTableColumn;
+    if (!in_range(page_of(a, token, q), 1, a.state_pages)) return kTableEntry;
   }
-  return {};
+  return kNoViolation;
+}
+
+// Whether `token` continues the request of the token before it. Unsigned: the position of a padding row is arbitrary.
+bool follows(const Arguments& a, int64_t token) {
+  return a.token_to_req[token] == a.token_to_req[token - 1] &&
+         static_cast<uint64_t>(a.positions[token]) - static_cast<uint64_t>(a.positions[token - 1]) == 1;
+}
+
+// `q` is the window position that a violation of the table is about.
+Violation describe(const Arguments& a, ViolationCode code, int64_t token, int64_t q) {
+  Violation v{code, token, a.token_to_req[token], a.positions[token], 0, 0, 0};
+  switch (code) {
+    case kNoViolation: break;
+    case kStateSlot: v.value = a.state_slots[token], v.bound = state_rows(a); break;
+    case kKSlot: v.value = a.k_slots[token], v.bound = k_entries(a); break;
+    case kPosition: v.value = v.position, v.bound = a.cos_sin_rows; break;
+    case kRequest: v.value = v.request, v.bound = a.requests; break;
+    case kTableColumn: v.needed = q, v.value = q / a.state_page, v.bound = a.table_columns; break;
+    case kTableEntry: v.needed = q, v.value = page_of(a, token, q), v.bound = a.state_pages; break;
+  }
+  return v;
 }
 
 // Returns how many entries were written, or -1 if a check (then `violation` says which) or parallel_for failed.
 template <Kernel kernel>
 int64_t run(const Arguments* arguments, Violation* violation) {
   const Arguments& a = *arguments;
-  struct Window {
-    int64_t token;
-    bool in_call;
-  };
-  std::vector<Window> windows;
+  violation->code = kNoViolation;
+  std::vector<int64_t> windows, early;  // tokens that close one
+  std::vector<uint8_t> late(a.tokens, 0);
   SlotSet state_slots(a.tokens);
   bool unique = true;
+  int64_t run = 0;  // tokens up to this one that are consecutive positions of one request
   for (int64_t token = 0; token < a.tokens; ++token) {
-    *violation = check_token(a, token);
-    if (violation->code) return -1;
-    if (a.state_slots[token] >= 0 && state_slots.insert(a.state_slots[token])) unique = false;
-    if (!closes_window(a, token)) continue;
-    bool in_call;
-    *violation = check_window(a, token, in_call);
-    if (violation->code) return -1;
-    windows.push_back({token, in_call});
+    int64_t q = 0;
+    ViolationCode code = check_token(a, token);
+    if (a.state_slots[token] >= 0 && code == kNoViolation && state_slots.insert(a.state_slots[token])) unique = false;
+    run = token > 0 && follows(a, token) ? run + 1 : 1;
+    if (code == kNoViolation && closes_window(a, token)) {
+      bool in_call = run >= kWindow && a.positions[token] >= kWindow - 1;
+      if (!in_call) code = check_window(a, token, q, in_call);
+      windows.push_back(token);
+      late[token] = in_call;
+    }
+    if (code != kNoViolation) {
+      *violation = describe(a, code, token, q);
+      return -1;
+    }
   }
   SlotSet k_slots(windows.size());
-  for (const Window& w : windows)
-    if (k_slots.insert(a.k_slots[w.token])) unique = false;
-
-  std::vector<int64_t> early;
-  std::vector<uint8_t> late(a.tokens, 0);
-  for (const Window& w : windows) {
-    if (w.in_call && unique)
-      late[w.token] = 1;
-    else
-      early.push_back(w.token);
+  for (const int64_t token : windows)
+    if (k_slots.insert(a.k_slots[token])) unique = false;
+  for (const int64_t token : windows) {
+    late[token] &= unique;
+    if (!late[token]) early.push_back(token);
   }
   const Plan plan{early.data(), static_cast<int64_t>(early.size()), late.data(), unique};
   return kernel(a, plan) ? static_cast<int64_t>(windows.size()) : -1;

@@ -9,108 +9,166 @@ namespace {
 
 using namespace dsv4;
 
-// One row of a window: the kv half that this window pools; its gate half lies kKvWidth further on.
-template <class T>
-struct Row {
-  const T* values;
-  const float* bias;  // added to the gate
+constexpr int32_t kInfinity = 0x7f800000;
+
+// The channels of one entry, the even ones apart from the odd ones: RoPE rotates such pairs.
+constexpr int kPairVectors = kHeadDim / 2 / kLanes;
+struct Entry {
+  Floats even[kPairVectors], odd[kPairVectors];
 };
 
-// softmax over the eight rows, per channel, in the order of the positions; divided at the end.
 template <class T>
-void pool(const Row<T> (&rows)[kWindow], float* pooled) {
-  for (int c = 0; c < kHeadDim; c += kLanes) {
-    Floats score[kWindow];
-    for (int j = 0; j < kWindow; ++j) score[j] = load(rows[j].values + kKvWidth + c) + load(rows[j].bias + c);
-    Floats most = score[0];
-    for (int j = 1; j < kWindow; ++j) most = larger(score[j], most);
-    Floats numerator = {}, denominator = {};
-    for (int j = 0; j < kWindow; ++j) {
-      const Floats weight = exp_nonpositive(score[j] - most);
-      numerator += weight * load(rows[j].values + c);
-      denominator += weight;
-    }
-    store(pooled + c, numerator / denominator);
+Entry paired(const T* values) {
+  Entry x;
+  for (int i = 0; i < kPairVectors; ++i) {
+    const T* p = values + 2 * i * kLanes;
+    x.even[i] = pairs(load(p), load(p + kLanes)).even;
+    x.odd[i] = pairs(load(p), load(p + kLanes)).odd;
   }
+  return x;
 }
 
-// RMSNorm. The sum of squares is taken in sixteen lanes whatever the vector length, then folded in halves.
-void normalise(float* x, const float* weight, float eps) {
-  constexpr int kSums = 16;
-  float sums[kSums] = {};
-  for (int c = 0; c < kHeadDim; c += kSums)
-    for (int i = 0; i < kSums; ++i) sums[i] += x[c + i] * x[c + i];
+Entry norm_weight(const Arguments& a) {
+  return a.norm_weight_is_bf16 ? paired(static_cast<const bfloat16*>(a.norm_weight))
+                               : paired(static_cast<const float*>(a.norm_weight));
+}
+
+// The rows of a window: of each the kv half that this window pools; the gate half lies kKvWidth further on.
+struct Window {
+  const float* row[kWindow];
+};
+
+// softmax over the eight rows, per channel; divided at the end. Two sums each, for shorter chains.
+Floats pool(const Window& window, int c) {
+  Floats score[kWindow];
+  DSV4_UNROLL for (int j = 0; j < kWindow; ++j) score[j] = load(window.row[j] + kKvWidth + c);
+  const Floats most = larger(larger(larger(score[0], score[1]), larger(score[2], score[3])),
+                             larger(larger(score[4], score[5]), larger(score[6], score[7])));
+  DSV4_UNROLL for (int j = 0; j < kWindow; ++j) score[j] -= most;
+  exp_nonpositive(score);
+  Floats numerator[2] = {}, denominator[2] = {};
+  DSV4_UNROLL for (int j = 0; j < kWindow; ++j) {
+    numerator[j % 2] = multiply_add(score[j], load(window.row[j] + c), numerator[j % 2]);
+    denominator[j % 2] += score[j];
+  }
+  return (numerator[0] + numerator[1]) / (denominator[0] + denominator[1]);
+}
+
+Entry pool(const Window& window) {
+  alignas(64) float pooled[kHeadDim];
+  for (int c = 0; c < kHeadDim; c += kLanes) store(pooled + c, pool(window, c));
+  return paired(pooled);
+}
+
+// What RMSNorm multiplies x by. The sum of squares is taken in sixteen lanes whatever the vector length.
+float inverse_rms(const Entry& x, float eps) {
+  constexpr int kSums = 16 / kLanes;
+  Floats sums[kSums] = {};
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) {
+    Floats& sum = sums[i % kSums];
+    sum = multiply_add(x.odd[i], x.odd[i], multiply_add(x.even[i], x.even[i], sum));
+  }
   for (int half = kSums / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  const float scale = 1.0f / __builtin_sqrtf(sums[0] / kHeadDim + eps);
-  for (int c = 0; c < kHeadDim; c += kLanes) store(x + c, load(x + c) * scale * load(weight + c));
+  const float sum = fold(sums[0], [](Floats a, Floats b) { return a + b; });
+  return 1.0f / __builtin_sqrtf(sum / kHeadDim + eps);
 }
 
-// Rotates interleaved pairs; `cos_sin` is the table's row: 32 cosines, then 32 sines.
-void rotate(float* x, const float* cos_sin) {
-  constexpr int kPairs = kRopeDim / 2;
-  for (int k = 0; k < kPairs; ++k) {
-    const float a = x[2 * k], b = x[2 * k + 1], cos = cos_sin[k], sin = cos_sin[kPairs + k];
-    x[2 * k] = a * cos - b * sin;
-    x[2 * k + 1] = b * cos + a * sin;
+void normalise(Entry& x, float scale, const Entry& weight) {
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) {
+    x.even[i] = x.even[i] * scale * weight.even[i];
+    x.odd[i] = x.odd[i] * scale * weight.odd[i];
   }
 }
 
-// To bfloat16 and back, to nearest, ties to even.
-void round_to_bfloat16(float* x) {
-  for (int c = 0; c < kHeadDim; c += kLanes) {
-    const Floats v = load(x + c);
-    const Ints bits = (Ints)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff;
-    store(x + c, v == v ? (Floats)rounded : v);  // the sum could carry a NaN into the sign
+// Rotates the last kRopeDim channels; `cos_sin` is the table's row: 32 cosines, then 32 sines.
+void rotate(Entry& x, const float* cos_sin) {
+  constexpr int kRotated = kRopeDim / 2 / kLanes;
+  DSV4_UNROLL for (int i = 0; i < kRotated; ++i) {
+    Floats& even = x.even[kPairVectors - kRotated + i];
+    Floats& odd = x.odd[kPairVectors - kRotated + i];
+    const Floats a = even, b = odd;
+    const Floats cos = load(cos_sin + i * kLanes), sin = load(cos_sin + kRopeDim / 2 + i * kLanes);
+    even = a * cos - b * sin;
+    odd = b * cos + a * sin;
   }
 }
 
-// The largest magnitude, at least kAmaxFloor. Magnitudes are compared as integers, which order floats and put a NaN
-// above infinity; it counts as infinity.
-float amax(const float* x) {
-  Ints most = magnitude_bits(load(x));
-  for (int c = kLanes; c < kHeadDim; c += kLanes) most = larger(magnitude_bits(load(x + c)), most);
-  int32_t result = bits_of(kAmaxFloor);
-  for (int i = 0; i < kLanes; ++i) result = most[i] > result ? most[i] : result;
-  const int32_t infinity = bits_of(__builtin_inff());
-  return float_of(result < infinity ? result : infinity);
+// The bits of a float rounded to bfloat16, to nearest, ties to even. Of a NaN the sum could carry into the sign.
+template <class I>
+I bits_as_bfloat16(I bits) {
+  return (bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff;
 }
 
-// The e4m3fn codes of v, to nearest, ties to even, saturating; a NaN becomes 0x7f, whatever sign the CPU gave it.
+// The bits of the largest magnitude. Magnitudes are compared as integers, which order floats and put a NaN above infinity.
+int32_t largest_magnitude(const Entry& x) {
+  Ints most = {};
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i)
+    most = larger(larger(magnitude_bits(x.even[i]), magnitude_bits(x.odd[i])), most);
+  return fold(most, [](Ints a, Ints b) { return larger(a, b); });
+}
+
+// At least kAmaxFloor; a NaN counts as infinity.
+int32_t amax_bits(int32_t largest) {
+  const int32_t floor = bits_of(kAmaxFloor);
+  return largest < floor ? floor : largest < kInfinity ? largest : kInfinity;
+}
+
+// The e4m3fn codes of v, to nearest, ties to even. Unless all is `finite`, magnitudes above 448 saturate, and a NaN
+// becomes 0x7f, whatever sign the CPU gave it.
+template <bool finite>
 Ints fp8_codes(Floats v) {
   const Ints sign = (Ints)v >> 24 & 0x80;
-  const Floats magnitude = (Floats)magnitude_bits(v);
-  const Floats bounded = magnitude > kFp8Max ? broadcast(kFp8Max) : magnitude;
-  const Ints bits = (Ints)bounded;
+  Floats magnitude = (Floats)magnitude_bits(v);
+  if (!finite) magnitude = magnitude > kFp8Max ? broadcast(kFp8Max) : magnitude;
+  const Ints bits = (Ints)magnitude;
   const Ints normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);  // exponent bias 127 -> 7
   constexpr float kSubnormalRounder = 16384.0f;  // its last place is 2^-9, the smallest e4m3fn
-  const Ints subnormal = (Ints)(bounded + kSubnormalRounder) - bits_of(kSubnormalRounder);
-  const Ints code = bounded < 0x1p-6f ? subnormal : normal;
-  return magnitude != magnitude ? broadcast(0x7f) : sign | code;
+  const Ints subnormal = (Ints)(magnitude + kSubnormalRounder) - bits_of(kSubnormalRounder);
+  const Ints code = sign | (magnitude < 0x1p-6f ? subnormal : normal);
+  return finite ? code : v == v ? code : broadcast(0x7f);
+}
+
+template <bool finite>
+void store_fp8_codes(uint8_t* to, const Entry& x, float inverse) {
+  const auto code = [inverse](Floats v) {
+    const Floats rounded = (Floats)bits_as_bfloat16((Ints)v);
+    return fp8_codes<finite>((finite ? rounded : v == v ? rounded : v) * inverse);
+  };
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) store_bytes(to + 2 * i * kLanes, code(x.even[i]), code(x.odd[i]));
 }
 
 // fp8 page: the scale is the least power of two that brings the largest magnitude to 448 or less.
-void store_fp8(const Arguments& a, int64_t slot, const float* x) {
-  const int32_t bits = bits_of(amax(x));
+void store_fp8(const Arguments& a, int64_t slot, const Entry& x, int32_t largest) {
+  const int32_t bits = amax_bits(bits_as_bfloat16(largest));
   const int32_t exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7fffff) > 0x600000);  // 448 = 1.75 * 2^8
   const float scale = float_of((127 + exponent) << 23), inverse = float_of((127 - exponent) << 23);
   uint8_t* page = static_cast<uint8_t*>(a.k_cache) + slot / kFp8PageEntries * a.k_page_stride;
   const int64_t entry = slot % kFp8PageEntries;
-  for (int c = 0; c < kHeadDim; c += kLanes) store_bytes(page + entry * kHeadDim + c, fp8_codes(load(x + c) * inverse));
+  (bits < kInfinity ? store_fp8_codes<true> : store_fp8_codes<false>)(page + entry * kHeadDim, x, inverse);
   std::memcpy(page + kFp8ScaleOffset + entry * sizeof scale, &scale, sizeof scale);
 }
 
 // Multiplies by the Sylvester-Hadamard matrix of order 128, scaled to be orthonormal.
-void hadamard(float* x) {
-  for (int stride = 1; stride < kHeadDim; stride *= 2)
-    for (int block = 0; block < kHeadDim; block += 2 * stride)
-      for (int i = block; i < block + stride; ++i) {
-        const float p = x[i], q = x[i + stride];
-        x[i] = p + q;
-        x[i + stride] = p - q;
-      }
+void hadamard(Entry& x) {
   constexpr float kOrthonormal = 0.08838834764831845f;  // 128^-1/2
-  for (int i = 0; i < kHeadDim; ++i) x[i] *= kOrthonormal;
+  alignas(64) float pairs[2][kHeadDim / 2];
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) {
+    store(pairs[0] + i * kLanes, x.even[i] + x.odd[i]);
+    store(pairs[1] + i * kLanes, x.even[i] - x.odd[i]);
+  }
+  for (float* half : pairs)
+    for (int stride = 1; stride < kHeadDim / 2; stride *= 2)
+      for (int block = 0; block < kHeadDim / 2; block += 2 * stride)
+        for (int k = block; k < block + stride; ++k) {
+          const float p = half[k], q = half[k + stride];
+          half[k] = p + q;
+          half[k + stride] = p - q;
+        }
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) {
+    x.even[i] = load(pairs[0] + i * kLanes) * kOrthonormal;
+    x.odd[i] = load(pairs[1] + i * kLanes) * kOrthonormal;
+  }
 }
 
 // IEEE half of x >= 0, to nearest, ties to even.
@@ -118,22 +176,30 @@ uint16_t half_of(float x) {
   constexpr float kSubnormalRounder = 0.5f;  // its last place is 2^-24, the smallest half
   if (x < 0x1p-14f) return bits_of(x + kSubnormalRounder) - bits_of(kSubnormalRounder);
   const int32_t bits = bits_of(x), code = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
-  constexpr int32_t kInfinity = 0x7c00;
-  return code < kInfinity ? code : kInfinity;
+  constexpr int32_t kHalfInfinity = 0x7c00;
+  return code < kHalfInfinity ? code : kHalfInfinity;
 }
 
-// int8 entry: Hadamard rotation, then the scale that brings the largest magnitude to 127.
-void store_int8(const Arguments& a, int64_t slot, float* x) {
+// To the nearest integer within +-127; a NaN becomes 0.
+Ints int8_codes(Floats v) {
+  const Ints code = (Ints)(v + kRounder) - bits_of(kRounder);
+  const Ints bounded = code > 127 ? broadcast(127) : code < -127 ? broadcast(-127) : code;
+  return v == v ? bounded : Ints{};
+}
+
+// int8 entry: rounded, Hadamard rotation, then the scale that brings the largest magnitude to 127.
+void store_int8(const Arguments& a, int64_t slot, Entry& x) {
+  const auto rounded = [](Floats v) { return v == v ? (Floats)bits_as_bfloat16((Ints)v) : v; };
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) {
+    x.even[i] = rounded(x.even[i]);
+    x.odd[i] = rounded(x.odd[i]);
+  }
   hadamard(x);
-  const float most = amax(x), scale = most / kInt8Max, inverse = kInt8Max / most;
+  const float most = float_of(amax_bits(largest_magnitude(x))), scale = most / kInt8Max, inverse = kInt8Max / most;
   const int64_t page = slot / a.k_page, entry = slot % a.k_page;
   int8_t* codes = static_cast<int8_t*>(a.k_cache) + page * a.k_page_stride + entry * a.k_entry_stride;
-  for (int c = 0; c < kHeadDim; c += kLanes) {
-    const Floats scaled = load(x + c) * inverse;
-    const Ints code = (Ints)(scaled + kRounder) - bits_of(kRounder);
-    const Ints bounded = code > 127 ? broadcast(127) : code < -127 ? broadcast(-127) : code;
-    store_bytes(codes + c, scaled == scaled ? bounded : Ints{});
-  }
+  DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i)
+    store_bytes(codes + 2 * i * kLanes, int8_codes(x.even[i] * inverse), int8_codes(x.odd[i] * inverse));
   const int64_t at = page * a.k_scale_page_stride + entry * a.k_scale_entry_stride;
   if (a.k_scale_is_fp16)
     static_cast<uint16_t*>(a.k_scale)[at] = half_of(scale);
@@ -141,16 +207,49 @@ void store_int8(const Arguments& a, int64_t slot, float* x) {
     static_cast<float*>(a.k_scale)[at] = scale;
 }
 
-// From the pooled vector to the stored entry of the window that `token` closes. `x` is overwritten.
-void finish_entry(const Arguments& a, const float* norm_weight, int64_t token, float* x) {
-  normalise(x, norm_weight, static_cast<float>(a.eps));
-  const int64_t group_start = a.positions[token] - kRatio + 1;
-  rotate(x + kHeadDim - kRopeDim, a.cos_sin + group_start * a.cos_sin_stride);
-  round_to_bfloat16(x);
-  if (a.k_format == kFp8Pow2)
-    store_fp8(a, a.k_slots[token], x);
-  else
-    store_int8(a, a.k_slots[token], x);
-}
+// Pooled windows on their way to the cache. They are finished some at a time and step by step: within an entry each step
+// waits for a sum over all of it, which other entries fill.
+class Entries {
+ public:
+  Entries(const Arguments& a, const Entry& norm_weight) : a_(a), norm_weight_(norm_weight) {}
+
+  // `token` closes the window.
+  void add(int64_t token, const Entry& pooled) {
+    token_[count_] = token;
+    entry_[count_++] = pooled;
+    if (count_ == kMost) finish();
+  }
+
+  // To be called after the last one.
+  void finish() {
+    float scale[kMost];
+    for (int i = 0; i < count_; ++i) scale[i] = inverse_rms(entry_[i], static_cast<float>(a_.eps));
+    for (int i = 0; i < count_; ++i) {
+      normalise(entry_[i], scale[i], norm_weight_);
+      rotate(entry_[i], a_.cos_sin + (a_.positions[token_[i]] - kRatio + 1) * a_.cos_sin_stride);
+    }
+    a_.k_format == kFp8Pow2 ? store_fp8() : store_int8();
+    count_ = 0;
+  }
+
+ private:
+  static constexpr int kMost = 4;
+
+  void store_fp8() {
+    int32_t largest[kMost];
+    for (int i = 0; i < count_; ++i) largest[i] = largest_magnitude(entry_[i]);
+    for (int i = 0; i < count_; ++i) ::store_fp8(a_, a_.k_slots[token_[i]], entry_[i], largest[i]);
+  }
+
+  void store_int8() {
+    for (int i = 0; i < count_; ++i) ::store_int8(a_, a_.k_slots[token_[i]], entry_[i]);
+  }
+
+  const Arguments& a_;
+  const Entry& norm_weight_;
+  Entry entry_[kMost];
+  int64_t token_[kMost];
+  int count_ = 0;
+};
 
 }  // namespace

@@ -5,31 +5,11 @@
 #include "abi.h"
 #include "vec.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 using namespace dsv4;
 
 constexpr int64_t kGrain = 128;  // tokens that are worth a thread
-
-#if defined(__AVX512F__)
-void store_past_cache(float* p, Floats v) { _mm512_stream_ps(p, (__m512)v); }
-#elif defined(__AVX__)
-void store_past_cache(float* p, Floats v) { _mm256_stream_ps(p, (__m256)v); }
-#elif defined(__SSE2__)
-void store_past_cache(float* p, Floats v) { _mm_stream_ps(p, (__m128)v); }
-#else
-void store_past_cache(float* p, Floats v) { store(p, v); }
-#endif
-
-void wait_for_stores() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 template <class T, void (*store_row)(float*, Floats)>
 void move_bytes(int64_t begin, int64_t end, void* context) {

@@ -5,6 +5,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define DSV4_UNROLL _Pragma("GCC unroll 16")  // GCC 12 leaves longer bodies rolled, and their vectors in memory
 
 namespace {
 
@@ -12,7 +19,6 @@ constexpr int kLanes = DSV4_LANES;
 typedef float Floats __attribute__((vector_size(4 * DSV4_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * DSV4_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * DSV4_LANES)));
-typedef int8_t Bytes __attribute__((vector_size(DSV4_LANES)));
 
 struct bfloat16 {
   uint16_t bits;
@@ -24,17 +30,54 @@ inline Floats load(const float* p) {
   return v;
 }
 
+template <int... i>
+inline Floats widened(Halves h, std::integer_sequence<int, i...>) {
+  return (Floats)__builtin_shufflevector(Halves{}, h, (i % 2 ? kLanes + i / 2 : i / 2)...);
+}
+
+// A bfloat16 is the upper half of a float: one shuffle with zeros where a conversion takes two instructions or more.
 inline Floats load(const bfloat16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  return (Floats)(__builtin_convertvector(h, Ints) << 16);
+  return widened(h, std::make_integer_sequence<int, 2 * kLanes>());
 }
+
+// Around the caches, to a p that is aligned to a vector.
+#if defined(__AVX512F__)
+inline void store_past_cache(float* p, Floats v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX__)
+inline void store_past_cache(float* p, Floats v) { _mm256_stream_ps(p, (__m256)v); }
+#elif defined(__SSE2__)
+inline void store_past_cache(float* p, Floats v) { _mm_stream_ps(p, (__m128)v); }
+#else
+inline void store_past_cache(float* p, Floats v) { store(p, v); }
+#endif
+
+// To be called before other threads may read what went around the caches.
+inline void wait_for_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The even and the odd ones of 2 * kLanes values.
+struct Pairs {
+  Floats even, odd;
+};
+
+template <int... i>
+inline Pairs pairs(Floats low, Floats high, std::integer_sequence<int, i...>) {
+  return {__builtin_shufflevector(low, high, 2 * i...), __builtin_shufflevector(low, high, 2 * i + 1 ...)};
+}
+
+inline Pairs pairs(Floats low, Floats high) { return pairs(low, high, std::make_integer_sequence<int, kLanes>()); }
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store_bytes(void* p, Ints v) {
-  const Bytes b = __builtin_convertvector(v, Bytes);
-  std::memcpy(p, &b, sizeof b);
+// Stores the low byte of each of `even` and `odd`, alternately.
+inline void store_bytes(void* p, Ints even, Ints odd) {
+  const Halves h = __builtin_convertvector((even & 0xff) | odd << 8, Halves);
+  std::memcpy(p, &h, sizeof h);
 }
 
 // a * b + c, rounded once: an instruction on AVX-512, AVX2 and aarch64, a call of libm's exact fmaf elsewhere.
@@ -49,6 +92,20 @@ inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Ints broadcast(int32_t i) { return i - Ints{}; }
 inline Ints magnitude_bits(Floats v) { return (Ints)v & 0x7fffffff; }
+
+template <int step, class V, int... i>
+inline V turned(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i + step) % kLanes...);
+}
+
+// All lanes folded into one by `op`, in halves.
+template <int step = kLanes / 2, class V, class Op>
+inline auto fold(V v, Op op) {
+  if constexpr (step == 0)
+    return v[0];
+  else
+    return fold<step / 2>(op(v, turned<step>(v, std::make_integer_sequence<int, kLanes>())), op);
+}
 
 inline int32_t bits_of(float x) {
   int32_t i;
@@ -65,21 +122,25 @@ inline float float_of(int32_t i) {
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, in the float's own rounding.
 constexpr float kRounder = 12582912.0f;
 
-// exp(x) for x <= 0, within 2.3 ulp; below the smallest normal float it is 0. exp(x) = 2^n * exp(r), with
-// |r| <= ln(2)/2 and a minimax polynomial of degree 5 for exp(r). ln(2) is split so that n * kLn2High is exact.
-inline Floats exp_nonpositive(Floats x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kSmallest = -87.3f;
-  const Floats shifted = multiply_add(x, broadcast(kLog2E), broadcast(kRounder));
-  const Floats n = shifted - kRounder;
-  const Floats r = multiply_add(n, broadcast(-kLn2Low), multiply_add(n, broadcast(-kLn2High), x));
-  Floats p = multiply_add(broadcast(0.008312501f), r, broadcast(0.04189033f));
-  p = multiply_add(p, r, broadcast(0.16667116f));
-  p = multiply_add(p, r, broadcast(0.4999923f));
-  p = multiply_add(p, r, broadcast(1.0f));
-  p = multiply_add(p, r, broadcast(1.0f));
-  const Floats power = (Floats)(((Ints)shifted + 127) << 23);  // the low bits of `shifted` are n
-  const Floats result = p * power;
-  return x < kSmallest ? Floats{} : result;
+// exp(x) for x <= 0, as weights of a softmax need it: within 1.8e-7 of itself down to -1 and within 1.4e-6 down to -87, below
+// which it is 0. exp(x) = 2^n * 2^f with |f| <= 1/2 and a minimax polynomial of degree 5 for 2^f. The product x * log2(e) is
+// not taken apart: what that loses grows with -x, slower than the weight falls. Eight at a time and step by step: no CPU
+// looks far enough ahead to overlap eight such chains by itself.
+inline void exp_nonpositive(Floats (&x)[8]) {
+  constexpr float kLog2E = 1.44269504f, kSmallest = -87.0f;
+  constexpr float kCoefficients[] = {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
+  Floats shifted[8], p[8];
+  Ints underflows[8];
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) underflows[j] = x[j] < kSmallest;
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) shifted[j] = multiply_add(x[j], broadcast(kLog2E), broadcast(kRounder));
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kRounder - shifted[j]);
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) p[j] = broadcast(0.00132647273f);
+  DSV4_UNROLL for (int i = 0; i < 5; ++i)
+    DSV4_UNROLL for (int j = 0; j < 8; ++j) p[j] = multiply_add(p[j], x[j], broadcast(kCoefficients[i]));
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) {
+    const Floats power = (Floats)(((Ints)shifted[j] + 127) << 23);  // the low bits of `shifted` are n
+    x[j] = underflows[j] ? Floats{} : p[j] * power;
+  }
 }
 
 }  // namespace
