@@ -90,10 +90,7 @@ def check_metadata(tensors: tuple[torch.Tensor | None, ...], k_format: str) -> N
         if tensor.dtype not in dtypes:
             raise ContractError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
         shape = tensor.shape
-        fits = len(shape) == len(sizes)
-        for size, actual in zip(sizes, shape):  # a loop: all() over a generator doubles the cost of this function
-            fits &= bound.setdefault(size, actual) == actual
-        if not fits:
+        if len(shape) != len(sizes) or shape != tuple(map(bound.setdefault, sizes, shape)):
             expected = ", ".join(f"{s}={bound[s]}" if bound.get(s, s) != s else str(s) for s in sizes)
             raise ContractError(f"{name} has shape {list(shape)}; expected [{expected}]")
         if not tensor.is_contiguous() and not _is_dense(tensor, dense):
