@@ -24,8 +24,8 @@ class Settings:
     """impl: the implementation of the op that the engine calls. `stock` leaves the engine's own compressor in
     place, under our metadata, so that the two can be compared in otherwise equal engines.
 
-    state_save: which state rows a step writes: those of all its tokens, or the `tail` of each request (ops/tail.py), where
-    the engine is sure that nobody asks for the others."""
+    state_save: which state rows a step writes: those of all its tokens, or the `tail` of each request (ops/tail.py),
+    where the engine is sure that nobody asks for the others."""
 
     impl: Impl = "cpu"
     state_save: StateSave = "full"
@@ -57,7 +57,7 @@ class Settings:
                 )
         if settings.impl == "stock" and settings.state_save == "tail":
             raise ValueError(
-                f"--additional-config: {NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from the "
-                "state; leave one of the two out"
+                f"--additional-config: {NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from "
+                "the state; leave one of the two out"
             )
         return settings

@@ -46,7 +46,8 @@ class Result:
 
     def entries(self, number: int) -> list[np.ndarray]:
         """By indexer layer, what a round stored: [entries, 132], in the order of the steps and their tokens."""
-        calls = [array for name, array in self.saved.items() if name.startswith(f"entries {number % len(self.rounds)} ")]
+        prefix = f"entries {number % len(self.rounds)} "
+        calls = [array for name, array in self.saved.items() if name.startswith(prefix)]
         return [np.concatenate(calls[layer::INDEXERS]) for layer in range(INDEXERS)]
 
     def alone(self, lengths: tuple[int, ...] = LENGTHS) -> dict[int, dict]:

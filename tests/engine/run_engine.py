@@ -1,10 +1,11 @@
 """Runs one engine in a process of its own: `python run_engine.py JOB.json RESULT.json`.
 
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
-"caches": whether to save the indexers' caches beside RESULT, as .npz, "entries": whether to save there what each call of
-the op stored, "without": functions of engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...],
-"preemptions": how many}; an answer has the generated tokens, for each of them the log-probabilities of the most likely
-ones, the same for the prompt if asked for, and how many prompt tokens came from the prefix cache.
+"caches": whether to save the indexers' caches beside RESULT, as .npz, "entries": whether to save there what each call
+of the op stored, "without": functions of engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds":
+[[answer, ...], ...], "preemptions": how many}; an answer has the generated tokens, for each of them the
+log-probabilities of the most likely ones, the same for the prompt if asked for, and how many prompt tokens came from
+the prefix cache.
 """
 
 import json
@@ -57,7 +58,7 @@ def logprobs(position: dict) -> dict[int, float]:
 
 
 def record_calls() -> list[np.ndarray]:
-    """A list that grows by every call of the op: the entries that it stored, [entries, 132], in the order of its tokens.
+    """A list that grows by each call of the op: the entries that it stored, [entries, 132], in the order of its tokens.
 
     They can be compared between engines that lay out their caches differently; the worker runs in this process.
     """

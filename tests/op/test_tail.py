@@ -1,4 +1,4 @@
-"""Tail-only saving at the op: what is kept is enough, each row of it is needed, and it is too little for who goes back."""
+"""Tail-only saving: what is kept is enough, each row of it is needed, and it is too little for who goes back."""
 
 import random
 from dataclasses import replace

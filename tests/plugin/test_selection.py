@@ -116,7 +116,7 @@ TAIL = {"dsv4_indexer": {"state_save": "tail"}}
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tail_only_saving_is_refused_where_somebody_may_come_back_to_the_state(checkpoint: Path, options: dict, found: str):
+def test_tail_only_saving_is_refused_where_somebody_may_come_back(checkpoint: Path, options: dict, found: str):
     options = dict(enable_prefix_caching=found == "prefix caching is on") | options
     message = refusal(checkpoint, additional_config=TAIL, **options)
     assert found in message and "leave" in message

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def add_to(commands) -> None:
-    """Adds `bench` and `bench compare` to the subcommands."""
+    """Adds `bench`, `bench compare` and `bench cost` to the subcommands."""
     bench = commands.add_parser(
         "bench", help="measure every implementation, vLLM's own code and the floor; two minutes by default"
     )
@@ -27,10 +27,13 @@ def add_to(commands) -> None:
     bench.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR",
                        help="for bench.json and bench.svg (default: %(default)s)")  # fmt: skip
     bench.set_defaults(run=_bench)
-    compare = bench.add_subparsers(metavar="[compare A.json B.json]").add_parser("compare")
+    others = bench.add_subparsers(metavar="[compare A.json B.json | cost]")
+    compare = others.add_parser("compare", help="what changed between two runs")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     compare.set_defaults(run=_compare)
+    cost = others.add_parser("cost", help="bytes moved and held, on paper and counted on the op; takes seconds")
+    cost.set_defaults(run=_cost)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -94,3 +97,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from . import report
 
     print(report.compare(*(json.loads(path.read_text()) for path in (arguments.before, arguments.after))))
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    from . import cost
+
+    print(cost.report())

@@ -92,8 +92,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
     """Tail-only saving is right where only the request itself reads its state, and each of its steps starts where the
-    last one ended. Preemption computes a request again from its start; a rejected draft, which would go back, is refused
-    above for everyone; a streamed-input session goes back to the end of its last prompt at the furthest."""
+    last one ended. Preemption computes a request again from its start; rejected drafts, which go back, are refused for
+    everyone; a session with streamed input goes back to the end of its last prompt at the furthest."""
     cache = vllm_config.cache_config
     for unsafe, found, remedy in (
         (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
@@ -191,7 +191,7 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
         )
 
     def _state_slots(self, state: CompressorMetadata, positions: torch.Tensor) -> torch.Tensor:
-        """The slots of the rows to save. A step's metadata is made for the step and shared by the indexers' layers: the
+        """The slots of the rows to save. The metadata is made for the step and shared by the indexers' layers: the
         first of them works out the tail. Its slot tensor is the other compressors' too, which need it whole."""
         if self.settings.state_save == "full":
             return state.slot_mapping

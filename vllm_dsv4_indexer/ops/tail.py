@@ -1,9 +1,9 @@
 """Tail-only saving: leave out the state rows that no later call can read.
 
-The row of position p is pooled twice, in the window that its own group of four closes and in the window that the next
-group closes, at position p - p % 4 + 7. `compress` pools the rows of its own call from `kv_score`, so if that token too is
-in the call, the saved row is never read. What remains of a request whose call ends before position e are the rows of
-e - e % 4 - 4 .. e - 1: at most seven, however long the call.
+The row of position p is pooled twice: in the window that its own group of four closes, and in the one that the next
+group closes at position p - p % 4 + 7. `compress` pools the rows of its own call from `kv_score`, so if that token too
+is in the call, nobody reads the saved row. What has to be saved of a request whose call ends before position e are the
+rows of e - e % 4 - 4 .. e - 1: at most seven, however long the call.
 
 That holds as long as each call starts where the request's last one ended. It does not where another reader has the
 state pages, or where the request goes back: prefix caching, state transfer, speculative decoding.
