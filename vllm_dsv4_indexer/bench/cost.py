@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW
-from ..ops.tail import tail_slots
-from .cases import PAGE, PAGE_BYTES, Case, make_inputs
+from .cases import PAGE, PAGE_BYTES, Case, make_inputs, with_tail_slots
 
 LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
@@ -86,19 +85,15 @@ def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
     impl, tail = WAYS[way]
     inputs = make_inputs(case, kv_dtype)
     if tail:
-        inputs = with_slots(inputs, tail_slots(*inputs[4:7]))
+        inputs = with_tail_slots(inputs)
     kv_score = len(halves_read(inputs, impl, _KV_SCORE)) * ROW_WIDTH // 2 * kv_dtype.itemsize
     # Without slots: a row that is saved first would hide the one that lies there before.
-    rows = halves_read(with_slots(inputs, torch.full_like(inputs[_SLOTS], -1)), impl, _STATE)
+    unsaved = (*inputs[:_SLOTS], torch.full_like(inputs[_SLOTS], -1), *inputs[_SLOTS + 1 :])
+    rows = halves_read(unsaved, impl, _STATE)
     history = set(history_rows(case, inputs))
     return Traffic(
         kv_score, len(rows & history) * HALF_ROW, len(rows - history) * HALF_ROW, *bytes_written(case, inputs, impl)
     )
-
-
-def with_slots(inputs: tuple[Tensor, ...], slots: Tensor) -> tuple[Tensor, ...]:
-    """The same call with other state slots."""
-    return (*inputs[:_SLOTS], slots, *inputs[_SLOTS + 1 :])
 
 
 def halves_read(inputs: tuple[Tensor, ...], impl: str, argument: int) -> set[tuple[int, int]]:
