@@ -20,7 +20,7 @@ def add_to(commands) -> None:
     bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
     bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
     bench.add_argument("--threads", **counts, help="default: 1 and the number of cores")
-    bench.add_argument("--implementations", **listed, help="default: all but reference, tail; traffic: cpu and vLLM")
+    bench.add_argument("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
     bench.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                        help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
     bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
@@ -46,7 +46,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         if min(getattr(arguments, option) or [1]) < 1:
             raise ValueError(f"--{option}: every number is at least 1")
     cases = _cases(arguments)
-    special = {"standard": ["reference", "tail"], "traffic": ["reference", "tail", *ALGORITHMS]}[arguments.preset]
+    special = ["reference", *contestants.TAILS, *(ALGORITHMS if arguments.preset == "traffic" else ())]
     names = _chosen(arguments.implementations, contestants.available(), special)
     threads = arguments.threads or sorted({1, len(os.sched_getaffinity(0))})
     options = {"preset": arguments.preset, "kv_dtype": arguments.kv_dtype, "seconds": arguments.seconds}

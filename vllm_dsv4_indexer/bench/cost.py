@@ -26,7 +26,7 @@ _KV_SCORE, _SLOTS, _TABLE, _STATE, _K_CACHE = 0, 6, 7, 8, 10  # of the arguments
 
 
 class Traffic(NamedTuple):
-    """Bytes that calls move in one layer. `read_back`: state rows of the call itself, which scatter, then pool reads."""
+    """Bytes that calls move in one layer. `read_back`: state rows of the call, which scatter, then pool reads."""
 
     kv_score_read: int
     history_read: int
@@ -55,7 +55,7 @@ def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: 
 
 
 def history_halves(start: int, length: int) -> list[tuple[int, int]]:
-    """The half rows (position, 0 for front or 1 for back) before `start` that a call reads: its first two windows may."""
+    """The half rows (position, 0 for front or 1 for back) before `start` that a call's first two windows read."""
     closing = range(start - start % RATIO + RATIO - 1, start + length, RATIO)[:2]
     windows = (range(max(last - WINDOW + 1, 0), last + 1) for last in closing)
     return [(q, int(q > window[-1] - RATIO)) for window in windows for q in window if q < start]
@@ -77,7 +77,7 @@ def _pages(tokens: int, page: int) -> int:
     return -(-tokens // page)
 
 
-# ---- counted on real calls --------------------------------------------------------------------------------------------
+# ---- counted on real calls -----------------------------------------------------------------------------------------
 
 
 def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
@@ -113,8 +113,8 @@ def halves_read(inputs: tuple[Tensor, ...], impl: str, argument: int) -> set[tup
 
 
 def bytes_written(case: Case, inputs: tuple[Tensor, ...], impl: str) -> tuple[int, int]:
-    """The bytes of the state's and of the K cache's storage, padding included, that the call writes: what it leaves there
-    differs from one of two fills, which are each other's complement. Rows that it reads keep their values."""
+    """The bytes of the state's and of the K cache's storage, padding included, that the call writes: what it leaves
+    there differs from one of two fills, which are each other's complement. Rows that it reads keep their values."""
     state, k_cache = inputs[_STATE], inputs[_K_CACHE]
     rows = torch.tensor([row for row, _ in history_rows(case, inputs)], dtype=torch.int64)
     at = rows // PAGE, rows % PAGE
@@ -142,7 +142,7 @@ def history_rows(case: Case, inputs: tuple[Tensor, ...]) -> list[tuple[int, int]
     ]
 
 
-# ---- in words ---------------------------------------------------------------------------------------------------------
+# ---- in words ------------------------------------------------------------------------------------------------------
 
 
 def report() -> str:
@@ -154,7 +154,7 @@ def report() -> str:
 
 
 def _steps() -> Iterator[tuple[str, int, int, tuple[tuple[int, int], ...]]]:
-    """A line's beginning, its context, the tokens of a call, and the calls: a prompt in chunks, or a group generated."""
+    """A line's beginning, its context, the tokens of a call, the calls: a prompt in chunks, or a group generated."""
     for context in CONTEXTS:
         for chunk in (*CHUNKS, 1):
             starts = range(0, context, chunk) if chunk > 1 else range(context, context + RATIO)
@@ -164,8 +164,8 @@ def _steps() -> Iterator[tuple[str, int, int, tuple[tuple[int, int], ...]]]:
 
 def _layer_table() -> list[str]:
     lines = [
-        "\nOne layer, one request, bytes a token: read, written and moved in all, and what tail-only saving saves of that;\n"
-        "read back: what scatter, then pool reads of the rows that it has just written\n"
+        "\nOne layer, one request, bytes a token: read, written and moved in all, and what tail-only saving saves of\n"
+        "that; read back: what scatter, then pool reads of the rows that it has just written\n"
         f"{'':15}{'read':>9}{'written':>9}{'':18}{'moved, bf16 kv_score':>27}{'moved, fp32 kv_score':>27}{'read':>9}\n"
         f"{'context':>7}{'chunk':>8}{'history':>9}{'entries':>9}{'state':>9}{'tail':>9}"
         + 2 * f"{'full':>9}{'tail':>9}{'saves':>9}" + f"{'back':>9}"
@@ -201,7 +201,8 @@ def _model_table(model: str) -> list[str]:
 def _counted_table() -> list[str]:
     lines = [
         f"\nOne layer, one call, requests (tokens before, tokens of the call) {', '.join(map(str, SAMPLE.requests))}\n"
-        f"{'bytes on paper | counted on the op':36}" + "".join(f"{name.replace('_', ' '):>19}" for name in Traffic._fields)
+        f"{'bytes on paper | counted on the op':36}"
+        + "".join(f"{name.replace('_', ' '):>19}" for name in Traffic._fields)
     ]  # fmt: skip
     for kv_dtype in (torch.bfloat16, torch.float32):
         for way in WAYS:
