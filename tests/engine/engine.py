@@ -42,7 +42,7 @@ class Result:
 
     @property
     def caches(self) -> dict[str, np.ndarray]:
-        return {name: array for name, array in self.saved.items() if name.startswith("model.")}
+        return {name: array for name, array in self.saved.items() if not name.startswith("entries ")}
 
     def entries(self, number: int) -> list[np.ndarray]:
         """By indexer layer, what a round stored: [entries, 132], in the order of the steps and their tokens."""
