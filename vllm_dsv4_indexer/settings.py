@@ -16,14 +16,19 @@ NAMESPACE = "dsv4_indexer"
 ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
 
 Impl = Literal["cpu", "reference", "stock"]
+StateSave = Literal["full", "tail"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """impl: the implementation of the op that the engine calls. `stock` leaves the engine's own compressor in
-    place, under our metadata, so that the two can be compared in otherwise equal engines."""
+    place, under our metadata, so that the two can be compared in otherwise equal engines.
+
+    state_save: which state rows a step writes: those of all its tokens, or the `tail` of each request (ops/tail.py),
+    where the engine is sure that nobody asks for the others."""
 
     impl: Impl = "cpu"
+    state_save: StateSave = "full"
 
     @staticmethod
     def read(additional_config: Mapping[str, Any] | Any) -> "Settings":
@@ -45,8 +50,14 @@ class Settings:
             if key not in known:
                 raise ValueError(f"--additional-config: unknown key {NAMESPACE}.{key}; known keys are {known}")
         settings = Settings(**given)
-        if settings.impl not in get_args(Impl):
+        for name, allowed in (("impl", Impl), ("state_save", StateSave)):
+            if (value := getattr(settings, name)) not in get_args(allowed):
+                raise ValueError(
+                    f"--additional-config: {NAMESPACE}.{name} is {value!r}; choose one of {list(get_args(allowed))}"
+                )
+        if settings.impl == "stock" and settings.state_save == "tail":
             raise ValueError(
-                f"--additional-config: {NAMESPACE}.impl is {settings.impl!r}; choose one of {list(get_args(Impl))}"
+                f"--additional-config: {NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from "
+                "the state; leave one of the two out"
             )
         return settings

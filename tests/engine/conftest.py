@@ -3,10 +3,11 @@
 import os
 
 import pytest
-from engine import ALONE, BATCHED, FEW, GREEDY, PREEMPTED, PREFIXES, Result, run_engine
+from engine import ALONE, BATCHED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, Result, run_engine
 
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
+TAIL = {"dsv4_indexer": {"state_save": "tail"}}
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +80,26 @@ def reference(engine) -> Result:
     """The readable implementation of the op inside the engine."""
     options = {"dsv4_indexer": {"impl": "reference"}}
     return engine("reference", FEW, additional_config=options, enable_prefix_caching=False)
+
+
+@pytest.fixture(scope="session")
+def full(engine) -> Result:
+    """In chunks, with prefix caching; saves every state row. Rounds: MIXED; REPEATED twice."""
+    return engine("full", [MIXED, REPEATED, REPEATED], **recorded_chunks())
+
+
+@pytest.fixture(scope="session")
+def tail(engine) -> Result:
+    """The same with tail-only saving, for which prefix caching must be off."""
+    return engine("tail", [MIXED, REPEATED], additional_config=TAIL, enable_prefix_caching=False, **recorded_chunks())
+
+
+@pytest.fixture(scope="session")
+def unsafe_tail(engine) -> Result:
+    """Tail-only saving with prefix caching, without the check that refuses it at start-up."""
+    options = recorded_chunks() | dict(additional_config=TAIL, without=["_refuse_unsafe_tail"])
+    return engine("unsafe_tail", [REPEATED, REPEATED], **options)
+
+
+def recorded_chunks() -> dict:
+    return dict(max_num_batched_tokens=509, entries=True)

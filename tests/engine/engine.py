@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+INDEXERS = 2  # layers of the demo checkpoint that have one
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
@@ -26,6 +27,9 @@ BATCHED = dict(prompts=PROMPTS, sampling=GREEDY)
 FEW_LENGTHS = (1, 4, 7, 129, 512, 2050, 4097)
 FEW = [ALONE[LENGTHS.index(length)] for length in FEW_LENGTHS]
 PREFIXES = [prompt(2049, seed=1), prompt(4097, seed=1)]
+MIXED_LENGTHS = (1, 6, 129, 700)
+MIXED = dict(prompts=[prompt(length, seed=3) for length in MIXED_LENGTHS], sampling=GREEDY)
+REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
 
@@ -33,22 +37,37 @@ PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 class Result:
     rounds: list[list[dict]]
     preemptions: int
-    caches: dict[str, np.ndarray]
+    saved: dict[str, np.ndarray]
     log: str
+
+    @property
+    def caches(self) -> dict[str, np.ndarray]:
+        return {name: array for name, array in self.saved.items() if not name.startswith("entries ")}
+
+    def entries(self, number: int) -> list[np.ndarray]:
+        """By indexer layer, what a round stored: [entries, 132], in the order of the steps and their tokens."""
+        prefix = f"entries {number % len(self.rounds)} "
+        calls = [array for name, array in self.saved.items() if name.startswith(prefix)]
+        return [np.concatenate(calls[layer::INDEXERS]) for layer in range(INDEXERS)]
 
     def alone(self, lengths: tuple[int, ...] = LENGTHS) -> dict[int, dict]:
         """The answers of the first rounds, one prompt each, by prompt length."""
         return {length: answers[0] for length, answers in zip(lengths, self.rounds)}
 
 
-def run_engine(folder: Path, model: Path, rounds: list[dict], caches=False, environment=None, **options) -> Result:
+def run_engine(
+    folder: Path, model: Path, rounds: list[dict], caches=False, entries=False, without=(), environment=None, **options
+) -> Result:
     """Run one engine with our backend in a process of its own, and return what it answered and logged.
+
+    caches, entries, without: see run_engine.py; the first two want the worker in that process.
 
     In one process vLLM schedules all requests of a round at once, so that two engines see the same batches.
     """
     defaults = dict(attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192)
     defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
-    job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds, caches=caches)
+    job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds)
+    job |= dict(caches=caches, entries=entries, without=without)
     job_file, result_file = folder / "job.json", folder / "result.json"
     job_file.write_text(json.dumps(job))
     command = [sys.executable, str(Path(__file__).with_name("run_engine.py")), str(job_file), str(result_file)]
@@ -58,8 +77,8 @@ def run_engine(folder: Path, model: Path, rounds: list[dict], caches=False, envi
         log.seek(0)
         lines = log.read()
     assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
-    saved = dict(np.load(result_file.with_suffix(".npz"))) if caches else {}
-    return Result(**json.loads(result_file.read_text()), caches=saved, log=lines)
+    saved = dict(np.load(result_file.with_suffix(".npz")))
+    return Result(**json.loads(result_file.read_text()), saved=saved, log=lines)
 
 
 def largest_difference(one: dict, other: dict) -> float:

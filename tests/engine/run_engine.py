@@ -1,9 +1,11 @@
 """Runs one engine in a process of its own: `python run_engine.py JOB.json RESULT.json`.
 
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
-"caches": whether to save the indexers' caches beside RESULT, as .npz}. RESULT: {"rounds": [[answer, ...], ...],
-"preemptions": how many}; an answer has the generated tokens, for each of them the log-probabilities of the most likely
-ones, the same for the prompt if asked for, and how many prompt tokens came from the prefix cache.
+"caches": whether to save the indexers' caches beside RESULT, as .npz, "entries": whether to save there what each call
+of the op stored, "without": functions of engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds":
+[[answer, ...], ...], "preemptions": how many}; an answer has the generated tokens, for each of them the
+log-probabilities of the most likely ones, the same for the prompt if asked for, and how many prompt tokens came from
+the prefix cache.
 """
 
 import json
@@ -11,16 +13,28 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from vllm import LLM, RequestOutput, SamplingParams
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET
+from vllm_dsv4_indexer.engines import vllm_cpu
 
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
+    for function in job["without"]:
+        setattr(vllm_cpu, function, lambda *_: None)
     llm = LLM(**job["options"])
-    rounds = [[answer(output) for output in generate(llm, **one)] for one in job["rounds"]]
+    calls = record_calls() if job["entries"] else []
+    rounds, entries = [], {}
+    for number, one in enumerate(job["rounds"]):
+        rounds.append([answer(output) for output in generate(llm, **one)])
+        entries |= {f"entries {number} {call}": array for call, array in enumerate(calls)}
+        calls.clear()
     preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    if job["caches"]:
-        np.savez(Path(result_file).with_suffix(".npz"), **indexer_caches(llm))
+    caches = indexer_caches(llm) if job["caches"] else {}
+    np.savez(Path(result_file).with_suffix(".npz"), **caches, **entries)
     Path(result_file).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
 
 
@@ -41,6 +55,26 @@ def answer(output: RequestOutput) -> dict:
 
 def logprobs(position: dict) -> dict[int, float]:
     return {token: entry.logprob for token, entry in position.items()}
+
+
+def record_calls() -> list[np.ndarray]:
+    """A list that grows by each call of the op: the entries that it stored, [entries, 132], in the order of its tokens.
+
+    They can be compared between engines that lay out their caches differently; the worker runs in this process.
+    """
+    calls, compress = [], ops.compress
+
+    def recording(*arguments, **options) -> None:
+        compress(*arguments, **options)
+        slots, pages = arguments[9], arguments[10].flatten(1)
+        slots = slots[slots >= 0]
+        page, entry = slots // FP8_PAGE_ENTRIES, slots % FP8_PAGE_ENTRIES
+        parts = (pages[:, :FP8_SCALE_OFFSET], pages[:, FP8_SCALE_OFFSET:])
+        stored = [part.unflatten(1, (FP8_PAGE_ENTRIES, -1))[page, entry] for part in parts]
+        calls.append(torch.cat(stored, dim=1).numpy())
+
+    ops.compress = recording
+    return calls
 
 
 def indexer_caches(llm: LLM) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_dsv4_indexer import plugin
 from vllm_dsv4_indexer.engines import vllm_cpu
+from vllm_dsv4_indexer.settings import Settings
 
 OURS = "vllm_dsv4_indexer.engines.vllm_cpu.Worker"
 
@@ -100,6 +101,42 @@ def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, f
     assert found in refusal(checkpoint, **options)
 
 
+TAIL = {"dsv4_indexer": {"state_save": "tail"}}
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        (dict(), "prefix caching is on"),
+        (dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")), "a KV connector"),
+        (dict(kv_offloading_size=1), "KV offloading is on"),
+        (dict(kv_events_config=dict(enable_kv_cache_events=True)), "KV events are configured"),
+        (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "a scheduler is configured"),
+        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "speculative decoding is on"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tail_only_saving_is_refused_where_somebody_may_come_back(checkpoint: Path, options: dict, found: str):
+    options = dict(enable_prefix_caching=found == "prefix caching is on") | options
+    message = refusal(checkpoint, additional_config=TAIL, **options)
+    assert found in message and "leave" in message
+
+
+def test_tail_only_saving_without_prefix_caching_is_accepted(checkpoint: Path):
+    configure(checkpoint, additional_config=TAIL, enable_prefix_caching=False)
+
+
+def test_tail_only_saving_is_refused_for_the_stock_compressor(checkpoint: Path):
+    settings = {"dsv4_indexer": {"state_save": "tail", "impl": "stock"}}
+    message = refusal(checkpoint, additional_config=settings, enable_prefix_caching=False)
+    assert "state_save is 'tail'" in message and "'stock'" in message
+
+
+def test_an_unknown_way_to_save_is_refused_by_name(checkpoint: Path):
+    message = refusal(checkpoint, additional_config={"dsv4_indexer": {"state_save": "none"}})
+    assert "'none'" in message and "['full', 'tail']" in message
+
+
 def test_an_unknown_platform_is_refused():
     with pytest.raises(ValueError, match=r"the platform is 'cuda'; supported are \['cpu'\]"):
         plugin._engine(SimpleNamespace(device_type="cuda"))
@@ -107,7 +144,7 @@ def test_an_unknown_platform_is_refused():
 
 def test_an_unknown_setting_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"implementation": "cpu"}})
-    assert "unknown key dsv4_indexer.implementation" in message and "['impl']" in message
+    assert "unknown key dsv4_indexer.implementation" in message and "'impl'" in message
 
 
 def test_an_unknown_implementation_is_refused_by_name(checkpoint: Path):
@@ -134,9 +171,9 @@ def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
     layer = SimpleNamespace(indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor")))
     monkeypatch.setattr(vllm_cpu, "DeepseekV4CPUAttention", SimpleNamespace)
     with pytest.raises(RuntimeError, match="layers.1.compressor is a SimpleNamespace"):
-        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), "cpu", indexers=1)
+        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1)
 
 
 def test_a_model_class_that_another_plugin_replaced_is_refused():
     with pytest.raises(RuntimeError, match="the model has 0 layers .* its configuration asks for 2"):
-        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: []), "cpu", indexers=2)
+        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: []), Settings(), indexers=2)

@@ -7,5 +7,6 @@ the same bytes take to move.
     machine.py      where
     report.py       the result as tables
     plot.py         the result as a picture
+    cost.py         not how long it takes, but how many bytes it moves and holds
     command.py      the command
 """

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..contract import (
     FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
 )  # fmt: skip
+from ..ops.tail import tail_slots
 
 PAGE = 4  # tokens per state page in vLLM
 PAGE_BYTES = 8640  # of a state page (8192 used) and of a K page (8448 used): vLLM 0.32 aligns both to 576
@@ -126,6 +127,11 @@ def make_inputs(case: Case, kv_dtype: torch.dtype) -> tuple[Tensor, ...]:
         torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
         k_cache[:, : FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES].unflatten(1, (FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES)),
     )
+
+
+def with_tail_slots(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same call with tail-only saving."""
+    return (*inputs[:6], tail_slots(*inputs[4:7]), *inputs[7:])
 
 
 def _table(spans: list[tuple[int, int]], numbers: torch.Generator) -> tuple[Tensor, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def add_to(commands) -> None:
-    """Adds `bench` and `bench compare` to the subcommands."""
+    """Adds `bench`, `bench compare` and `bench cost` to the subcommands."""
     bench = commands.add_parser(
         "bench", help="measure every implementation, vLLM's own code and the floor; two minutes by default"
     )
@@ -20,17 +20,20 @@ def add_to(commands) -> None:
     bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
     bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
     bench.add_argument("--threads", **counts, help="default: 1 and the number of cores")
-    bench.add_argument("--implementations", **listed, help="default: all but reference; for traffic: cpu and vLLM")
+    bench.add_argument("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
     bench.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                        help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
     bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
     bench.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR",
                        help="for bench.json and bench.svg (default: %(default)s)")  # fmt: skip
     bench.set_defaults(run=_bench)
-    compare = bench.add_subparsers(metavar="[compare A.json B.json]").add_parser("compare")
+    others = bench.add_subparsers(metavar="[compare A.json B.json | cost]")
+    compare = others.add_parser("compare", help="what changed between two runs")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     compare.set_defaults(run=_compare)
+    cost = others.add_parser("cost", help="bytes moved and held, on paper and counted on the op; takes seconds")
+    cost.set_defaults(run=_cost)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -43,8 +46,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         if min(getattr(arguments, option) or [1]) < 1:
             raise ValueError(f"--{option}: every number is at least 1")
     cases = _cases(arguments)
-    slow = {"standard": ["reference"], "traffic": ["reference", *ALGORITHMS]}[arguments.preset]
-    names = _chosen(arguments.implementations, contestants.available(), slow)
+    special = ["reference", *contestants.TAILS, *(ALGORITHMS if arguments.preset == "traffic" else ())]
+    names = _chosen(arguments.implementations, contestants.available(), special)
     threads = arguments.threads or sorted({1, len(os.sched_getaffinity(0))})
     options = {"preset": arguments.preset, "kv_dtype": arguments.kv_dtype, "seconds": arguments.seconds}
     result = {"machine": machine.describe(), "options": options, "cells": []}
@@ -94,3 +97,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from . import report
 
     print(report.compare(*(json.loads(path.read_text()) for path in (arguments.before, arguments.after))))
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    from . import cost
+
+    print(cost.report())

@@ -3,6 +3,8 @@
 Each is a function without arguments over the same inputs, which writes to the same caches.
 
     cpu, reference            `ops.compress(..., impl=NAME)`: everything that a call costs an engine
+    tail, tail_first          the same for impl="cpu" with tail-only saving: in a layer that finds the slots to save
+                              worked out, and in the step's first, which works them out
     vllm                      all that vLLM 0.32's CPU engine does after the projection: widen kv_score, save the rows,
                               find the eight slots of every token, store the entries
     one_pass, overlay_scan,   the native code of impl="cpu" and of the baselines alone, checks of values included
@@ -23,8 +25,10 @@ from torch import Tensor
 from .. import ops
 from ..contract import RATIO, WINDOW
 from ..ops import cpu
+from .cases import with_tail_slots
 
 OPS = ("cpu", "reference")
+TAILS = ("tail", "tail_first")  # they leave state rows out
 VLLM = ("vllm", "vllm_ops")
 FLOORS = {"floor": False, "floor_past_cache": True}
 _VLLM_VERSION = "0.32.0"  # whose private functions `_vllm` calls
@@ -33,7 +37,7 @@ _EPS, _K_FORMAT = 1e-6, "fp8_pow2"
 
 def available() -> list[str]:
     """The names that can be measured here: vLLM only where it is the version that we know."""
-    return [*OPS, *cpu.ALGORITHMS, *VLLM * (vllm_version() or "").startswith(_VLLM_VERSION)]
+    return [*OPS, *TAILS, *cpu.ALGORITHMS, *VLLM * (vllm_version() or "").startswith(_VLLM_VERSION)]
 
 
 def vllm_version() -> str | None:
@@ -47,6 +51,8 @@ def vllm_version() -> str | None:
 def contestants(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
     """The functions of `names` and the floors. `inputs` are the first eleven arguments of `compress`."""
     runs = {name: functools.partial(ops.compress, *inputs, eps=_EPS, impl=name) for name in OPS} | _native(inputs)
+    runs["tail"] = functools.partial(ops.compress, *with_tail_slots(inputs), eps=_EPS, impl="cpu")
+    runs["tail_first"] = lambda: ops.compress(*with_tail_slots(inputs), eps=_EPS, impl="cpu")
     if not set(VLLM).isdisjoint(names):
         runs |= _vllm(*inputs)
     return {name: runs[name] for name in (*names, *FLOORS)}

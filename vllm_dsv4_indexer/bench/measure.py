@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..contract import FP8_SCALE_OFFSET
 from .cases import Case, make_inputs, mix
-from .contestants import FLOORS, contestants
+from .contestants import FLOORS, TAILS, contestants
 from .machine import last_level_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
@@ -97,8 +97,9 @@ def _larger_than_the_caches() -> Tensor:
 
 
 def check_equal(inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> None:
-    """Runs every contestant but the floors. Raises RuntimeError unless they store the same state and scales, and values
-    at most one code apart (vLLM's fp32 arithmetic differs in the last bit, which shows at a rounding tie)."""
+    """Runs every contestant but the floors. Raises RuntimeError unless they store the same state (but for tail-only
+    saving) and scales, and values at most one code apart (vLLM's fp32 arithmetic differs in the last bit, which shows
+    at a rounding tie)."""
     expected = None
     for name, run in runs.items():
         if name in FLOORS:
@@ -108,7 +109,8 @@ def check_equal(inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> None:
         result = _stored(inputs[8], inputs[10])
         expected = expected or (name, result)
         (state, scales, codes), (state_, scales_, codes_) = result, expected[1]
-        if not (state.equal(state_) and scales.equal(scales_) and (codes - codes_).abs().max() <= 1):
+        same_rows = state.equal(state_) or not {name, expected[0]}.isdisjoint(TAILS)
+        if not (same_rows and scales.equal(scales_) and (codes - codes_).abs().max() <= 1):
             raise RuntimeError(f"{name} and {expected[0]} store different results: not comparable, not measured")
 
 

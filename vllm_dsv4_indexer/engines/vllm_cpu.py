@@ -23,6 +23,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.models.deepseek_v4.compressor import CompressorMetadata
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.models.deepseek_v4.cpu.cpu_mla import (
     DeepseekV4CPUSparseBackend,
@@ -36,6 +37,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import RATIO
+from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
@@ -57,7 +59,8 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     if vllm_config.model_config is None:  # vLLM also makes configurations without a model, for its own tools
         return check_and_update_config(vllm_config)
     _refuse_unsupported(vllm_config)
-    Settings.read(vllm_config.additional_config)
+    if Settings.read(vllm_config.additional_config).state_save == "tail":
+        _refuse_unsafe_tail(vllm_config)
 
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     wanted = scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens
@@ -87,6 +90,23 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         _refuse("speculative decoding is on", "one token a step on vLLM's CPU engine", "leave it out")
 
 
+def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
+    """Tail-only saving is right where only the request itself reads its state, and each of its steps starts where the
+    last one ended. Preemption computes a request again from its start; rejected drafts, which go back, are refused for
+    everyone; a session with streamed input goes back to the end of its last prompt at the furthest."""
+    cache = vllm_config.cache_config
+    for unsafe, found, remedy in (
+        (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
+        (vllm_config.kv_transfer_config, "a KV connector is configured", "leave --kv-transfer-config out"),
+        (cache.kv_offloading_size, "KV offloading is on", "leave --kv-offloading-size out"),
+        (vllm_config.kv_events_config, "KV events are configured", "leave --kv-events-config out"),
+        (vllm_config.scheduler_config.scheduler_cls, "a scheduler is configured", "leave --scheduler-cls out"),
+    ):
+        if unsafe:
+            supported = "'tail' where nobody but the request itself can come back to its state"
+            _refuse(f"dsv4_indexer.state_save is 'tail', but {found}", supported, f"{remedy}, or leave state_save out")
+
+
 def _refuse(found: str, supported: str, remedy: str) -> None:
     raise ValueError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
 
@@ -106,7 +126,8 @@ class Worker(CPUWorker):
     """vLLM's CPU worker with our compressor in the model and our metadata under it."""
 
     def load_model(self, **kwargs: Any) -> None:
-        impl = Settings.read(self.vllm_config.additional_config).impl
+        settings = Settings.read(self.vllm_config.additional_config)
+        impl = settings.impl
         if impl != "stock":
             ops.prepare(impl, "cpu")
         with ExitStack() as if_it_fails:  # an offline engine leaves the process as it was
@@ -115,7 +136,7 @@ class Worker(CPUWorker):
             super().load_model(**kwargs)
             first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
             indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
-            replace_compressors(self.get_model(), impl, indexers)
+            replace_compressors(self.get_model(), settings, indexers)
             if_it_fails.pop_all()
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers", who, indexers)
@@ -142,10 +163,10 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
     """The indexer's compressor: one call of our op, which saves the state and writes the entries.
 
     Never constructed: takes the place of the engine's own by assignment to `__class__`, as the engine's CPU layer
-    does with the class of the GPU layer. `impl` is set at the same time.
+    does with the class of the GPU layer. `settings` are set at the same time.
     """
 
-    impl: str
+    settings: Settings
 
     def forward(self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> None:
         """kv_score fp32 [T, 512], positions int64 [T]; everything else comes from the step's metadata."""
@@ -160,17 +181,26 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
             rotary_emb.cos_sin_cache,
             positions,
             state.token_to_req_indices,
-            state.slot_mapping,
+            self._state_slots(state, positions),
             state.block_table,
             self.state_cache.kv_cache,
             entries.slot_mapping,
             self._static_forward_context[self.k_cache_prefix].kv_cache,
             eps=self.rms_norm_eps,
-            impl=self.impl,
+            impl=self.settings.impl,
         )
 
+    def _state_slots(self, state: CompressorMetadata, positions: torch.Tensor) -> torch.Tensor:
+        """The slots of the rows to save. The metadata is made for the step and shared by the indexers' layers: the
+        first of them works out the tail. Its slot tensor is the other compressors' too, which need it whole."""
+        if self.settings.state_save == "full":
+            return state.slot_mapping
+        if not hasattr(state, "tail_slots"):
+            state.tail_slots = tail_slots(positions, state.token_to_req_indices, state.slot_mapping)
+        return state.tail_slots
 
-def replace_compressors(model: torch.nn.Module, impl: str, indexers: int) -> None:
+
+def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: int) -> None:
     """Put our compressor into the indexers of `model`, which must be as many as `indexers`.
 
     Raises RuntimeError where the model does not look as vLLM 0.32.0 builds it.
@@ -191,9 +221,9 @@ def replace_compressors(model: torch.nn.Module, impl: str, indexers: int) -> Non
                 f"{SUPPORTED_VLLM} has a DeepseekV4CPUCompressor. Is another plugin replacing it? Disable that plugin."
             )
         layer.backend_cls = Dsv4IndexerBackend
-        if impl != "stock":
+        if settings.impl != "stock":
             compressor.__class__ = IndexerCompressor
-            compressor.impl = impl
+            compressor.settings = settings
 
 
 # ---- metadata that vLLM 0.32.0 has only as Triton kernels, which do not run on a CPU ----------------------------------

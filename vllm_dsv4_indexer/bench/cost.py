@@ -1,0 +1,212 @@
+"""What the compressor costs at scale: the bytes that its calls move and the memory that it holds, on paper and counted.
+
+On paper they follow from the layout (contract.py) and the pages of vLLM (cases.py). A kv_score row, a state row and an
+entry count once each, whatever a cache of the CPU makes of it; slots, positions and RoPE rows, 92 bytes a token, are
+left out. Counted: what a real call writes is what it changes, and what it reads is what changes its result.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW
+from .cases import PAGE, PAGE_BYTES, Case, make_inputs, with_tail_slots
+
+LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
+CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
+CHUNKS = (2 << 10, 8 << 10)
+ROW_BYTES = 4 * ROW_WIDTH
+HALF_ROW = ROW_BYTES // 2  # what a window takes of a row: the front halves of kv and gate, or the back halves
+SAMPLE = Case("sample", "mixed", ((0, 12), (5, 27), (66, 9), (131, 1)))
+WAYS = {"full": ("cpu", False), "tail": ("cpu", True), "scatter, then pool": ("scatter_pool", False)}
+_KV_SCORE, _SLOTS, _TABLE, _STATE, _K_CACHE = 0, 6, 7, 8, 10  # of the arguments of the op
+
+
+class Traffic(NamedTuple):
+    """Bytes that calls move in one layer. `read_back`: state rows of the call, which scatter, then pool reads."""
+
+    kv_score_read: int
+    history_read: int
+    read_back: int
+    state_written: int
+    entries_written: int
+
+
+def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: str) -> Traffic:
+    """The traffic of one call for each of `requests`, (tokens computed before, tokens of the call), in one of WAYS."""
+    impl, tail = WAYS[way]
+    calls = []
+    for start, length in requests:
+        end = start + length
+        closing = range(start - start % RATIO + RATIO - 1, end, RATIO)
+        pooled = WINDOW * len(closing) - RATIO * (start < RATIO <= end)  # the first entry has no group before its own
+        history = len(history_halves(start, length))
+        calls.append(Traffic(
+            kv_score_read=length * ROW_WIDTH * kv_dtype.itemsize,
+            history_read=history * HALF_ROW,
+            read_back=(pooled - history) * HALF_ROW * (impl == "scatter_pool"),
+            state_written=(min(length, end % RATIO + RATIO) if tail else length) * ROW_BYTES,
+            entries_written=len(closing) * FP8_ENTRY_BYTES,
+        ))  # fmt: skip
+    return Traffic(*map(sum, zip(*calls)))
+
+
+def history_halves(start: int, length: int) -> list[tuple[int, int]]:
+    """The half rows (position, 0 for front or 1 for back) before `start` that a call's first two windows read."""
+    closing = range(start - start % RATIO + RATIO - 1, start + length, RATIO)[:2]
+    windows = (range(max(last - WINDOW + 1, 0), last + 1) for last in closing)
+    return [(q, int(q > window[-1] - RATIO)) for window in windows for q in window if q < start]
+
+
+def state_bytes(context: int, chunk: int) -> int:
+    """The most that a request's state pages take in one layer during a call of `chunk` tokens: they are for the window
+    behind it and all of its tokens, whichever are saved. (A block of vLLM's pool is as large as its widest group's.)"""
+    in_one_piece = WINDOW - 1 + chunk
+    return min(_pages(in_one_piece - 1, PAGE) + 1, _pages(context, PAGE)) * PAGE_BYTES
+
+
+def k_bytes(context: int) -> int:
+    """The pages of a request's K entries in one layer."""
+    return _pages(context, RATIO * FP8_PAGE_ENTRIES) * PAGE_BYTES
+
+
+def _pages(tokens: int, page: int) -> int:
+    return -(-tokens // page)
+
+
+# ---- counted on real calls -----------------------------------------------------------------------------------------
+
+
+def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
+    """The traffic of one call of the op, counted."""
+    impl, tail = WAYS[way]
+    inputs = make_inputs(case, kv_dtype)
+    if tail:
+        inputs = with_tail_slots(inputs)
+    kv_score = len(halves_read(inputs, impl, _KV_SCORE)) * ROW_WIDTH // 2 * kv_dtype.itemsize
+    # Without slots: a row that is saved first would hide the one that lies there before.
+    unsaved = (*inputs[:_SLOTS], torch.full_like(inputs[_SLOTS], -1), *inputs[_SLOTS + 1 :])
+    rows = halves_read(unsaved, impl, _STATE)
+    history = set(history_rows(case, inputs))
+    return Traffic(
+        kv_score, len(rows & history) * HALF_ROW, len(rows - history) * HALF_ROW, *bytes_written(case, inputs, impl)
+    )
+
+
+def halves_read(inputs: tuple[Tensor, ...], impl: str, argument: int) -> set[tuple[int, int]]:
+    """The half rows (row, half) of kv_score or of the state that the call reads: a NaN there changes what it stores."""
+
+    def stored(poisoned: tuple[int, int] | None) -> Tensor:
+        call = tuple(tensor.clone() for tensor in inputs)
+        if poisoned:
+            row, half = poisoned
+            call[argument].view(-1, 4, ROW_WIDTH // 4)[row, half::2] = torch.nan
+        ops.compress(*call, impl=impl)
+        saved = call[_STATE].flatten().view(torch.uint8) if argument == _KV_SCORE else call[_K_CACHE].new_empty(0)
+        return torch.cat([call[_K_CACHE].flatten(), saved])
+
+    rows, clean = inputs[argument].numel() // ROW_WIDTH, stored(None)
+    return {(row, half) for row in range(rows) for half in (0, 1) if not stored((row, half)).equal(clean)}
+
+
+def bytes_written(case: Case, inputs: tuple[Tensor, ...], impl: str) -> tuple[int, int]:
+    """The bytes of the state's and of the K cache's storage, padding included, that the call writes: what it leaves
+    there differs from one of two fills, which are each other's complement. Rows that it reads keep their values."""
+    state, k_cache = inputs[_STATE], inputs[_K_CACHE]
+    rows = torch.tensor([row for row, _ in history_rows(case, inputs)], dtype=torch.int64)
+    at = rows // PAGE, rows % PAGE
+    history = state[at]
+    storages = [torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()) for cache in (state, k_cache)]
+    written = [torch.zeros_like(storage, dtype=torch.bool) for storage in storages]
+    for fill in (0x55, 0xAA):
+        for storage in storages:
+            storage.fill_(fill)
+        state[at] = history
+        before = [storage.clone() for storage in storages]
+        ops.compress(*inputs, impl=impl)
+        for changed, storage, old in zip(written, storages, before):
+            changed |= storage != old
+    return tuple(int(changed.sum()) for changed in written)
+
+
+def history_rows(case: Case, inputs: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    """The half rows of the state (row, half) that the case reads on paper."""
+    table = inputs[_TABLE]
+    return [
+        (int(table[request, q // PAGE]) * PAGE + q % PAGE, half)
+        for request, (start, length) in enumerate(case.requests)
+        for q, half in history_halves(start, length)
+    ]
+
+
+# ---- in words ------------------------------------------------------------------------------------------------------
+
+
+def report() -> str:
+    """Everything above as tables."""
+    return "\n".join([
+        f"vLLM 0.32: pages of {PAGE_BYTES} bytes, for {PAGE} state rows or {FP8_PAGE_ENTRIES} K entries",
+        *_layer_table(), *(line for model in LAYERS for line in _model_table(model)), *_counted_table(),
+    ])  # fmt: skip
+
+
+def _steps() -> Iterator[tuple[str, int, int, tuple[tuple[int, int], ...]]]:
+    """A line's beginning, its context, the tokens of a call, the calls: a prompt in chunks, or a group generated."""
+    for context in CONTEXTS:
+        for chunk in (*CHUNKS, 1):
+            starts = range(0, context, chunk) if chunk > 1 else range(context, context + RATIO)
+            size = f"{chunk >> 10}K" if chunk > 1 else "decode"
+            yield f"{context >> 10:6}K{size:>8}", context, chunk, tuple((start, chunk) for start in starts)
+
+
+def _layer_table() -> list[str]:
+    lines = [
+        "\nOne layer, one request, bytes a token: read, written and moved in all, and what tail-only saving saves of\n"
+        "that; read back: what scatter, then pool reads of the rows that it has just written\n"
+        f"{'':15}{'read':>9}{'written':>9}{'':18}{'moved, bf16 kv_score':>27}{'moved, fp32 kv_score':>27}{'read':>9}\n"
+        f"{'context':>7}{'chunk':>8}{'history':>9}{'entries':>9}{'state':>9}{'tail':>9}"
+        + 2 * f"{'full':>9}{'tail':>9}{'saves':>9}" + f"{'back':>9}"
+    ]  # fmt: skip
+    for line, _, chunk, requests in _steps():
+        per_token = 1 / (chunk * len(requests))
+        full, tail, scatter = (on_paper(requests, torch.bfloat16, way) for way in WAYS)
+        for bytes_ in (full.history_read, full.entries_written, full.state_written, tail.state_written):
+            line += f"{bytes_ * per_token:9.1f}"
+        for kv_dtype in (torch.bfloat16, torch.float32):
+            whole, less = (sum(on_paper(requests, kv_dtype, way)) for way in ("full", "tail"))
+            line += f"{whole * per_token:9.1f}{less * per_token:9.1f}{1 - less / whole:9.1%}"
+        lines.append(line + f"{scatter.read_back * per_token:9.1f}")
+    return lines
+
+
+def _model_table(model: str) -> list[str]:
+    layers = LAYERS[model]
+    lines = [
+        f"\n{model}, {layers} layers, one request, bf16 kv_score\n"
+        f"{'':15}{'moved, KiB a token':>20}{'moved, GiB':>20}{'held, MiB':>22}\n"
+        f"{'context':>7}{'chunk':>8}{'full':>10}{'tail':>10}{'full':>10}{'tail':>10}{'state pages':>12}{'K pages':>10}"
+    ]
+    for line, context, chunk, requests in _steps():
+        moved = [layers * sum(on_paper(requests, torch.bfloat16, way)) for way in ("full", "tail")]
+        held = layers * state_bytes(context, chunk) / (1 << 20), layers * k_bytes(context) / (1 << 20)
+        line += "".join(f"{n / chunk / len(requests) / (1 << 10):10.1f}" for n in moved)
+        line += "".join(f"{n / (1 << 30):10.2f}" if chunk > 1 else f"{'':10}" for n in moved)
+        lines.append(line + f"{held[0]:12.2f}{held[1]:10.2f}")
+    return lines
+
+
+def _counted_table() -> list[str]:
+    lines = [
+        f"\nOne layer, one call, requests (tokens before, tokens of the call) {', '.join(map(str, SAMPLE.requests))}\n"
+        f"{'bytes on paper | counted on the op':36}"
+        + "".join(f"{name.replace('_', ' '):>19}" for name in Traffic._fields)
+    ]  # fmt: skip
+    for kv_dtype in (torch.bfloat16, torch.float32):
+        for way in WAYS:
+            both = zip(on_paper(SAMPLE.requests, kv_dtype, way), counted(SAMPLE, kv_dtype, way))
+            name = f"{way}, {str(kv_dtype).removeprefix('torch.')}"
+            lines.append(f"{name:36}" + "".join(f"{f'{paper} | {count}':>19}" for paper, count in both))
+    return lines
