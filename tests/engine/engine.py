@@ -33,7 +33,7 @@ PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 class Result:
     rounds: list[list[dict]]
     preemptions: int
-    caches: dict[str, np.ndarray]
+    caches: dict[str, np.ndarray]  # and projections, if asked for
     log: str
 
     def alone(self, lengths: tuple[int, ...] = LENGTHS) -> dict[int, dict]:
@@ -41,14 +41,17 @@ class Result:
         return {length: answers[0] for length, answers in zip(lengths, self.rounds)}
 
 
-def run_engine(folder: Path, model: Path, rounds: list[dict], caches=False, environment=None, **options) -> Result:
+def run_engine(
+    folder: Path, model: Path, rounds: list[dict], caches=False, projections=False, environment=None, **options
+) -> Result:
     """Run one engine with our backend in a process of its own, and return what it answered and logged.
 
     In one process vLLM schedules all requests of a round at once, so that two engines see the same batches.
     """
     defaults = dict(attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192)
     defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
-    job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds, caches=caches)
+    job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds)
+    job |= dict(caches=caches, projections=projections)
     job_file, result_file = folder / "job.json", folder / "result.json"
     job_file.write_text(json.dumps(job))
     command = [sys.executable, str(Path(__file__).with_name("run_engine.py")), str(job_file), str(result_file)]
@@ -58,7 +61,7 @@ def run_engine(folder: Path, model: Path, rounds: list[dict], caches=False, envi
         log.seek(0)
         lines = log.read()
     assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
-    saved = dict(np.load(result_file.with_suffix(".npz"))) if caches else {}
+    saved = dict(np.load(result_file.with_suffix(".npz")))
     return Result(**json.loads(result_file.read_text()), caches=saved, log=lines)
 
 

@@ -1,14 +1,17 @@
 """Runs one engine in a process of its own: `python run_engine.py JOB.json RESULT.json`.
 
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
-"caches": whether to save the indexers' caches beside RESULT, as .npz}. RESULT: {"rounds": [[answer, ...], ...],
+"caches", "projections": whether to save the indexers' caches, and what goes into and comes out of the projections in
+front of them, beside RESULT, as .npz}. RESULT: {"rounds": [[answer, ...], ...],
 "preemptions": how many}; an answer has the generated tokens, for each of them the log-probabilities of the most likely
 ones, the same for the prompt if asked for, and how many prompt tokens came from the prefix cache.
 """
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from vllm import LLM, RequestOutput, SamplingParams
@@ -17,10 +20,11 @@ from vllm import LLM, RequestOutput, SamplingParams
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     llm = LLM(**job["options"])
+    projections = record_projections(llm) if job["projections"] else {}
     rounds = [[answer(output) for output in generate(llm, **one)] for one in job["rounds"]]
     preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    if job["caches"]:
-        np.savez(Path(result_file).with_suffix(".npz"), **indexer_caches(llm))
+    arrays = {name: np.concatenate(calls) for name, calls in projections.items()}
+    np.savez(Path(result_file).with_suffix(".npz"), **(indexer_caches(llm) if job["caches"] else {}), **arrays)
     Path(result_file).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
 
 
@@ -43,15 +47,32 @@ def logprobs(position: dict) -> dict[int, float]:
     return {token: entry.logprob for token, entry in position.items()}
 
 
-def indexer_caches(llm: LLM) -> dict[str, np.ndarray]:
-    """State and K cache of every indexer; the worker runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+def indexers(llm: LLM) -> dict[str, Any]:
+    """The indexers by name; the worker runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
     model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    return {name: module for name, module in model.named_modules() if name.endswith("indexer")}
+
+
+def indexer_caches(llm: LLM) -> dict[str, np.ndarray]:
+    """State and K cache of every indexer."""
     caches = {}
-    for name, module in model.named_modules():
-        if name.endswith("indexer"):
-            caches[f"{name}.state"] = module.compressor.state_cache.kv_cache.numpy().copy()
-            caches[f"{name}.k"] = module.k_cache.kv_cache.numpy().copy()
+    for name, indexer in indexers(llm).items():
+        caches[f"{name}.state"] = indexer.compressor.state_cache.kv_cache.numpy().copy()
+        caches[f"{name}.k"] = indexer.k_cache.kv_cache.numpy().copy()
     return caches
+
+
+def record_projections(llm: LLM) -> dict[str, list[np.ndarray]]:
+    """What every indexer's projection takes and gives from now on, call by call, in fp32."""
+    calls = defaultdict(list)
+    for name, indexer in indexers(llm).items():
+
+        def record(_, arguments, kv_score, name=name):
+            calls[f"{name}.x"].append(arguments[0].float().numpy().copy())
+            calls[f"{name}.kv_score"].append(kv_score.float().numpy().copy())
+
+        indexer.compressor.fused_wkv_wgate.register_forward_hook(record)
+    return calls
 
 
 if __name__ == "__main__":
