@@ -84,6 +84,18 @@ void multiply_tasks(int64_t begin, int64_t end, void* context) {
 
 }  // namespace
 }  // namespace dsv4
+
+// out = x * weight^T for at least one token, on a CPU that has the instructions; the fields of Projection say what is
+// what. Returns 0, or what parallel_for returned.
+extern "C" int32_t dsv4_indexer_project(
+    dsv4::ParallelFor parallel_for, const uint16_t* x, int64_t x_stride, int64_t tokens, int64_t hidden,
+    const uint16_t* packed, float* out) {
+  using namespace dsv4;
+  const int64_t blocks = (tokens + kBlockRows - 1) / kBlockRows;
+  const int64_t rows = (tokens + blocks - 1) / blocks;  // equal blocks, so that equally many are equal work
+  Projection p{x, x_stride, tokens, hidden / 2, packed, out, (rows + kRows - 1) / kRows * kRows};
+  return parallel_for(0, blocks * kPanels, 1, multiply_tasks, &p);
+}
 #endif
 
 // 0: this CPU lacks the instructions. 1: it has them. 2: and they do more products in the same time than fp32
@@ -93,20 +105,4 @@ extern "C" int32_t dsv4_indexer_bf16_dot() {
   if (__builtin_cpu_supports("avx512bf16")) return __builtin_cpu_is("amd") ? 2 : 1;
 #endif
   return 0;
-}
-
-// out = x * weight^T for at least one token, on a CPU that has the instructions; the fields of Projection above say what
-// is what. Returns 0, or what parallel_for returned.
-extern "C" int32_t dsv4_indexer_project(
-    dsv4::ParallelFor parallel_for, const uint16_t* x, int64_t x_stride, int64_t tokens, int64_t hidden,
-    const uint16_t* packed, float* out) {
-#if defined(__x86_64__)
-  using namespace dsv4;
-  const int64_t blocks = (tokens + kBlockRows - 1) / kBlockRows;
-  const int64_t rows = (tokens + blocks - 1) / blocks;  // equal blocks, so that equally many are equal work
-  Projection p{x, x_stride, tokens, hidden / 2, packed, out, (rows + kRows - 1) / kRows * kRows};
-  return parallel_for(0, blocks * kPanels, 1, multiply_tasks, &p);
-#else
-  return -1;
-#endif
 }

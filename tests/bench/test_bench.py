@@ -78,7 +78,7 @@ def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_ar
     assert {c["case"] for c in result["cells"]} == {f"one, T={n}, hidden {h}" for n in (8, 40) for h in (64, 130)}
     for cell in result["cells"]:
         assert cell["nanoseconds"].keys() == {*names, *(f"{name}_projection" for name in names), *contestants.FLOORS}
-        assert cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= measure.MOST_CHANGED
+        assert cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= 0.01  # a tie among 256
     table = capsys.readouterr().out
     assert "GFLOP/s" in table and "cpu_projection" in table and "of floor" not in table
 

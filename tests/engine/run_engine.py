@@ -1,8 +1,8 @@
 """Runs one engine in a process of its own: `python run_engine.py JOB.json RESULT.json`.
 
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
-"caches", "projections": whether to save the indexers' caches, and what goes into and comes out of the projections in
-front of them, beside RESULT, as .npz}. RESULT: {"rounds": [[answer, ...], ...],
+"caches", "projections": whether to save, beside RESULT, as .npz, the indexers' caches, and what goes into and comes out
+of the projections in front of them}. RESULT: {"rounds": [[answer, ...], ...],
 "preemptions": how many}; an answer has the generated tokens, for each of them the log-probabilities of the most likely
 ones, the same for the prompt if asked for, and how many prompt tokens came from the prefix cache.
 """

@@ -12,7 +12,7 @@ from vllm_dsv4_indexer.ops import projection
 
 METHODS = pytest.mark.parametrize("method", projection.methods())
 HIDDEN = pytest.mark.parametrize("hidden", (4096, 7168))  # Flash and Pro
-REQUESTS = [(0, 512)] * 2
+REQUESTS = [(0, 512)] * 4
 
 
 def draw(tokens: int, hidden: int, seed: int = 0) -> tuple[Tensor, Tensor]:

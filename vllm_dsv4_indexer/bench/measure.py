@@ -31,7 +31,8 @@ from .contestants import FLOORS, contestants, projected
 from .machine import last_level_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
-MOST_CHANGED = 2e-4  # of the codes, by an exact projection
+_MOST_CHANGED = 2e-4  # of the codes, by an exact projection; in a short call one that ties may be more
+_MOST_TIES = 4
 _FLOAT64_ROWS = 512  # at a time
 _MADE_BY_THE_STEP = (0, 4, 5, 6, 9)  # of the inputs: kv_score, positions, requests and both kinds of slots
 
@@ -128,7 +129,7 @@ def check_equal(inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> None:
 
 def codes_changed(case: Case, inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> dict[str, float]:
     """The shares of the call's fp8 codes that are not those of a projection in float64. Raises RuntimeError if ours is
-    more than MOST_CHANGED."""
+    more than an exact one can have."""
     x, weight = make_projection(case)
     exact = torch.cat([rows.double() @ weight.double().T for rows in x.split(_FLOAT64_ROWS)])
     by_name = {"float64": functools.partial(ops.compress, exact.float(), *inputs[1:])} | runs
@@ -140,7 +141,7 @@ def codes_changed(case: Case, inputs: tuple[Tensor, ...], runs: dict[str, Callab
     expected = codes.pop("float64")
     stored = max(case.entries, 1) * HEAD_DIM
     changed = {name: int((found != expected).sum()) / stored for name, found in codes.items()}
-    if changed.get("cpu", 0) > MOST_CHANGED:
+    if changed.get("cpu", 0) > max(_MOST_CHANGED, _MOST_TIES / stored):
         raise RuntimeError(f"our projection changes {changed['cpu']:.3%} of the codes: not exact, not measured")
     return changed
 
