@@ -90,7 +90,7 @@ def check_metadata(tensors: tuple[torch.Tensor | None, ...], k_format: str) -> N
         if tensor.dtype not in dtypes:
             raise ContractError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
         shape = tensor.shape
-        if len(shape) != len(sizes) or shape != tuple(map(bound.setdefault, sizes, shape)):
+        if shape != tuple(map(bound.setdefault, sizes, shape)) or len(shape) != len(sizes):
             expected = ", ".join(f"{s}={bound[s]}" if bound.get(s, s) != s else str(s) for s in sizes)
             raise ContractError(f"{name} has shape {list(shape)}; expected [{expected}]")
         if not tensor.is_contiguous() and not _is_dense(tensor, dense):

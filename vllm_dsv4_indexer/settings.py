@@ -9,14 +9,11 @@ listed here is an error: a misspelt setting that is silently ignored is worse th
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 NAMESPACE = "dsv4_indexer"
 ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
-
-Impl = Literal["cpu", "reference", "stock"]
-StateSave = Literal["full", "tail"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +21,15 @@ class Settings:
     """impl: the implementation of the op that the engine calls. `stock` leaves the engine's own compressor in
     place, under our metadata, so that the two can be compared in otherwise equal engines.
 
+    projection: what computes kv_score, whatever compresses it. `exact` is ours, in fp32; `engine` leaves the engine's
+    own in place, which rounds to bfloat16; `auto` is `exact` unless the CPU has a matrix unit for bfloat16.
+
     state_save: which state rows a step writes: those of all its tokens, or the `tail` of each request (ops/tail.py),
     where the engine is sure that nobody asks for the others."""
 
-    impl: Impl = "cpu"
-    state_save: StateSave = "full"
+    impl: Literal["cpu", "reference", "stock"] = "cpu"
+    projection: Literal["auto", "exact", "engine"] = "auto"
+    state_save: Literal["full", "tail"] = "full"
 
     @staticmethod
     def read(additional_config: Mapping[str, Any] | Any) -> "Settings":
@@ -45,16 +46,13 @@ class Settings:
         given = additional_config.get(NAMESPACE, {})
         if not isinstance(given, Mapping):
             raise ValueError(f"--additional-config: {NAMESPACE} must be an object of settings, not {given!r}")
-        known = [field.name for field in fields(Settings)]
-        for key in given:
-            if key not in known:
-                raise ValueError(f"--additional-config: unknown key {NAMESPACE}.{key}; known keys are {known}")
+        choices = {name: list(get_args(kind)) for name, kind in get_type_hints(Settings).items()}
+        for key, value in given.items():
+            if key not in choices:
+                raise ValueError(f"--additional-config: unknown key {NAMESPACE}.{key}; known keys are {list(choices)}")
+            if value not in choices[key]:
+                raise ValueError(f"--additional-config: {NAMESPACE}.{key} is {value!r}; choose one of {choices[key]}")
         settings = Settings(**given)
-        for name, allowed in (("impl", Impl), ("state_save", StateSave)):
-            if (value := getattr(settings, name)) not in get_args(allowed):
-                raise ValueError(
-                    f"--additional-config: {NAMESPACE}.{name} is {value!r}; choose one of {list(get_args(allowed))}"
-                )
         if settings.impl == "stock" and settings.state_save == "tail":
             raise ValueError(
                 f"--additional-config: {NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from "

@@ -72,6 +72,27 @@ def test_compare_marks_what_became_slower(folder, result, tmp_path, capsys):
     assert all("+0.0%" in line for line in lines if ": scatter_pool " in line)
 
 
+def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_are_told(tmp_path, capsys):
+    result = run(tmp_path, "--requests", "one", "--lengths", "8,40", "--hidden", "64,130")
+    names = {"cpu", "vllm"} & set(NAMES)
+    assert {c["case"] for c in result["cells"]} == {f"one, T={n}, hidden {h}" for n in (8, 40) for h in (64, 130)}
+    for cell in result["cells"]:
+        assert cell["nanoseconds"].keys() == {*names, *(f"{name}_projection" for name in names), *contestants.FLOORS}
+        assert cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= 0.01  # a tie among 256
+    table = capsys.readouterr().out
+    assert "GFLOP/s" in table and "cpu_projection" in table and "of floor" not in table
+
+
+def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
+    case = cases.projected(cases.mix("one", 64), 64)
+    inputs = cases.make_inputs(case, torch.float32)
+    monkeypatch.setattr(contestants.projection, "project", lambda x, weight: (x @ weight.T).float())
+    monkeypatch.setattr(contestants.projection, "prepare_weight", lambda weight: weight)
+    runs = contestants.projected(["cpu"], case, inputs)
+    with pytest.raises(RuntimeError, match="our projection changes .*% of the codes"):
+        measure.codes_changed(case, inputs, runs)
+
+
 def test_traffic_is_chats_and_long_documents_in_chunks():
     chunks = cases.traffic()
     assert {c.kind for c in chunks} == {"chat", "document"}
@@ -120,6 +141,8 @@ def test_a_contestant_with_other_results_is_not_timed():
         (["--requests", "many"], "'many' is not one of one, mixed, short, decode"),
         (["--lengths", "0"], "--lengths: every number is at least 1"),
         (["--threads", "0"], "--threads: every number is at least 1"),
+        (["--hidden", "0"], "--hidden: every number is at least 1"),
+        (["--hidden", "64", "--implementations", "one_pass"], "'one_pass' is not one of cpu, vllm"),
         (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
     ],
 )

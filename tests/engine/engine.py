@@ -37,7 +37,7 @@ PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 class Result:
     rounds: list[list[dict]]
     preemptions: int
-    saved: dict[str, np.ndarray]
+    saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
     log: str
 
     @property
@@ -56,7 +56,15 @@ class Result:
 
 
 def run_engine(
-    folder: Path, model: Path, rounds: list[dict], caches=False, entries=False, without=(), environment=None, **options
+    folder: Path,
+    model: Path,
+    rounds: list[dict],
+    caches=False,
+    entries=False,
+    projections=False,
+    without=(),
+    environment=None,
+    **options,
 ) -> Result:
     """Run one engine with our backend in a process of its own, and return what it answered and logged.
 
@@ -67,7 +75,7 @@ def run_engine(
     defaults = dict(attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192)
     defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
     job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds)
-    job |= dict(caches=caches, entries=entries, without=without)
+    job |= dict(caches=caches, entries=entries, projections=projections, without=without)
     job_file, result_file = folder / "job.json", folder / "result.json"
     job_file.write_text(json.dumps(job))
     command = [sys.executable, str(Path(__file__).with_name("run_engine.py")), str(job_file), str(result_file)]

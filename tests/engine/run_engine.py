@@ -1,16 +1,18 @@
 """Runs one engine in a process of its own: `python run_engine.py JOB.json RESULT.json`.
 
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
-"caches": whether to save the indexers' caches beside RESULT, as .npz, "entries": whether to save there what each call
-of the op stored, "without": functions of engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds":
-[[answer, ...], ...], "preemptions": how many}; an answer has the generated tokens, for each of them the
-log-probabilities of the most likely ones, the same for the prompt if asked for, and how many prompt tokens came from
-the prefix cache.
+"caches", "entries", "projections": whether to save, beside RESULT, as .npz, the indexers' caches, what each call of the
+op stored, and what goes into and comes out of the projections in front of them, "without": functions of
+engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "preemptions": how many};
+an answer has the generated tokens, for each of them the log-probabilities of the most likely ones, the same for the
+prompt if asked for, and how many prompt tokens came from the prefix cache.
 """
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +29,16 @@ def main(job_file: str, result_file: str) -> None:
         setattr(vllm_cpu, function, lambda *_: None)
     llm = LLM(**job["options"])
     calls = record_calls() if job["entries"] else []
+    projections = record_projections(llm) if job["projections"] else {}
     rounds, entries = [], {}
     for number, one in enumerate(job["rounds"]):
         rounds.append([answer(output) for output in generate(llm, **one)])
         entries |= {f"entries {number} {call}": array for call, array in enumerate(calls)}
         calls.clear()
     preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    caches = indexer_caches(llm) if job["caches"] else {}
-    np.savez(Path(result_file).with_suffix(".npz"), **caches, **entries)
+    arrays = {name: np.concatenate(calls) for name, calls in projections.items()}
+    arrays |= indexer_caches(llm) if job["caches"] else {}
+    np.savez(Path(result_file).with_suffix(".npz"), **arrays, **entries)
     Path(result_file).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
 
 
@@ -77,15 +81,32 @@ def record_calls() -> list[np.ndarray]:
     return calls
 
 
-def indexer_caches(llm: LLM) -> dict[str, np.ndarray]:
-    """State and K cache of every indexer; the worker runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+def indexers(llm: LLM) -> dict[str, Any]:
+    """The indexers by name; the worker runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
     model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    return {name: module for name, module in model.named_modules() if name.endswith("indexer")}
+
+
+def indexer_caches(llm: LLM) -> dict[str, np.ndarray]:
+    """State and K cache of every indexer."""
     caches = {}
-    for name, module in model.named_modules():
-        if name.endswith("indexer"):
-            caches[f"{name}.state"] = module.compressor.state_cache.kv_cache.numpy().copy()
-            caches[f"{name}.k"] = module.k_cache.kv_cache.numpy().copy()
+    for name, indexer in indexers(llm).items():
+        caches[f"{name}.state"] = indexer.compressor.state_cache.kv_cache.numpy().copy()
+        caches[f"{name}.k"] = indexer.k_cache.kv_cache.numpy().copy()
     return caches
+
+
+def record_projections(llm: LLM) -> dict[str, list[np.ndarray]]:
+    """What every indexer's projection takes and gives from now on, call by call, in fp32."""
+    calls = defaultdict(list)
+    for name, indexer in indexers(llm).items():
+
+        def record(_, arguments, kv_score, name=name):
+            calls[f"{name}.x"].append(arguments[0].float().numpy().copy())
+            calls[f"{name}.kv_score"].append(kv_score.float().numpy().copy())
+
+        indexer.compressor.fused_wkv_wgate.register_forward_hook(record)
+    return calls
 
 
 if __name__ == "__main__":

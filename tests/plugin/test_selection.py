@@ -5,7 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_dsv4_indexer import plugin
 from vllm_dsv4_indexer.engines import vllm_cpu
@@ -144,12 +146,37 @@ def test_an_unknown_platform_is_refused():
 
 def test_an_unknown_setting_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"implementation": "cpu"}})
-    assert "unknown key dsv4_indexer.implementation" in message and "'impl'" in message
+    assert "unknown key dsv4_indexer.implementation" in message and "['impl', 'projection', 'state_save']" in message
 
 
 def test_an_unknown_implementation_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"impl": "fast"}})
     assert "'fast'" in message and "'reference'" in message
+
+
+@pytest.mark.parametrize("value", ["fp64", None, True, ["exact"]])
+def test_an_unknown_projection_is_refused_by_name(checkpoint: Path, value):
+    message = refusal(checkpoint, additional_config={"dsv4_indexer": {"projection": value}})
+    assert f"projection is {value!r}" in message and "['auto', 'exact', 'engine']" in message
+
+
+@pytest.mark.parametrize(
+    "capabilities, exact",
+    [
+        ({"avx2": True}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": True, "amx_bf16": True}, False),
+        ({"bf16": True}, False),  # Arm
+        ({"bf16": False}, True),
+    ],
+)
+def test_the_projection_is_exact_unless_the_cpu_has_a_matrix_unit_or_the_user_says_otherwise(
+    monkeypatch, capabilities: dict, exact: bool
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    assert vllm_cpu.projects_exactly(Settings()) is exact
+    assert vllm_cpu.projects_exactly(Settings(projection="exact"))
+    assert not vllm_cpu.projects_exactly(Settings(projection="engine"))
 
 
 def test_an_unknown_environment_variable_of_ours_is_refused(checkpoint: Path, monkeypatch):
@@ -177,3 +204,45 @@ def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
 def test_a_model_class_that_another_plugin_replaced_is_refused():
     with pytest.raises(RuntimeError, match="the model has 0 layers .* its configuration asks for 2"):
         vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: []), Settings(), indexers=2)
+
+
+@pytest.fixture
+def compressor() -> SimpleNamespace:
+    """What is needed of a compressor whose weights are loaded but not packed."""
+    linear = torch.nn.Linear(64, 512, bias=False, dtype=torch.bfloat16)
+    linear.quant_method = UnquantizedLinearMethod()
+    return SimpleNamespace(prefix="layers.1.compressor", fused_wkv_wgate=linear)
+
+
+def test_our_projection_keeps_one_copy_of_the_weight_and_takes_a_new_one(compressor):
+    linear, x = compressor.fused_wkv_wgate, torch.rand(5, 64).bfloat16()
+    vllm_cpu.replace_projection(compressor)
+    for _ in range(2):  # loaded, and reloaded
+        weight = torch.randn(512, 64).bfloat16()
+        linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        linear.quant_method.process_weights_after_loading(linear)
+        torch.testing.assert_close(linear.quant_method.apply(linear, x), (x.double() @ weight.double().T).float())
+        assert [name for name, _ in linear.named_parameters()] == ["weight"] and not hasattr(linear, "cpu_linear")
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (dict(quant_method=SimpleNamespace()), r"has a SimpleNamespace and a weight of shape \(512, 64\)"),
+        (dict(weight=torch.nn.Parameter(torch.empty(0))), r"a weight of shape \(0,\)"),
+        (dict(bias=torch.nn.Parameter(torch.empty(512))), "and no bias"),
+    ],
+)
+def test_a_projection_that_vllm_builds_otherwise_is_refused(compressor, change: dict, found: str):
+    for name, value in change.items():
+        setattr(compressor.fused_wkv_wgate, name, value)
+    with pytest.raises(RuntimeError, match=f"layers.1.compressor.fused_wkv_wgate .*{found}"):
+        vllm_cpu.replace_projection(compressor)
+
+
+def test_attention_is_built_as_before_once_a_model_is_loaded_or_could_not_be():
+    build = vllm_cpu.DeepseekV4CPUAttention.__init__
+    with pytest.raises(KeyError), vllm_cpu.exact_projections():
+        assert vllm_cpu.DeepseekV4CPUAttention.__init__ is not build
+        raise KeyError
+    assert vllm_cpu.DeepseekV4CPUAttention.__init__ is build

@@ -5,7 +5,7 @@ weights of standard deviation 0.0293 (kv) and 0.0512 (gate), give the normal val
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,18 +19,21 @@ PAGE = 4  # tokens per state page in vLLM
 PAGE_BYTES = 8640  # of a state page (8192 used) and of a K page (8448 used): vLLM 0.32 aligns both to 576
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
 _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep": 256 << 10}
-_HIDDEN_STD = 0.05 / 3**0.5
-_KV_STD, _GATE_STD = (4096**0.5 * _HIDDEN_STD * std for std in (0.0293, 0.0512))
+_HIDDEN_MAX = 0.05
+_WEIGHT_STDS = (0.0293, 0.0512)
+_KV_STD, _GATE_STD = (4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS)
 
 
 @dataclass(frozen=True)
 class Case:
     """One call: `requests` are pairs (tokens computed before, tokens of this call). Cases of one `name` are reported
-    together, cases of one `kind` make a line of the plot."""
+    together, cases of one `kind` make a line of the plot. `hidden`: the size of the hidden states that the call projects
+    first; 0 for a call that is given kv_score."""
 
     name: str
     kind: str
     requests: tuple[tuple[int, int], ...]
+    hidden: int = 0
 
     @property
     def tokens(self) -> int:
@@ -45,9 +48,19 @@ class Case:
         """The most tokens that any of the requests has behind it."""
         return max(start for start, _ in self.requests)
 
+    @property
+    def flops(self) -> int:
+        """Of the projection."""
+        return 2 * self.tokens * self.hidden * ROW_WIDTH
+
     def same_bytes(self, kv_dtype: torch.dtype) -> int:
         """What every implementation must move: kv_score in, the state rows and the entries out."""
         return self.tokens * ROW_WIDTH * (kv_dtype.itemsize + 4) + self.entries * FP8_ENTRY_BYTES
+
+
+def projected(case: Case, hidden: int) -> Case:
+    """The same call, with the projection in front of it."""
+    return replace(case, name=f"{case.name}, hidden {hidden}", hidden=hidden)
 
 
 def mix(kind: str, tokens: int) -> Case:
@@ -132,6 +145,14 @@ def make_inputs(case: Case, kv_dtype: torch.dtype) -> tuple[Tensor, ...]:
 def with_tail_slots(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same call with tail-only saving."""
     return (*inputs[:6], tail_slots(*inputs[4:7]), *inputs[7:])
+
+
+def make_projection(case: Case) -> tuple[Tensor, Tensor]:
+    """Hidden states [T, hidden] and the weight [512, hidden] that projects them, in bfloat16."""
+    numbers = torch.Generator().manual_seed(1)
+    x = torch.rand(case.tokens, case.hidden, generator=numbers) * 2 * _HIDDEN_MAX - _HIDDEN_MAX
+    weight = [std * torch.randn(KV_WIDTH, case.hidden, generator=numbers) for std in _WEIGHT_STDS]
+    return x.bfloat16(), torch.cat(weight).bfloat16()
 
 
 def _table(spans: list[tuple[int, int]], numbers: torch.Generator) -> tuple[Tensor, int]:

@@ -21,6 +21,8 @@ def add_to(commands) -> None:
     bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
     bench.add_argument("--threads", **counts, help="default: 1 and the number of cores")
     bench.add_argument("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
+    bench.add_argument("--hidden", **counts, help="measure calls that project hidden states of these sizes first, "
+                        "as 4096 (Flash) and 7168 (Pro) do; implementations cpu and vllm")
     bench.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                        help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
     bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
@@ -42,14 +44,15 @@ def _bench(arguments: argparse.Namespace) -> None:
     from ..ops.cpu import ALGORITHMS
     from . import contestants, machine, measure, plot, report
 
-    for option in ("lengths", "threads"):
+    for option in ("lengths", "threads", "hidden"):
         if min(getattr(arguments, option) or [1]) < 1:
             raise ValueError(f"--{option}: every number is at least 1")
     cases = _cases(arguments)
     special = ["reference", *contestants.TAILS, *(ALGORITHMS if arguments.preset == "traffic" else ())]
-    names = _chosen(arguments.implementations, contestants.available(), special)
+    available = [name for name in contestants.available() if name in contestants.PROJECTED or not arguments.hidden]
+    names = _chosen(arguments.implementations, available, special)
     threads = arguments.threads or sorted({1, len(os.sched_getaffinity(0))})
-    options = {"preset": arguments.preset, "kv_dtype": arguments.kv_dtype, "seconds": arguments.seconds}
+    options = {name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")}
     result = {"machine": machine.describe(), "options": options, "cells": []}
     steps = len(cases) * len(threads)
     start = time.monotonic()
@@ -62,7 +65,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     print(report.table(result))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    written = {"bench.json": json.dumps(result), "bench.svg": plot.svg(result)}
+    written = {"bench.json": json.dumps(result)}
+    if not arguments.hidden:  # the plot's subject is the op
+        written["bench.svg"] = plot.svg(result)
     for name, text in written.items():
         (arguments.output / name).write_text(text)
         print(f"wrote {arguments.output / name}")
@@ -74,9 +79,13 @@ def _cases(arguments: argparse.Namespace) -> list:
     if arguments.preset == "traffic":
         if arguments.lengths or arguments.requests:
             raise ValueError("--preset traffic has its own lengths and requests; leave --lengths and --requests out")
-        return cases.traffic()
-    mixes = _chosen(arguments.requests, list(cases.LENGTHS))
-    return [cases.mix(mix, length) for mix in mixes for length in arguments.lengths or cases.LENGTHS[mix]]
+        found = cases.traffic()
+    else:
+        mixes = _chosen(arguments.requests, list(cases.LENGTHS))
+        found = [cases.mix(mix, length) for mix in mixes for length in arguments.lengths or cases.LENGTHS[mix]]
+    if arguments.hidden:
+        return [cases.projected(case, hidden) for hidden in arguments.hidden for case in found]
+    return found
 
 
 def _chosen(asked: list[str] | None, known: list[str], not_by_default: list[str] = ()) -> list[str]:

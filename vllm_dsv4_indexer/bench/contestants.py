@@ -12,6 +12,8 @@ Each is a function without arguments over the same inputs, which writes to the s
     vllm_ops                  vLLM's two C++ ops alone
     floor, floor_past_cache   csrc/cpu/floor.cpp: move the bytes that everyone must move, with ordinary stores, and with
                               stores that go around the caches
+
+With the projection in front, cpu and vllm project first, each in its own way, and *_projection is that step alone.
 """
 
 import ctypes
@@ -24,12 +26,13 @@ from torch import Tensor
 
 from .. import ops
 from ..contract import RATIO, WINDOW
-from ..ops import cpu
-from .cases import with_tail_slots
+from ..ops import cpu, projection
+from .cases import Case, make_projection, with_tail_slots
 
 OPS = ("cpu", "reference")
 TAILS = ("tail", "tail_first")  # they leave state rows out
 VLLM = ("vllm", "vllm_ops")
+PROJECTED = ("cpu", "vllm")  # who can project first
 FLOORS = {"floor": False, "floor_past_cache": True}
 _VLLM_VERSION = "0.32.0"  # whose private functions `_vllm` calls
 _EPS, _K_FORMAT = 1e-6, "fp8_pow2"
@@ -54,8 +57,32 @@ def contestants(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Calla
     runs["tail"] = functools.partial(ops.compress, *with_tail_slots(inputs), eps=_EPS, impl="cpu")
     runs["tail_first"] = lambda: ops.compress(*with_tail_slots(inputs), eps=_EPS, impl="cpu")
     if not set(VLLM).isdisjoint(names):
-        runs |= _vllm(*inputs)
+        runs |= _vllm(lambda: inputs[0], *inputs[1:])
     return {name: runs[name] for name in (*names, *FLOORS)}
+
+
+def projected(names: list[str], case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+    """What `contestants` returns, for calls that project first; `names` are of "cpu" and "vllm"."""
+    x, weight = make_projection(case)
+    projections = {"cpu": functools.partial(projection.project, x, projection.prepare_weight(weight))}
+    runs = {"cpu": lambda: ops.compress(projections["cpu"](), *inputs[1:], eps=_EPS, impl="cpu")}
+    if "vllm" in names:
+        projections["vllm"] = _vllm_projection(x, weight)
+        runs["vllm"] = _vllm(projections["vllm"], *inputs[1:])["vllm"]
+    alone = {f"{name}_projection": projections[name] for name in names}
+    return {name: runs[name] for name in names} | alone | contestants([], inputs)
+
+
+def _vllm_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """What vLLM's linear layer does with a bfloat16 weight on this CPU."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda: layer.cpu_linear(x, layer.weight, None)
 
 
 def _native(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
@@ -70,7 +97,7 @@ def _native(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
 
 
 def _vllm(
-    kv_score, ape, norm_weight, cos_sin_cache, positions, token_to_req, slots, block_table, state, k_slots, k_cache
+    project, ape, norm_weight, cos_sin_cache, positions, token_to_req, slots, block_table, state, k_slots, k_cache
 ) -> dict[str, Callable[[], object]]:
     from vllm._custom_ops import compress_norm_rope_store_indexer_cpu, save_partial_states_cpu
     from vllm.models.deepseek_v4.cpu.cpu_utils import map_local_to_global_slots_cpu
@@ -79,7 +106,7 @@ def _vllm(
     current_platform.import_kernels()
 
     def widened() -> tuple[Tensor, Tensor]:
-        return kv_score.float().chunk(2, dim=-1)
+        return project().float().chunk(2, dim=-1)
 
     def gather_slots() -> Tensor:
         window = positions.unsqueeze(-1) - WINDOW + 1 + torch.arange(WINDOW)

@@ -8,7 +8,8 @@ before each call:
     cold   the state and the K cache are in DRAM, as after the other layers of a step; kv_score and the slots, which the
            step has just made, and the code, which has just run on a small call, are not
 
-Before anything is timed, all contestants must have stored the same state and entries.
+Before anything is timed, all contestants must have stored the same state and entries. Where they project first they
+differ by how they round: then ours must have stored what a float64 projection would, and the others' shares are told.
 """
 
 import functools
@@ -17,17 +18,22 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
-from ..contract import FP8_SCALE_OFFSET
-from .cases import Case, make_inputs, mix
-from .contestants import FLOORS, TAILS, contestants
+from .. import ops
+from ..contract import FP8_SCALE_OFFSET, HEAD_DIM
+from .cases import Case, make_inputs, make_projection, mix
+from .contestants import FLOORS, TAILS, contestants, projected
 from .machine import last_level_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
+_MOST_CHANGED = 2e-4  # of the codes, by an exact projection; in a short call one that ties may be more
+_MOST_TIES = 4
+_FLOAT64_ROWS = 512  # at a time
 _MADE_BY_THE_STEP = (0, 4, 5, 6, 9)  # of the inputs: kv_score, positions, requests and both kinds of slots
 
 
@@ -54,9 +60,14 @@ def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: f
     """The cells of one case on this process's threads, within `seconds` or LEAST_ROUNDS."""
     end = time.monotonic() + seconds
     inputs = make_inputs(case, kv_dtype)
-    runs = contestants(names, inputs)
-    check_equal(inputs, runs)
-    small = contestants(names, make_inputs(mix("short", 8), kv_dtype))
+    runs = _runs_of(case, names, inputs)
+    if case.hidden:
+        changed = codes_changed(case, inputs, runs)
+    else:
+        changed = {}
+        check_equal(inputs, runs)
+    few = replace(mix("short", 8), hidden=case.hidden)
+    small = _runs_of(few, names, make_inputs(few, kv_dtype))
     states = {"warm": lambda name: runs["floor"](), "cold": lambda name: (_chill(inputs), small[name]())}
     cells = []
     for i, (cache, prepare) in enumerate(states.items()):
@@ -64,9 +75,13 @@ def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: f
         cells.append({
             "case": case.name, "kind": case.kind, "tokens": case.tokens, "context": case.context,
             "bytes": case.same_bytes(kv_dtype), "threads": torch.get_num_threads(), "cache": cache,
-            "nanoseconds": _rounds(runs, prepare, share),
+            "flops": case.flops, "codes_changed": changed, "nanoseconds": _rounds(runs, prepare, share),
         })  # fmt: skip
     return cells
+
+
+def _runs_of(case: Case, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Callable]:
+    return projected(names, case, inputs) if case.hidden else contestants(names, inputs)
 
 
 def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dict[str, list[int]]:
@@ -112,6 +127,25 @@ def check_equal(inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> None:
         same_rows = state.equal(state_) or not {name, expected[0]}.isdisjoint(TAILS)
         if not (same_rows and scales.equal(scales_) and (codes - codes_).abs().max() <= 1):
             raise RuntimeError(f"{name} and {expected[0]} store different results: not comparable, not measured")
+
+
+def codes_changed(case: Case, inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> dict[str, float]:
+    """The shares of the call's fp8 codes that are not those of a projection in float64. Raises RuntimeError if ours is
+    more than an exact one can have."""
+    x, weight = make_projection(case)
+    exact = torch.cat([rows.double() @ weight.double().T for rows in x.split(_FLOAT64_ROWS)])
+    by_name = {"float64": functools.partial(ops.compress, exact.float(), *inputs[1:])} | runs
+    codes = {}
+    for name in ("float64", "cpu", "vllm"):
+        if name in by_name:
+            by_name[name]()
+            codes[name] = _stored(inputs[8], inputs[10])[2]
+    expected = codes.pop("float64")
+    stored = max(case.entries, 1) * HEAD_DIM
+    changed = {name: int((found != expected).sum()) / stored for name, found in codes.items()}
+    if changed.get("cpu", 0) > max(_MOST_CHANGED, _MOST_TIES / stored):
+        raise RuntimeError(f"our projection changes {changed['cpu']:.3%} of the codes: not exact, not measured")
+    return changed
 
 
 def _stored(state: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,8 +29,10 @@ class Group:
     case: str
     where: str
     kind: str
-    tokens: int  # of a call, and so is `bytes` (the mean, where they differ)
+    tokens: int  # of a call, and so are `bytes` and `flops` (the mean, where they differ)
     bytes: float
+    flops: float  # of the projection, where the calls have one
+    changed: dict[str, float]  # by contestant, the share of codes that are not those of a float64 projection
     times: dict[str, Times]  # by contestant; "floor" is the faster of the two
 
 
@@ -61,11 +63,11 @@ def _group(where: str, cells: list[dict]) -> Group:
         for name, nanoseconds in (cell["nanoseconds"] | {"floor": floor(cell)}).items():
             calls[name] += [(ns, cell["tokens"]) for ns in nanoseconds[:rounds]]
     del calls["floor_past_cache"]
-    first, tokens = cells[0], sum(cell["tokens"] for cell in cells)
-    return Group(
-        first["case"], where, first["kind"], tokens // len(cells),
-        sum(cell["bytes"] for cell in cells) / len(cells), {name: _times(c) for name, c in calls.items()},
-    )  # fmt: skip
+    first = cells[0]
+    tokens, size, flops = (sum(cell[what] for cell in cells) / len(cells) for what in ("tokens", "bytes", "flops"))
+    changed = {name: sum(cell["codes_changed"][name] for cell in cells) / len(cells) for name in first["codes_changed"]}
+    times = {name: _times(c) for name, c in calls.items()}
+    return Group(first["case"], where, first["kind"], int(tokens), size, flops, changed, times)
 
 
 def floor(cell: dict) -> list[int]:
@@ -92,19 +94,24 @@ def table(result: dict) -> str:
     block = None
     for group in groups(result):
         if block != (block := group.where):
-            parts.append(f"\n{block}\n{'':16}{'us/call':>11}{'ns/token':>11}{'p10':>11}{'p90':>11}{'p99':>11}{'x vllm':>9}"
-                         f"{'x its ops':>10}{'GB/s':>7}{'of floor':>10}")  # fmt: skip
+            what = f"{'GFLOP/s':>10}{'changed':>10}" if group.flops else f"{'x its ops':>10}{'GB/s':>7}{'of floor':>10}"
+            parts.append(f"\n{block}\n{'':18}{'us/call':>11}{'ns/token':>11}{'p10':>11}{'p90':>11}{'p99':>11}{'x vllm':>9}"
+                         + what)  # fmt: skip
         parts.append(group.case)
-        parts += [_line(group, name) for name in group.times]
+        parts += [_line(group, name) for name in group.times if name != "floor" or not group.flops]
     return "\n".join(parts + _algorithms(result))
 
 
 def _line(group: Group, name: str) -> str:
     t = group.times[name]
-    vllm, its_ops = (f"{group.times[other].p50 / t.p50:.2f}" if other in group.times else "-" for other in VLLM)
+    theirs = ("vllm_projection",) if name.endswith("_projection") else VLLM
+    vllm, *its_ops = (f"{group.times[other].p50 / t.p50:.2f}" if other in group.times else "-" for other in theirs)
+    line = f"  {name:16}{t.call:11.1f}{t.p50:11.1f}{t.p10:11.1f}{t.p90:11.1f}{t.p99:11.1f}{vllm:>9}"
+    if group.flops:
+        changed = f"{group.changed[name]:.3%}" if name in group.changed else "-"
+        return f"{line}{group.flops / group.tokens / t.p50:10.1f}{changed:>10}"
     share = group.times["floor"].p50 / t.p50
-    return (f"  {name:14}{t.call:11.1f}{t.p50:11.1f}{t.p10:11.1f}{t.p90:11.1f}{t.p99:11.1f}{vllm:>9}{its_ops:>10}"
-            f"{group.bytes / group.tokens / t.p50:7.1f}{share:10.0%}")  # fmt: skip
+    return f"{line}{its_ops[0]:>10}{group.bytes / group.tokens / t.p50:7.1f}{share:10.0%}"
 
 
 def _algorithms(result: dict) -> list[str]:

@@ -2,8 +2,8 @@
 
 `configure` runs where vLLM checks its configuration and names `Worker` as the worker class. Everything else happens
 inside that worker, so an engine that uses another backend does not meet any of it: the worker supplies the metadata
-that vLLM has only as Triton kernels, loads the model, replaces the compressor of every indexer, and says at
-shut-down what the op did.
+that vLLM has only as Triton kernels, loads the model, replaces the compressor of every indexer and the projection in
+front of it, and says at shut-down what the op did.
 """
 
 import vllm
@@ -16,13 +16,15 @@ if vllm.__version__.split("+")[0] != SUPPORTED_VLLM:  # "+cpu" if built for it
     )
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.models.deepseek_v4.compressor import CompressorMetadata
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.models.deepseek_v4.cpu.cpu_mla import (
@@ -36,7 +38,8 @@ from vllm.v1.attention.ops import metadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import RATIO
+from vllm_dsv4_indexer.contract import RATIO, ROW_WIDTH
+from vllm_dsv4_indexer.ops import projection
 from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
 
@@ -127,19 +130,22 @@ class Worker(CPUWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         settings = Settings.read(self.vllm_config.additional_config)
+        exact = projects_exactly(settings)
         impl = settings.impl
         if impl != "stock":
             ops.prepare(impl, "cpu")
         with ExitStack() as if_it_fails:  # an offline engine leaves the process as it was
             provide_metadata(self)
             if_it_fails.callback(withdraw_metadata, self)
-            super().load_model(**kwargs)
+            with exact_projections() if exact else nullcontext():
+                super().load_model(**kwargs)
             first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
             indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
             replace_compressors(self.get_model(), settings, indexers)
             if_it_fails.pop_all()
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
-        logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers", who, indexers)
+        what = "exact" if exact else "the engine's own, rounded to bfloat16"
+        logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s", who, indexers, what)
         self._account_due = 0.0
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,6 +230,69 @@ def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: in
         if settings.impl != "stock":
             compressor.__class__ = IndexerCompressor
             compressor.settings = settings
+
+
+# ---- the projection ------------------------------------------------------------------------------------------------
+
+
+def projects_exactly(settings: Settings) -> bool:
+    """Whether our projection takes the place of the engine's: as set, else where the engine's would not be faster.
+
+    A matrix unit (AMX on x86, bfloat16 matrix multiply-adds on Arm) does several times as many products of bfloat16 as
+    anything else on its core.
+    """
+    if settings.projection == "auto":
+        has = torch.cpu.get_capabilities()
+        return not (has.get("amx_bf16") or has.get("bf16"))
+    return settings.projection == "exact"
+
+
+class ExactProjection(UnquantizedLinearMethod):
+    """How `fused_wkv_wgate` keeps and multiplies its weight: what vLLM's own method does, without rounding the result.
+
+    The engine then widens what is fp32 already. The weight is a parameter of the same layer in our own layout, so it is
+    the only copy, and vLLM's reload replaces it like any other.
+    """
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.weight = torch.nn.Parameter(projection.prepare_weight(layer.weight.detach()), requires_grad=False)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return projection.project(x, layer.weight)
+
+
+@contextmanager
+def exact_projections() -> Iterator[None]:
+    """Models that are built meanwhile get our projection into their indexers' compressors.
+
+    It must be there before weights are loaded: vLLM packs a weight and frees the original as soon as they are, whatever
+    loads them, so its own method is replaced where the layer is built.
+    """
+    build = DeepseekV4CPUAttention.__init__
+
+    def build_with_ours(layer: DeepseekV4CPUAttention, *args: Any, **kwargs: Any) -> None:
+        build(layer, *args, **kwargs)
+        if layer.indexer is not None:
+            replace_projection(layer.indexer.compressor)
+
+    DeepseekV4CPUAttention.__init__ = build_with_ours
+    try:
+        yield
+    finally:
+        DeepseekV4CPUAttention.__init__ = build
+
+
+def replace_projection(compressor: torch.nn.Module) -> None:
+    """Raises RuntimeError where the compressor's projection does not look as vLLM 0.32.0 builds it."""
+    linear = compressor.fused_wkv_wgate
+    method, shape = type(linear.quant_method).__name__, tuple(linear.weight.shape)
+    if type(linear.quant_method) is not UnquantizedLinearMethod or shape[0] != ROW_WIDTH or linear.bias is not None:
+        raise RuntimeError(
+            f"--attention-backend dsv4_indexer: {compressor.prefix}.fused_wkv_wgate has a {method} and a weight of shape "
+            f"{shape}, where vLLM {SUPPORTED_VLLM} has an UnquantizedLinearMethod, {ROW_WIDTH} rows and no bias. Is another "
+            "plugin replacing it? Disable that plugin, or set dsv4_indexer.projection to 'engine'."
+        )
+    linear.quant_method = ExactProjection()
 
 
 # ---- metadata that vLLM 0.32.0 has only as Triton kernels, which do not run on a CPU ----------------------------------
