@@ -102,11 +102,11 @@ def check_metadata(tensors: tuple[torch.Tensor | None, ...], k_format: str) -> N
 
 
 def _is_dense(tensor: torch.Tensor, dims: int) -> bool:
-    expected = 1
-    for size, stride in list(zip(tensor.shape, tensor.stride()))[: -dims - 1 : -1]:
-        if size > 1 and stride != expected:
+    shape, strides, expected = tensor.shape, tensor.stride(), 1
+    for dim in range(-1, -1 - dims, -1):
+        if shape[dim] > 1 and strides[dim] != expected:
             return False
-        expected *= size
+        expected *= shape[dim]
     return True
 
 
