@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import Any
 
 BACKEND = "DSV4_INDEXER"
-ENGINES = {"cpu": "vllm_dsv4_indexer.engines.vllm_cpu"}  # by the platform's device type
+# By the platform's device type.
+ENGINES = {"cpu": "vllm_dsv4_indexer.engines.vllm_cpu", "npu": "vllm_dsv4_indexer.engines.vllm_ascend"}
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ listed here is an error: a misspelt setting that is silently ignored is worse th
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 NAMESPACE = "dsv4_indexer"
@@ -18,8 +18,8 @@ ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
 
 @dataclass(frozen=True)
 class Settings:
-    """impl: the implementation of the op that the engine calls. `stock` leaves the engine's own compressor in
-    place, under our metadata, so that the two can be compared in otherwise equal engines.
+    """impl: the implementation of the op that the engine calls, `auto` for the native one of its device. `stock` leaves
+    the engine's own compressor in place, so that the two can be compared in otherwise equal engines.
 
     projection: what computes kv_score, whatever compresses it. `exact` is ours, in fp32; `engine` leaves the engine's
     own in place, which rounds to bfloat16; `auto` is `exact` unless the CPU has a matrix unit for bfloat16.
@@ -27,7 +27,7 @@ class Settings:
     state_save: which state rows a step writes: those of all its tokens, or the `tail` of each request (ops/tail.py),
     where the engine is sure that nobody asks for the others."""
 
-    impl: Literal["cpu", "reference", "stock"] = "cpu"
+    impl: Literal["auto", "ascend", "cpu", "reference", "stock"] = "auto"
     projection: Literal["auto", "exact", "engine"] = "auto"
     state_save: Literal["full", "tail"] = "full"
 
@@ -59,3 +59,7 @@ class Settings:
                 "the state; leave one of the two out"
             )
         return settings
+
+    def on(self, native: str) -> "Settings":
+        """The same on a device with the native implementation `native`, which takes the place of `auto`."""
+        return replace(self, impl=native) if self.impl == "auto" else self

@@ -1,1 +1,29 @@
-"""One file per engine: where our compressor gets into it, and nothing else."""
+"""The engines: one file for each, and here what all of them refuse."""
+
+from typing import Any, NoReturn
+
+from vllm_dsv4_indexer.contract import RATIO
+
+
+def refuse(found: str, supported: str, remedy: str) -> NoReturn:
+    """Raise the ValueError of a selection that cannot be honoured."""
+    raise ValueError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
+
+
+def require_indexer(vllm_config: Any) -> None:
+    """Refuse a model that has no indexer, and the context parallelism that splits one request's pages over workers."""
+    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    if config.model_type != "deepseek_v4":
+        refuse(f"the model is of type {config.model_type!r}", "deepseek_v4", "leave the option out for this model")
+    if RATIO not in getattr(config, "compress_ratios", ())[: config.num_hidden_layers]:
+        refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, option)) > 1:
+            refuse(f"{option} is {size}", "1", "use tensor or pipeline parallelism")
+
+
+def indexers_of_stage(vllm_config: Any) -> int:
+    """How many layers of this worker's pipeline stage have an indexer."""
+    model = vllm_config.model_config
+    first, end = model.get_layers_start_end_indices(vllm_config.parallel_config)
+    return model.hf_config.compress_ratios[first:end].count(RATIO)

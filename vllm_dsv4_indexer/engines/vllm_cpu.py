@@ -38,7 +38,8 @@ from vllm.v1.attention.ops import metadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import RATIO, ROW_WIDTH
+from vllm_dsv4_indexer.contract import ROW_WIDTH
+from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_indexer
 from vllm_dsv4_indexer.ops import projection
 from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
@@ -75,22 +76,15 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
-    config = vllm_config.model_config.hf_config
-    topk = getattr(config, "index_topk", None)
-    parallel = vllm_config.parallel_config
-    if config.model_type != "deepseek_v4":
-        _refuse(f"the model is of type {config.model_type!r}", "deepseek_v4", "leave the option out for this model")
-    if RATIO not in getattr(config, "compress_ratios", ())[: config.num_hidden_layers]:
-        _refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
+    require_indexer(vllm_config)
+    topk = getattr(vllm_config.model_config.hf_config, "index_topk", None)
+    worker = vllm_config.parallel_config.worker_cls
     if topk != INDEX_TOPK:
-        _refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve Flash instead of Pro")
-    if parallel.worker_cls not in ("auto", f"{__name__}.{Worker.__qualname__}"):
-        _refuse(f"worker_cls is {parallel.worker_cls!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
-    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if (size := getattr(parallel, option)) > 1:
-            _refuse(f"{option} is {size}", "1 on vLLM's CPU engine", "use tensor or pipeline parallelism")
+        refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve Flash instead of Pro")
+    if worker not in ("auto", f"{__name__}.{Worker.__qualname__}"):
+        refuse(f"worker_cls is {worker!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
     if vllm_config.speculative_config is not None:
-        _refuse("speculative decoding is on", "one token a step on vLLM's CPU engine", "leave it out")
+        refuse("speculative decoding is on", "one token a step on vLLM's CPU engine", "leave it out")
 
 
 def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
@@ -107,11 +101,7 @@ def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
     ):
         if unsafe:
             supported = "'tail' where nobody but the request itself can come back to its state"
-            _refuse(f"dsv4_indexer.state_save is 'tail', but {found}", supported, f"{remedy}, or leave state_save out")
-
-
-def _refuse(found: str, supported: str, remedy: str) -> None:
-    raise ValueError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
+            refuse(f"dsv4_indexer.state_save is 'tail', but {found}", supported, f"{remedy}, or leave state_save out")
 
 
 # ---- the worker and the compressor ---------------------------------------------------------------------------------
@@ -129,7 +119,7 @@ class Worker(CPUWorker):
     """vLLM's CPU worker with our compressor in the model and our metadata under it."""
 
     def load_model(self, **kwargs: Any) -> None:
-        settings = Settings.read(self.vllm_config.additional_config)
+        settings = Settings.read(self.vllm_config.additional_config).on("cpu")
         exact = projects_exactly(settings)
         impl = settings.impl
         if impl != "stock":
@@ -139,8 +129,7 @@ class Worker(CPUWorker):
             if_it_fails.callback(withdraw_metadata, self)
             with exact_projections() if exact else nullcontext():
                 super().load_model(**kwargs)
-            first, end = self.model_config.get_layers_start_end_indices(self.parallel_config)  # of this pipeline stage
-            indexers = self.model_config.hf_config.compress_ratios[first:end].count(RATIO)
+            indexers = indexers_of_stage(self.vllm_config)
             replace_compressors(self.get_model(), settings, indexers)
             if_it_fails.pop_all()
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"

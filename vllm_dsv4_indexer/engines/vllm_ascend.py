@@ -1,0 +1,65 @@
+"""vllm-ascend's engine: what the backend accepts there, and the worker that it names.
+
+Only configuration here. What subclasses vllm-ascend lies in vllm_ascend_worker.py, which only worker processes import:
+vllm-ascend's worker module loads its device library, and a process that does not own an NPU must not.
+"""
+
+from importlib.metadata import version
+
+import vllm
+
+# What vllm_ascend_worker.py is written against: {vllm-ascend: the vLLM that it asks for}.
+SUPPORTED = {"0.26.0rc1": "0.26.0", "0.23.0": "0.23.0"}
+_FOUND = version("vllm-ascend").split("+")[0], vllm.__version__.split("+")[0]  # "+empty": vLLM built without a device
+if _FOUND not in SUPPORTED.items():
+    raise ImportError(
+        "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the backend supports {}. "
+        "Install one of these pairs, or leave the option out.".format(
+            *_FOUND, " and ".join(f"vllm-ascend {ours} with vLLM {its}" for ours, its in SUPPORTED.items())
+        )
+    )
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm_ascend.ascend_config import get_ascend_config
+
+from vllm_dsv4_indexer.engines import refuse, require_indexer
+from vllm_dsv4_indexer.settings import Settings
+
+STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
+WORKER = f"{__name__}_worker.Worker"
+NZ_FOR_BF16 = 2  # vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too
+
+logger = init_logger("vllm.dsv4_indexer")
+
+
+def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
+    """Check that the backend can do what is asked, and have vLLM run our worker.
+
+    vllm-ascend drops the name of the backend twice: its platform resets it to None, and ignores it where it chooses
+    attention classes. The worker's name survives, in every process.
+
+    vllm_config: the configuration, complete but for what the platform sets.
+    check_and_update_config: the platform's own function, called in between.
+    Raises ValueError that says what was found, what is supported and what to do.
+    """
+    if vllm_config.model_config is None:  # vLLM also makes configurations without a model, for its own tools
+        return check_and_update_config(vllm_config)
+    require_indexer(vllm_config)
+    _refuse_settings_of_other_engines(Settings.read(vllm_config.additional_config))
+    check_and_update_config(vllm_config)
+
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in (STOCK_WORKER, WORKER):  # that of the 310P, of xlite, or the user's own
+        refuse(f"the worker is {parallel.worker_cls!r}", f"{STOCK_WORKER!r} (A2, A3, A5)", "leave the option out")
+    if get_ascend_config().weight_nz_mode == NZ_FOR_BF16:
+        refuse("weight_nz_mode is 2", "0 and 1: wkv and wgate are joined, in the plain layout", "set one of them")
+    parallel.worker_cls = WORKER
+    logger.info("DSV4_INDEXER: the line above about the attention backend is vllm-ascend's; %s uses it", WORKER)
+
+
+def _refuse_settings_of_other_engines(settings: Settings) -> None:
+    if settings.state_save != "full":
+        refuse(f"state_save is {settings.state_save!r}", "'full' with vllm-ascend", "leave it out")
+    if settings.projection == "engine":
+        refuse("projection is 'engine'", "'exact' with vllm-ascend: stock's is in its compressor", "leave it out")

@@ -1,0 +1,292 @@
+"""vllm-ascend's worker, with our op in the place of its indexer's compressor.
+
+While the worker loads its model, `AscendDSABackend.get_impl_cls` answers with the subclasses below; the backend itself
+stays the stock one, since vllm-ascend compares it by identity. They replace, per layer, the stock chain (compressor,
+Hadamard product, quantisation, two scatters on A2 and A3; compressor, Hadamard product, one fused store on A5) by two
+launches: the projection, one matmul of torch_npu's for `wkv` and `wgate` joined, and `ops.compress`.
+
+Nothing here waits for the device, and every tensor's shape follows from the shapes of the step's metadata, so that a
+captured graph replays: it reads query_start_loc, start_pos and the block tables where vllm-ascend refreshes them.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch_npu
+import vllm_ascend.ops  # noqa: F401  before dsa_v1, which it imports in a circle
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
+from vllm_ascend import utils
+from vllm_ascend.attention import dsa_v1
+from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPImpl
+from vllm_ascend.attention.dsa_v1 import AscendDSABackend, AscendDSAImpl
+from vllm_ascend.device.device_op import DeviceOperator
+from vllm_ascend.ops import rope_dsv4
+from vllm_ascend.worker.worker import NPUWorker
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM
+from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
+from vllm_dsv4_indexer.settings import Settings
+
+logger = init_logger("vllm.dsv4_indexer")
+
+
+class Worker(NPUWorker):
+    """vllm-ascend's worker; its model's indexers call our op."""
+
+    def load_model(self) -> None:
+        impl = Settings.read(self.vllm_config.additional_config).on("ascend").impl
+        indexers = indexers_of_stage(self.vllm_config)
+        if impl == "stock":
+            super().load_model()
+            logger.info("DSV4_INDEXER: vllm-ascend's own compressor compresses for the indexers of %d layers", indexers)
+            return
+        ops.prepare(impl, current_platform.device_type)
+        check_signatures()
+        with one_pass_indexers():
+            super().load_model()
+        finish_loading(self.model_runner.get_model(), impl, indexers, self.vllm_config.model_config.max_model_len)
+        logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, indexers)
+
+
+# ---- the attention -------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """The op's arguments that are the same for all layers whose state pages and K pages come from the same tables."""
+
+    positions: Tensor
+    token_to_req: Tensor
+    state_slots: Tensor
+    state_table: Tensor
+    k_slots: Tensor
+
+
+def make_step(state: Any, keys: Any, tokens: int, state_page: int, k_page: int) -> Step:
+    """Derive the op's per-token arguments from vllm-ascend's metadata of the state and of the K cache.
+
+    The metadata say where each request's tokens start (`query_start_loc` [R + 1]), at which position (`start_pos` [R])
+    and in which pages its rows and entries lie (`block_table` [R, M] each, of `state_page` positions and `k_page`
+    entries). A token beyond the last request, as a graph's padding has them, gets no slots. Neither does one in block
+    0, the table entry of padding requests: stock writes no state there; the K entries that it writes are never read.
+    """
+    starts, requests = keys.query_start_loc, keys.start_pos.shape[0]
+    token = torch.arange(tokens, dtype=torch.int32, device=starts.device)
+    request = torch.searchsorted(starts[1 : requests + 1], token, right=True, out_int32=True)
+    real = request < requests
+    request = request.clamp(max=requests - 1)
+    position = keys.start_pos[request] + token - starts[request]
+    real &= position >= 0
+    position = position.masked_fill(~real, 0)  # so that the look-ups below stay inside the tables
+
+    def slots(table: Tensor, index: Tensor, page: int, wanted: Tensor) -> Tensor:
+        block = table[request, index // page].long()
+        return (block * page + index % page).masked_fill(~(wanted & (block > 0)), -1)
+
+    return Step(
+        position.long(),
+        request,
+        slots(state.block_table, position, state_page, real),
+        state.block_table,
+        slots(keys.block_table, position // RATIO, k_page, real & (position % RATIO == RATIO - 1)),
+    )
+
+
+class OnePassIndexer:
+    """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our op."""
+
+    impl: str
+    cos_sin: Tensor
+    wkv_wgate: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.indexer is not None:  # layers of ratio 128, and those of the sliding window alone, have none
+            refuse_quantised(self.indexer.compressor)
+
+    def finish_loading(self, impl: str, cos_sin: Tensor) -> None:
+        """Join the loaded wkv and wgate. They become views, so that weights which are loaded again arrive here, too."""
+        wkv, wgate = self.indexer.compressor.wkv, self.indexer.compressor.wgate
+        self.impl, self.cos_sin = impl, cos_sin
+        self.wkv_wgate = torch.cat([wkv.weight.data, wgate.weight.data])
+        wkv.weight.data, wgate.weight.data = self.wkv_wgate.split(KV_WIDTH)
+
+    def project(self, x: Tensor) -> Tensor:
+        """[T, hidden] to kv_score [T, 512] in fp32, not rounded in between."""
+        return torch.mm(x, self.wkv_wgate.t(), out_dtype=torch.float32)
+
+    def step(self, state: Any, keys: Any, tokens: int, kv_cache: tuple[Tensor, ...]) -> Step:
+        """This step's arguments: made by the first layer that asks, and kept on the metadata, which vllm-ascend makes
+        anew for every step, substep and capture."""
+        made = vars(keys).setdefault("dsv4_indexer_steps", {})
+        if id(state) not in made:  # lives as long as `keys`: both belong to the step
+            state_cache, k_cache, _, _ = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
+            made[id(state)] = make_step(state, keys, tokens, state_cache.shape[1], k_cache.shape[1])
+        return made[id(state)]
+
+    def compress(self, kv_score: Tensor, kv_cache: tuple[Tensor, ...], step: Step) -> None:
+        """Save the state rows, write the K entries. The caches have a dimension for the one head."""
+        state, k_cache, scale_cache, page = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
+        if page is None:  # A2, A3
+            store = dict(k_cache=k_cache.squeeze(2), k_scale_cache=scale_cache[:, :, 0, 0], k_format="int8_hadamard")
+        else:  # A5: values and scales of a page, of which the other two are views
+            store = dict(k_cache=page.view(torch.uint8).squeeze(2), k_format="fp8_amax")
+        compressor = self.indexer.compressor
+        ops.compress(
+            kv_score,
+            compressor.ape,
+            compressor.norm.weight,
+            self.cos_sin,
+            step.positions,
+            step.token_to_req,
+            step.state_slots,
+            step.state_table,
+            state.squeeze(2),
+            step.k_slots,
+            **store,
+            eps=compressor.norm_eps,
+            impl=self.impl,
+        )
+
+
+class Attention(OnePassIndexer, AscendDSAImpl):
+    """The attention without context parallelism. Prefill and decode requests come in two calls."""
+
+    def _indexer_qkv_prepare(
+        self, x, qr, kv_cache, attn_metadata, cos, sin, actual_seq_lengths_query, with_prefill=False,
+        qr_pertoken_scale=None,
+    ):  # fmt: skip
+        """The indexer on one stream. The None in the place of `kv` makes the caller store nothing."""
+        state, keys = attn_metadata[2:4]
+        step = self.step(*_part(state, keys, with_prefill), x.shape[0], kv_cache)
+        self.compress(self.project(x), kv_cache, step)
+        q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
+        _, *caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
+        return q, None, *caches, state, keys, None, with_prefill
+
+    def cv_indexer_select_qli(
+        self, x, qr, kv_cache, attn_metadata, cos, sin, actual_seq_lengths_query, with_prefill=False,
+        qr_pertoken_scale=None,
+    ):  # fmt: skip
+        """The indexer on two streams, vllm-ascend's default: our op, which needs vector cores only, beside the query's
+        matrix products."""
+        state, keys = attn_metadata[2:4]
+        step = self.step(*_part(state, keys, with_prefill), x.shape[0], kv_cache)
+        kv_score = self.project(x)
+        main, beside = torch.npu.current_stream(), dsa_v1.dsv4_dsa_overlap_stream()
+        projected = main.record_event()
+        with utils.npu_stream_switch(beside, enabled=True):
+            beside.wait_event(projected)
+            self.compress(kv_score, kv_cache, step)
+        q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
+        main.wait_stream(beside)
+        return q
+
+    def query(self, qr: Tensor, scale: Tensor | None, cos: Tensor, sin: Tensor, hadamard: Tensor, dtype: torch.dtype):
+        """The indexer's query [T, heads, 128], as vllm-ascend makes it; `scale` comes with a `qr` that is quantised."""
+        wq_b = self.inderxer_wq_b
+        if scale is not None and dsa_v1._is_w8a8_dynamic(wq_b):
+            q = torch_npu.npu_quant_matmul(
+                qr, wq_b.weight, wq_b.weight_scale, pertoken_scale=scale, bias=wq_b.bias, output_dtype=dtype
+            )
+        else:
+            q = wq_b(qr)
+        q = q.view(-1, self.indexer_heads, HEAD_DIM)
+        torch.ops._C_ascend.inplace_partial_rotary_mul(
+            q.unsqueeze(1), cos, sin, rotary_mode="interleave", partial_slice=[HEAD_DIM - ROPE_DIM, HEAD_DIM]
+        )
+        return dsa_v1.rotate_activation(q, hadamard)
+
+
+def _part(state: Any, keys: Any, with_prefill: bool) -> tuple[Any, Any]:
+    return (state.prefill, keys.prefill) if with_prefill else (state.decode, keys.decode)
+
+
+class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
+    """The attention with vllm-ascend's `enable_dsa_cp`: every rank keeps all keys, and scores its own tokens."""
+
+    def _update_indexer_cache(self, x, kv_cache, attn_metadata, actual_seq_lengths_query):
+        state, keys = (metadata.req_metadata for metadata in attn_metadata[2:4])
+        step = self.step(state, keys, x.shape[0], kv_cache)
+        self.compress(self.project(x), kv_cache, step)
+
+
+# ---- installation --------------------------------------------------------------------------------------------------
+
+
+OURS = {AscendDSAImpl: Attention, AscendDSACPImpl: ContextParallelAttention}
+OVERRIDDEN = {
+    Attention._indexer_qkv_prepare: AscendDSAImpl,
+    Attention.cv_indexer_select_qli: AscendDSAImpl,
+    ContextParallelAttention._update_indexer_cache: AscendDSACPImpl,
+}
+
+
+def check_signatures() -> None:
+    """Raise RuntimeError that names what vllm-ascend has with other parameters than those we were written against."""
+    expected = {
+        (AscendDSABackend, "get_impl_cls"): (),
+        (DeviceOperator, "unpack_dsa_indexer_kv_cache"): ("kv_cache",),
+        (dsa_v1, "dsv4_dsa_overlap_stream"): (),
+        (dsa_v1, "rotate_activation"): ("x", "hadamard"),
+        (dsa_v1, "_is_w8a8_dynamic"): ("linear",),
+        (rope_dsv4, "get_full_cos_and_sin_dsa"): ("group_name",),
+        (utils, "npu_stream_switch"): ("target_stream", "enabled"),
+    }
+    for method, stock in OVERRIDDEN.items():
+        expected[stock, method.__name__] = tuple(inspect.signature(method).parameters)
+    for (owner, name), parameters in expected.items():
+        function = getattr(owner, name, None)
+        found = function and tuple(inspect.signature(function).parameters)
+        if found != parameters:
+            raise RuntimeError(
+                f"--attention-backend dsv4_indexer: {owner.__name__}.{name} of vllm-ascend takes {found}, where the "
+                f"supported versions take {parameters}. Has another plugin replaced it? Disable that plugin, or leave "
+                "the option out."
+            )
+
+
+@contextmanager
+def one_pass_indexers() -> Iterator[None]:
+    """Attention layers that are made inside get our implementations."""
+    stock = vars(AscendDSABackend)["get_impl_cls"]
+    AscendDSABackend.get_impl_cls = staticmethod(lambda: OURS[stock()])
+    try:
+        yield
+    finally:
+        AscendDSABackend.get_impl_cls = stock
+
+
+def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positions: int) -> None:
+    """Give the indexers of a loaded model, which must be as many as `indexers`, what they share: the op's name and one
+    table of 32 cosines and 32 sines for each of `max_positions`, where vllm-ascend has two with each value twice."""
+    found = [layer.impl for layer in model.modules() if isinstance(getattr(layer, "impl", None), OnePassIndexer)]
+    found = [attention for attention in found if attention.indexer is not None]
+    if len(found) != indexers:
+        raise RuntimeError(
+            f"--attention-backend dsv4_indexer: the model has {len(found)} indexers in layers of ours, where its "
+            f"configuration asks for {indexers}. Is another plugin replacing the model class? Disable that plugin."
+        )
+    if not found:  # a pipeline stage without one
+        return
+    halves = [table[:max_positions, 0, 0, ::2] for table in rope_dsv4.get_full_cos_and_sin_dsa(f"c{RATIO}")]
+    cos_sin = torch.cat(halves, dim=1)
+    for attention in found:
+        attention.finish_loading(impl, cos_sin)
+
+
+def refuse_quantised(compressor: torch.nn.Module) -> None:
+    """The stock compressor takes wkv and wgate as they are loaded, and so do we: quantised ones mean nothing to it."""
+    for layer in (compressor.wkv, compressor.wgate):
+        if not isinstance(layer.quant_method, UnquantizedLinearMethod):
+            refuse(
+                f"{layer.prefix} is quantised ({type(layer.quant_method).__name__})",
+                "bf16 or fp16",
+                "use a checkpoint that leaves the indexer's wkv and wgate unquantised",
+            )
