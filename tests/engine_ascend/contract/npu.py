@@ -2,15 +2,22 @@
 
 `torch_npu`, `acl` and `torchair` are modules whose every attribute exists: classes without behaviour, and functions that
 return None. vllm-ascend's model runner is one, too: importing it asks for more packages than are installed for tests.
+The operators that an attention layer calls on its way to and from the indexer do nothing, and count their calls; the
+stock chain, which stock.py compares with, is added there.
 """
 
+import contextlib
 import importlib.machinery
 import sys
 import types
+from collections import Counter
 
 import torch
+from torch import Tensor
 
 ABSENT = ("torch_npu", "acl", "torchair")
+calls: Counter[str] = Counter()  # of the operators below, by name
+streams: list[str] = []  # what was launched, and which stream waited for which
 
 
 class Stub(types.ModuleType):
@@ -41,7 +48,34 @@ class StubFinder:
         pass
 
 
+class Stream:
+    """Runs everything at once, as a stream may, and notes the order."""
+
+    current: "Stream"
+
+    def __init__(self, name: str = "beside"):
+        self.name = name
+
+    def record_event(self) -> str:
+        streams.append(f"event on {self.name}")
+        return f"event on {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        streams.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other: "Stream") -> None:
+        streams.append(f"{self.name} waits for {other.name}")
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream):
+    previous, Stream.current = Stream.current, stream
+    yield
+    Stream.current = previous
+
+
 def install() -> None:
+    """Put the stubs in place, before anything imports vllm-ascend."""
     sys.meta_path.insert(0, StubFinder())
     import torch_npu
     import torch_npu._C  # noqa: F401
@@ -50,4 +84,89 @@ def install() -> None:
     torch.utils.rename_privateuse1_backend("npu")  # so that torch.device("npu") is one
     torch.npu = torch_npu.npu
     torch.npu.is_available = lambda: False  # transformers asks
+    Stream.current = Stream("main")
+    torch.npu.Stream, torch.npu.stream, torch.npu.current_stream = Stream, on_stream, lambda: Stream.current
     sys.modules["vllm_ascend.worker.model_runner_v1"] = Stub("vllm_ascend.worker.model_runner_v1")
+
+
+def counted(function):
+    """The function, entered in `calls` and `streams` whenever it is called."""
+
+    def call(*args, **kwargs):
+        calls[function.__name__] += 1
+        streams.append(f"{function.__name__} on {Stream.current.name}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def define_operators(*operators) -> None:
+    """Make functions the operators of the same names in torch.ops._C_ascend."""
+    for operator in operators:
+        setattr(torch.ops._C_ascend, operator.__name__, counted(operator))
+
+
+def inplace_partial_rotary_mul(x: Tensor, *args, **kwargs) -> None:
+    pass
+
+
+def npu_sparse_attn_sharedkv_metadata(**kwargs) -> Tensor:
+    return torch.zeros(1024, dtype=torch.int32)
+
+
+def npu_vllm_quant_lightning_indexer_metadata(**kwargs) -> Tensor:
+    return torch.zeros(1024, dtype=torch.int32)
+
+
+def npu_sparse_attn_sharedkv(q: Tensor, **kwargs) -> tuple[Tensor]:
+    return (torch.zeros_like(q),)
+
+
+def npu_vllm_quant_lightning_indexer(query: Tensor, **kwargs) -> tuple[Tensor, None]:
+    return torch.zeros(len(query), 1, 512, dtype=torch.int32), None
+
+
+def npu_scatter_nd_update_v2(cache: Tensor, slots: Tensor, values: Tensor) -> None:
+    """cache[block, offset] = value for each (block, offset) that is not negative."""
+    if slots is not None:
+        written = slots[:, 0] >= 0
+        block, offset = slots[written].long().unbind(1)
+        cache[block, offset] = values[: len(slots)][written].view(-1, *cache.shape[2:])
+
+
+def compressor_metadata(cos: Tensor, sin: Tensor, *args) -> tuple[Tensor, Tensor, None]:
+    """That of the main compressor: our indexer does not ask."""
+    return cos[:0], sin[:0], None
+
+
+def compressor(x: Tensor, wkv: Tensor, *args, **kwargs) -> Tensor:
+    """The main compressor: its entries are nobody's concern here."""
+    return x.new_zeros(0, wkv.shape[0] // 2)
+
+
+def npu_dynamic_quant(x: Tensor, dst_type: torch.dtype) -> tuple[Tensor, Tensor]:
+    """int8 with a scale for each row: its largest magnitude / 127."""
+    scale = x.float().abs().amax(dim=-1) / 127
+    codes = torch.where(scale[..., None] > 0, x.float() / scale[..., None], 0).round()
+    return codes.to(dst_type), scale
+
+
+def mm_with_out_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """torch_npu's aten::mm.dtype; torch has none for CPUs."""
+    streams.append(f"projection on {Stream.current.name}")
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
+STOCK_OPERATORS = (
+    inplace_partial_rotary_mul, npu_sparse_attn_sharedkv_metadata, npu_vllm_quant_lightning_indexer_metadata,
+    npu_sparse_attn_sharedkv, npu_vllm_quant_lightning_indexer, npu_scatter_nd_update_v2, compressor_metadata, compressor,
+)  # fmt: skip
+_aten = torch.library.Library("aten", "IMPL")
+
+
+def define_what_a_layer_calls() -> None:
+    import torch_npu
+
+    define_operators(*STOCK_OPERATORS)
+    torch_npu.npu_dynamic_quant = counted(npu_dynamic_quant)
+    _aten.impl("mm.dtype", mm_with_out_dtype, "CPU")

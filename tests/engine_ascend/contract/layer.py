@@ -1,0 +1,181 @@
+"""A real attention layer of vllm-ascend's on CPU tensors: its caches, its metadata from the real builder, its calls."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+from vllm import forward_context
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm_ascend.attention.attention_v1 import AscendAttentionState
+from vllm_ascend.attention.dsa_v1 import AscendDSABackend
+from vllm_ascend.attention.utils import AscendCommonAttentionMetadata
+from vllm_ascend.models import deepseek_v4
+
+from vllm_dsv4_indexer.contract import HEAD_DIM, ROW_WIDTH
+from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
+
+INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
+POSITIONS = 64  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
+BLOCKS = 160  # physical, of the state and of the K cache
+_models = itertools.count()
+
+
+@dataclass
+class Rows:
+    """One step's requests: decodes first, then prefills. All on the host; the tables are those of a block manager."""
+
+    starts: list[int]
+    lengths: list[int]
+    state_tables: list[list[int]]
+    k_tables: list[list[int]]
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """The request and the position of each token."""
+        for request, (start, length) in enumerate(zip(self.starts, self.lengths)):
+            for position in range(start, start + length):
+                yield request, position
+
+
+class Layer:
+    """One attention layer with an indexer, and its caches. `ours`: as our worker makes it, with the readable op."""
+
+    def __init__(self, config: VllmConfig, ours: bool = True, multistream: bool = False, seed: int = 0):
+        self.config, hf = config, config.model_config.hf_config
+        self.prefix = f"model{next(_models)}.layers.{INDEXER}.self_attn"  # vLLM wants every name once
+        classes = engine.one_pass_indexers() if ours else contextlib.nullcontext()
+        on_cpu = mock.patch.object(type(current_platform), "device_type", "cpu")
+        with set_current_vllm_config(config), classes, on_cpu:
+            self.module = deepseek_v4.DeepseekV4Attention(
+                config, hf, max_position_embeddings=POSITIONS, cache_config=config.cache_config, prefix=self.prefix
+            )
+        self.attention = self.module.dsa_attn.dsa_attn.impl
+        self.attention.multistream_dsv4_dsa_overlap = multistream
+        self.numbers = torch.Generator().manual_seed(seed)
+        self._draw_weights()
+        if ours:
+            engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
+        self._allocate()
+        self._make_builders()
+
+    def _draw_weights(self) -> None:
+        """Random, but for the projection's: multiples of 1/32 that make every sum of products exact in fp32."""
+        for parameter in self.module.parameters():
+            parameter.data.normal_(std=0.05, generator=self.numbers)
+        compressor = self.module.indexer.compressor
+        for weight in (compressor.wkv.weight, compressor.wgate.weight):
+            weight.data.copy_(torch.randint(-3, 4, weight.shape, generator=self.numbers) / 32)
+        compressor.ape.data.normal_(std=0.15, generator=self.numbers)
+        compressor.norm.weight.data.normal_(0.7, 0.26, generator=self.numbers)
+
+    def _allocate(self) -> None:
+        """Random bytes, and among them numbers in the state, since padding may ask for rows of page 0."""
+        indexer = self.module.indexer
+        self.state_spec = indexer.compressor.state_cache.get_kv_cache_spec(self.config)
+        self.k_spec = indexer.k_cache.get_kv_cache_spec(self.config)
+        self.page, self.k_page = self.state_spec.block_size, self.k_spec.block_size
+        self.storages = [
+            torch.randint(-(2**7), 2**7, (BLOCKS * spec.page_size_bytes,), dtype=torch.int8, generator=self.numbers)
+            for spec in (self.state_spec, self.k_spec)
+        ]
+        state, *keys = self.views(self.storages)
+        state.normal_(generator=self.numbers)
+        nothing = torch.zeros(1, 1, 1, 1)  # the main compressor's caches and the sliding window's
+        self.kv_cache = (nothing, nothing, nothing, state, *keys)
+
+    def views(self, storages: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """State, K values and K scales, as vllm-ascend's runner lays them out: pages as long as the specs say, and in a
+        page of the K cache the scales behind the values."""
+        state, keys = self.state_spec, self.k_spec
+
+        def paged(storage: Tensor, spec, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
+            stride = spec.page_size_bytes // dtype.itemsize
+            shape = (BLOCKS, spec.block_size, 1, width)
+            return storage.view(dtype).as_strided(shape, (stride, width, width, 1), offset // dtype.itemsize)
+
+        return (
+            paged(storages[0], state, ROW_WIDTH, state.dtype),
+            paged(storages[1], keys, HEAD_DIM, keys.dtype),
+            paged(storages[1], keys, 1, keys.scale_dtype, keys.block_size * HEAD_DIM),
+        )
+
+    def _make_builders(self) -> None:
+        """One for each of the layer's caches, in the order in which the layer gets their metadata."""
+        module, attention = self.module, self.module.dsa_attn.dsa_attn
+        caches = {
+            "attn": attention,
+            "compressor.state_cache": module.compressor.state_cache,
+            "indexer.compressor.state_cache": module.indexer.compressor.state_cache,
+            "indexer.k_cache": module.indexer.k_cache,
+            "swa_cache": module.dsa_attn.swa_cache_layer,
+        }
+        self.specs = [cache.get_kv_cache_spec(self.config) for cache in caches.values()]
+        builder, device = AscendDSABackend.get_builder_cls(), torch.device("cpu")
+        self.builders = [
+            builder(spec, [f"{self.prefix}.{name}"], self.config, device) for name, spec in zip(caches, self.specs)
+        ]
+
+    def metadata(self, rows: Rows, padding: int = 0) -> list:
+        """What the real builders make of a step; `padding`: decode requests of one token that a graph adds."""
+        lengths = torch.tensor(rows.lengths + [1] * padding, dtype=torch.int32)
+        seq_lens = torch.tensor(rows.starts + [0] * padding, dtype=torch.int32) + lengths
+        seq_lens[len(rows.lengths) :] = 0
+        query_start_loc = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
+        tokens = int(query_start_loc[-1])
+        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths)])
+        positions = torch.cat([positions, torch.zeros(padding, dtype=torch.int64)])
+        shared = [{}, {}, {}]
+        result = []
+        for builder, spec, table in zip(self.builders, self.specs, self._tables(rows, padding)):
+            common = AscendCommonAttentionMetadata(
+                query_start_loc=query_start_loc,
+                query_start_loc_cpu=query_start_loc,
+                seq_lens=seq_lens,
+                _seq_lens_cpu=seq_lens,
+                num_reqs=len(lengths),
+                num_actual_tokens=tokens,
+                num_input_tokens=tokens,
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(seq_lens.max()),
+                block_table_tensor=table,
+                slot_mapping=torch.full((tokens,), -1, dtype=torch.int32),
+                positions=positions,
+                is_prefilling=lengths > builder.decode_threshold,
+                attn_state=AscendAttentionState.ChunkedPrefill,
+            )
+            names = ("prefill_ratio_to_sas_metadata", "decode_ratio_to_sas_metadata", "common_ratio_to_sas_metadata")
+            result.append(
+                builder.build(
+                    0, common, num_reqs_actual=len(rows.lengths), block_size=spec.block_size, **dict(zip(names, shared))
+                )
+            )
+        return result
+
+    def _tables(self, rows: Rows, padding: int) -> list[Tensor]:
+        """One for each builder. Those of other caches are never read here."""
+
+        def table(blocks: list[list[int]]) -> Tensor:
+            width = self.config.model_config.max_model_len // self.page
+            return torch.tensor([row + [0] * (width - len(row)) for row in blocks + [[]] * padding], dtype=torch.int32)
+
+        none = table([[]] * len(rows.lengths))
+        return [none, none, table(rows.state_tables), table(rows.k_tables), none]
+
+    def hidden_states(self, tokens: int) -> Tensor:
+        """Small integers, so that the projection is exact."""
+        shape = (tokens, self.config.model_config.hf_config.hidden_size)
+        return torch.randint(-2, 3, shape, generator=self.numbers).bfloat16()
+
+    def run(self, x: Tensor, metadata: list) -> None:
+        """As `forward` does between its gathers: prefill requests, then decode requests."""
+        name, decodes = f"{self.prefix}.attn", metadata[0].num_decode_tokens
+        context = forward_context.ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
+        with torch.inference_mode(), forward_context.override_forward_context(context):
+            if metadata[0].num_prefills:
+                self.attention._forward_prefill(name, x[decodes:], self.kv_cache, metadata)
+            if metadata[0].num_decodes:
+                self.attention._forward_decode(name, x[:decodes], self.kv_cache, metadata)
