@@ -1,12 +1,10 @@
 """What a real attention layer of vllm-ascend's stores through our op, and what it calls."""
 
-from types import SimpleNamespace
-
 import npu
 import pytest
 import stock
 import torch
-from layer import BLOCKS, Layer
+from layer import BLOCKS, Layer, Rows
 from schedule import Schedule, store
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_ascend import utils
@@ -15,6 +13,7 @@ from vllm_ascend.attention.dsa_v1 import AscendDSABackend
 from vllm_ascend.device import device_op
 
 from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import HEAD_DIM
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
 STEPS = 40
@@ -93,19 +92,99 @@ def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monke
     _, stock_k, stock_scale = theirs.views(theirs.storages)
     apart = (k.int() - stock_k.int()).abs()
     assert apart.max() <= 2 and 0 < (apart > 0).float().mean() < 0.15
-    written = scale != Layer(config, seed=1).views(ours.storages)[2]
     torch.testing.assert_close(scale, stock_scale, rtol=0.01, atol=0, equal_nan=True)
-    del written
 
 
 class Launches(TorchDispatchMode):
-    """The operators that would be launched: all but views."""
+    """The operators that are called, but for those that only make views."""
 
     def __init__(self):
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not torch.Tag.core in function.tags or "view" not in str(function):
+        if not function.is_view:
             self.names.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+def two_decodes(layer: Layer):
+    """The hidden states and the metadata of two requests that close a window each."""
+    rows = Rows([3, 7], [1, 1], [list(range(1, 9)), list(range(11, 19))], [[1], [2]])
+    return layer.hidden_states(2), layer.metadata(rows)
+
+
+def test_a_layer_launches_the_projection_and_the_op(config):
+    layer = Layer(config)
+    attention = layer.attention
+    x, metadata = two_decodes(layer)
+    with torch.inference_mode():
+        step = attention.step(metadata[2].decode, metadata[3].decode, len(x), layer.kv_cache)
+        with Launches() as launches:
+            assert attention.step(metadata[2].decode, metadata[3].decode, len(x), layer.kv_cache) is step
+            attention.compress(attention.project(x), layer.kv_cache, step)
+    assert launches.names == ["aten.mm.dtype", "dsv4_indexer.compress.default"]
+
+
+def test_the_stock_compressor_is_not_called_for_the_indexer(config):
+    """The one call left is the main compressor's; the quantisation and the scatter are the query's and its."""
+    counts = []
+    for ours in (True, False):
+        layer = Layer(config, ours=ours)
+        x, metadata = two_decodes(layer)
+        npu.calls.clear()
+        layer.run(x, metadata)
+        counts.append({name: npu.calls[name] for name in ("compressor", "compressor_metadata", "npu_dynamic_quant")})
+    assert counts == [
+        dict(compressor=1, compressor_metadata=1, npu_dynamic_quant=1),
+        dict(compressor=2, compressor_metadata=2, npu_dynamic_quant=1),  # the stubs' compressor closes no window
+    ]
+
+
+def test_the_op_runs_beside_the_query_and_before_the_keys_are_read(config, monkeypatch):
+    layer = Layer(config, multistream=True)
+    x, metadata = two_decodes(layer)
+    monkeypatch.setattr(engine.ops, "compress", npu.counted(ops.compress))
+    npu.streams.clear()
+    layer.run(x, metadata)
+    order = npu.streams[npu.streams.index("projection on main") :]
+    order = order[: order.index("npu_vllm_quant_lightning_indexer on main") + 1]
+    assert order[:6] == [
+        "projection on main",
+        "event on main",
+        "beside waits for event on main",
+        "compress on beside",
+        "inplace_partial_rotary_mul on main",
+        "main waits for beside",
+    ]
+
+
+def test_weights_that_are_loaded_again_reach_the_joined_projection(config):
+    layer = Layer(config)
+    compressor = layer.module.indexer.compressor
+    x = layer.hidden_states(3)
+    for weight in (compressor.wkv.weight, compressor.wgate.weight):
+        weight.data.copy_(torch.randint(-3, 4, weight.shape) / 32)
+    weights = torch.cat([compressor.wkv.weight, compressor.wgate.weight]).double()
+    assert torch.equal(layer.attention.project(x).double(), x.double() @ weights.t())
+
+
+def test_a_page_of_an_a5_goes_to_the_op_whole(config, monkeypatch):
+    """On an A5 the runner makes three views of the K cache: values, scales, and the page that holds both."""
+    layer = Layer(config)
+    x, metadata = two_decodes(layer)
+    bs = layer.k_page
+    storage = torch.zeros(BLOCKS, bs * (HEAD_DIM + 4), dtype=torch.uint8)
+    page = storage.view(torch.float8_e4m3fn).view(BLOCKS, bs, 1, HEAD_DIM + 4)
+    values = page.as_strided((BLOCKS, bs, 1, HEAD_DIM), (bs * (HEAD_DIM + 4), HEAD_DIM, HEAD_DIM, 1))
+    scales = storage.view(torch.float32)[:, bs * HEAD_DIM // 4 :, None, None]
+    asked = {}
+    monkeypatch.setattr(engine, "DeviceOperator", device_op.A5DeviceAdaptor)
+    monkeypatch.setattr(engine.ops, "compress", lambda *args, **kwargs: asked.update(kwargs))
+    kv_cache = (*layer.kv_cache[:4], values, scales, page)
+    step = layer.attention.step(metadata[2].decode, metadata[3].decode, len(x), kv_cache)
+    layer.attention.compress(layer.attention.project(x), kv_cache, step)
+    k_cache = asked["k_cache"]
+    assert (asked["k_format"], "k_scale_cache" in asked) == ("fp8_amax", False)
+    assert (k_cache.dtype, k_cache.shape) == (torch.uint8, (BLOCKS, bs, HEAD_DIM + 4))
+    assert k_cache.data_ptr() == storage.data_ptr() and k_cache.stride(0) == storage.stride(0)

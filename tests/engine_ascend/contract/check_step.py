@@ -1,0 +1,114 @@
+"""The op's per-token arguments: right for every batch, and made so that a captured graph can make them again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from layer import Rows
+from schedule import Schedule, slots
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_dsv4_indexer.engines.vllm_ascend_worker import Step, make_step
+
+PAGE, K_PAGE, WIDTH = 4, 64, 128
+
+
+def tensors(rows: Rows, padding: int = 0, empty: bool = False) -> tuple[Tensor, ...]:
+    """query_start_loc, start_pos and the tables of state and K cache, as vllm-ascend's buffers hold them. The requests of
+    padding have one token each, or none (`empty`), and zeros for the rest."""
+    lengths = torch.tensor(rows.lengths + [0 if empty else 1] * padding)
+    starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+
+    def table(blocks: list[list[int]]) -> Tensor:
+        return torch.tensor([row + [0] * (WIDTH - len(row)) for row in blocks + [[]] * padding], dtype=torch.int32)
+
+    start_pos = torch.tensor(rows.starts + [0] * padding, dtype=torch.int32)
+    return starts, start_pos, table(rows.state_tables), table(rows.k_tables)
+
+
+def step_of(starts: Tensor, start_pos: Tensor, state_table: Tensor, k_table: Tensor, tokens: int) -> Step:
+    state = SimpleNamespace(block_table=state_table)
+    keys = SimpleNamespace(query_start_loc=starts, start_pos=start_pos, block_table=k_table)
+    return make_step(state, keys, tokens, PAGE, K_PAGE)
+
+
+def assert_is(step: Step, rows: Rows, padding: int = 0) -> None:
+    """`padding` tokens follow those of the requests: they have no slots."""
+    request, position = map(list, zip(*rows.tokens()))
+    state_slots, k_slots = slots(rows, PAGE, K_PAGE)
+    tokens = len(request)
+    assert step.positions[:tokens].tolist() == position
+    assert step.token_to_req[:tokens].tolist() == request
+    assert step.state_slots.tolist() == state_slots + [-1] * padding
+    assert step.k_slots.tolist() == k_slots + [-1] * padding
+    assert (step.positions.dtype, step.token_to_req.dtype) == (torch.int64, torch.int32)
+    assert (step.state_slots.dtype, step.k_slots.dtype) == (torch.int64, torch.int64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_positions_requests_and_slots_are_those_of_the_tables(seed):
+    schedule = Schedule(seed, PAGE, K_PAGE)
+    for _ in range(20):
+        rows = schedule.step()
+        assert_is(step_of(*tensors(rows), sum(rows.lengths)), rows)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_padding_has_no_slots_and_stays_inside_the_tables(empty):
+    schedule = Schedule(0, PAGE, K_PAGE)
+    for _ in range(20):
+        rows = schedule.step()
+        step = step_of(*tensors(rows, padding=3, empty=empty), sum(rows.lengths) + 3)
+        assert_is(step, rows, padding=3)
+
+
+def test_a_request_that_would_start_before_its_first_token_has_no_slots():
+    """A profiling step can have one: its length is set and its tokens are not."""
+    rows = Rows([-3], [3], [[1]], [[1]])
+    step = step_of(*tensors(rows), 3)
+    assert step.state_slots.tolist() == step.k_slots.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("blocks", [[0], [-1]])
+def test_a_block_that_is_null_gives_no_slots(blocks):
+    step = step_of(*tensors(Rows([0], [4], [blocks], [blocks])), 4)
+    assert step.state_slots.tolist() == step.k_slots.tolist() == [-1] * 4
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Refuses what would wait for the device, or has a shape that its values decide."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_copy", "is_nonzero", "equal", "repeat_interleave")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        device = (kwargs or {}).get("device")
+        assert name not in self.WAITS or (name == "_to_copy" and device is None), function
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_is_made_without_a_value_on_the_host():
+    rows = Schedule(0, PAGE, K_PAGE).step()
+    with OnTheDevice():
+        step_of(*tensors(rows), sum(rows.lengths))
+    meta = step_of(*(tensor.to("meta") for tensor in tensors(rows)), 7)
+    assert [argument.shape for argument in meta] == [(7,), (7,), (7,), meta.state_table.shape, (7,)]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_graph_captured_once_makes_later_steps_from_the_same_buffers(empty):
+    """Captured as vllm-ascend captures a decode step: on null tables. Replayed on what later steps leave in the same
+    buffers, with fewer requests than were captured."""
+    captured = Rows([0] * 8, [1] * 8, [[]] * 8, [[]] * 8)
+    buffers = tensors(captured)
+    graph = make_fx(lambda *buffers: step_of(*buffers, 8))(*buffers)
+    schedule = Schedule(0, PAGE, K_PAGE)
+    schedule._length = lambda: 1
+    for _ in range(50):
+        rows = schedule.step()
+        padding = 8 - len(rows.starts)
+        for buffer, now in zip(buffers, tensors(rows, padding, empty)):
+            buffer.copy_(now)
+        assert_is(Step(*graph(*buffers)), rows, padding)
