@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm import forward_context
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 from vllm_ascend.attention.attention_v1 import AscendAttentionState
 from vllm_ascend.attention.dsa_v1 import AscendDSABackend
@@ -41,18 +42,23 @@ class Rows:
                 yield request, position
 
 
+def make_attention(config: VllmConfig, ours: bool, quant_config: QuantizationConfig | None = None) -> torch.nn.Module:
+    """vllm-ascend's attention with an indexer, on the CPU. `ours`: made where our worker lets its model be made."""
+    prefix = f"model{next(_models)}.layers.{INDEXER}.self_attn"  # vLLM wants every name once
+    classes = engine.one_pass_indexers() if ours else contextlib.nullcontext()
+    on_cpu = mock.patch.object(type(current_platform), "device_type", "cpu")
+    with set_current_vllm_config(config), classes, on_cpu:
+        return deepseek_v4.DeepseekV4Attention(
+            config, config.model_config.hf_config, POSITIONS, config.cache_config, quant_config, prefix
+        )
+
+
 class Layer:
     """One attention layer with an indexer, and its caches. `ours`: as our worker makes it, with the readable op."""
 
     def __init__(self, config: VllmConfig, ours: bool = True, multistream: bool = False, seed: int = 0):
-        self.config, hf = config, config.model_config.hf_config
-        self.prefix = f"model{next(_models)}.layers.{INDEXER}.self_attn"  # vLLM wants every name once
-        classes = engine.one_pass_indexers() if ours else contextlib.nullcontext()
-        on_cpu = mock.patch.object(type(current_platform), "device_type", "cpu")
-        with set_current_vllm_config(config), classes, on_cpu:
-            self.module = deepseek_v4.DeepseekV4Attention(
-                config, hf, max_position_embeddings=POSITIONS, cache_config=config.cache_config, prefix=self.prefix
-            )
+        self.config, self.module = config, make_attention(config, ours)
+        self.prefix = self.module.dsa_attn.prefix
         self.attention = self.module.dsa_attn.dsa_attn.impl
         self.attention.multistream_dsv4_dsa_overlap = multistream
         self.numbers = torch.Generator().manual_seed(seed)
@@ -144,6 +150,7 @@ class Layer:
                 block_table_tensor=table,
                 slot_mapping=torch.full((tokens,), -1, dtype=torch.int32),
                 positions=positions,
+                positions_cpu=positions,
                 is_prefilling=lengths > builder.decode_threshold,
                 attn_state=AscendAttentionState.ChunkedPrefill,
             )

@@ -1,0 +1,177 @@
+"""When our attention is chosen, what is refused by name, and what a change in vllm-ascend is told."""
+
+import importlib
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm
+from layer import make_attention
+from vllm.platforms import current_platform
+from vllm_ascend.attention import dsa_v1
+from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPImpl
+from vllm_ascend.attention.dsa_v1 import AscendDSABackend, AscendDSAImpl
+from vllm_ascend.ops import rope_dsv4
+from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
+
+from vllm_dsv4_indexer import plugin
+from vllm_dsv4_indexer.engines import vllm_ascend
+from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
+
+REFERENCE = {"dsv4_indexer": {"impl": "reference"}}
+
+
+def load(config, layers: int = 2) -> torch.nn.Module:
+    """What our worker makes of a model, with vllm-ascend's own worker under it and a runner that makes attention layers."""
+    made = torch.nn.ModuleList()
+    runner = SimpleNamespace(
+        load_model=lambda: made.extend(make_attention(config, ours=False) for _ in range(layers)), get_model=lambda: made
+    )
+    worker = engine.Worker.__new__(engine.Worker)
+    worker.vllm_config, worker.model_runner = config, runner
+    worker.load_model()
+    return made
+
+
+def implementations(model: torch.nn.Module) -> list[type]:
+    return [type(layer.dsa_attn.dsa_attn.impl) for layer in model]
+
+
+def test_the_platform_that_checks_the_configuration_is_the_one_we_have_an_engine_for():
+    assert plugin._engine(current_platform) is vllm_ascend
+
+
+def test_naming_the_backend_names_our_worker_though_the_platform_drops_the_name(configure):
+    config = configure()
+    assert config.parallel_config.worker_cls == "vllm_dsv4_indexer.engines.vllm_ascend_worker.Worker"
+    assert config.attention_config.backend is None
+
+
+@pytest.mark.parametrize("backend", [None, "FLASH_ATTN", "CUSTOM"])
+def test_another_backend_gets_the_stock_worker(configure, backend):
+    assert configure(backend).parallel_config.worker_cls == vllm_ascend.STOCK_WORKER
+
+
+def test_a_configuration_that_is_checked_again_keeps_our_worker(configure):
+    config = configure()
+    current_platform.check_and_update_config(config)
+    assert config.parallel_config.worker_cls == vllm_ascend.WORKER
+
+
+def test_our_worker_gives_every_indexer_our_attention_under_the_stock_backend(configure):
+    model = load(configure(additional_config=REFERENCE))
+    assert implementations(model) == [engine.Attention, engine.Attention]
+    assert all(layer.dsa_attn.dsa_attn.get_attn_backend() is AscendDSABackend for layer in model)
+
+
+def test_layers_made_before_and_after_are_stock(configure):
+    config = configure(additional_config=REFERENCE)
+    before, ours, after = make_attention(config, ours=False), load(config), make_attention(config, ours=False)
+    assert implementations([before, *ours, after]) == [AscendDSAImpl, engine.Attention, engine.Attention, AscendDSAImpl]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_stock_backend(configure):
+    with pytest.raises(KeyError), engine.one_pass_indexers():
+        raise KeyError
+    assert AscendDSABackend.get_impl_cls.__qualname__ == "AscendDSABackend.get_impl_cls"
+
+
+def test_impl_stock_leaves_the_stock_attention(configure):
+    model = load(configure(additional_config={"dsv4_indexer": {"impl": "stock"}}))
+    assert implementations(model) == [AscendDSAImpl, AscendDSAImpl]
+
+
+def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded(configure, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine.ops, "prepare", lambda *arguments: asked.append(arguments))
+    model = load(configure())
+    assert asked == [("ascend", "npu")]
+    assert {layer.dsa_attn.dsa_attn.impl.impl for layer in model} == {"ascend"}
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="impl 'cpu' is not one for device 'npu'"):
+        load(configure(additional_config={"dsv4_indexer": {"impl": "cpu"}}))
+
+
+def test_all_indexers_share_one_table_of_cosines_and_sines_as_long_as_the_model(configure):
+    config = configure(additional_config=REFERENCE)
+    first, second = (layer.dsa_attn.dsa_attn.impl.cos_sin for layer in load(config))
+    assert first is second and first.shape == (config.model_config.max_model_len, 64)
+    cos, sin = rope_dsv4.get_full_cos_and_sin_dsa("c4")
+    for half, table in ((first[:, :32], cos), (first[:, 32:], sin)):
+        assert torch.equal(half.repeat_interleave(2, dim=1), table[: len(half), 0, 0])
+
+
+def test_a_model_with_another_number_of_indexers_is_refused(configure):
+    with pytest.raises(RuntimeError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"):
+        load(configure(additional_config=REFERENCE), layers=1)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        (dict(tensor_parallel_size=2, decode_context_parallel_size=2), "decode_context_parallel_size is 2"),
+        (dict(additional_config={"xlite_graph_config": {"enabled": True}}), "the worker is 'vllm_ascend.xlite"),
+        (dict(worker_cls="some.other.Worker"), "the worker is 'some.other.Worker'"),
+        (dict(additional_config={"weight_nz_mode": 2}), "weight_nz_mode is 2"),
+        (dict(hf_overrides={"compress_ratios": [0, 128, 128, 0]}), "no layer of this model has an indexer"),
+        (dict(additional_config={"dsv4_indexer": {"speed": 11}}), "unknown key dsv4_indexer.speed"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
+    with pytest.raises(ValueError) as refused:
+        configure(**options)
+    assert found in str(refused.value)
+
+
+@pytest.mark.parametrize("quantised", ["wkv", "wgate"])
+def test_a_quantised_projection_is_refused_by_its_name(configure, quantised):
+    class OneLayer(AscendModelSlimConfig):
+        def is_layer_skipped_ascend(self, prefix: str, *mapping) -> bool:
+            return not prefix.endswith(f"indexer.compressor.{quantised}")
+
+    quantisation = OneLayer()
+    quantisation.quant_description = defaultdict(lambda: "W8A8_DYNAMIC")
+    make_attention(configure(), ours=False, quant_config=quantisation)
+    with pytest.raises(ValueError, match=rf"indexer\.compressor\.{quantised} is quantised \(AscendLinearMethod\)"):
+        make_attention(configure(), ours=True, quant_config=quantisation)
+
+
+def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.27.0+empty")
+    with pytest.raises(ImportError) as refused:
+        importlib.reload(vllm_ascend)
+    message = str(refused.value)
+    assert "with vLLM 0.27.0" in message
+    assert "vllm-ascend 0.26.0rc1 with vLLM 0.26.0 and vllm-ascend 0.23.0 with vLLM 0.23.0" in message
+
+
+CALLED = [
+    (AscendDSAImpl, "_indexer_qkv_prepare"),
+    (AscendDSAImpl, "cv_indexer_select_qli"),
+    (AscendDSACPImpl, "_update_indexer_cache"),
+    (engine.DeviceOperator, "unpack_dsa_indexer_kv_cache"),
+    (dsa_v1, "rotate_activation"),
+    (rope_dsv4, "get_full_cos_and_sin_dsa"),
+]
+
+
+@pytest.mark.parametrize("owner, name", CALLED)
+def test_another_signature_is_named(monkeypatch, owner, name):
+    monkeypatch.setattr(owner, name, lambda more: None)
+    with pytest.raises(RuntimeError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp"):
+        engine.check_signatures()
+
+
+@pytest.mark.parametrize("owner, name", CALLED)
+def test_what_is_gone_is_named(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes None, where the supported"):
+        engine.check_signatures()
+
+
+def test_the_wheel_is_as_it_was_written_against():
+    engine.check_signatures()
