@@ -23,7 +23,7 @@ demo: deepseek-v4 ## serve the demo checkpoint with our backend, talk to it, sto
 serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001")
 	@$(RUN) vllm serve deepseek-v4 --attention-backend dsv4_indexer --max-model-len 8192 --kv-cache-memory-bytes 1G $(ARGS)
 
-test: venv .venv/old-vllm.done ## run the tests (ARGS="tests/setup -k lock")
+test: venv .venv/beside.done ## run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
 
 lock: ## resolve requirements/cpu.in again into requirements/cpu.lock (PYTHON=python3.11)
@@ -43,9 +43,8 @@ clean: ## undo everything that the targets made
 	@sh requirements/install.sh package
 	@touch $@
 
-# The plugin is also tested against the vLLM that vllm-ascend pins: beside the environment, not in it.
-.venv/old-vllm.done: .venv/dependencies.done
-	@sh requirements/install.sh old-vllm
+.venv/beside.done: .venv/dependencies.done requirements/beside.txt
+	@sh requirements/install.sh beside
 	@touch $@
 
 # `| venv`: a newer package does not make an old checkpoint stale.

