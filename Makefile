@@ -9,10 +9,10 @@ MADE = .venv .cache .pytest_cache build deepseek-v4 serve_and_chat.log vllm_dsv4
 RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
 	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo serve test lock clean
+.PHONY: help venv demo serve test ascend-test lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/package.done ## set up .venv: CPU torch, vLLM, this package with its native op
 
@@ -25,6 +25,9 @@ serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001"
 
 test: venv .venv/beside.done ## run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+
+ascend-test: ## on a machine with CANN and an NPU: the op and an engine there (PYTHON=..., MODEL=...)
+	@PYTHON="$(or $(PYTHON),python3)" sh tests/npu/run.sh
 
 lock: ## resolve requirements/cpu.in again into requirements/cpu.lock (PYTHON=python3.11)
 	@sh requirements/install.sh lock

@@ -66,7 +66,7 @@ def test_padding_has_no_slots_and_stays_inside_the_tables(empty):
 
 def test_a_request_that_would_start_before_its_first_token_has_no_slots():
     """A profiling step can have one: its length is set and its tokens are not."""
-    rows = Rows([-3], [3], [[1]], [[1]])
+    rows = Rows([-3], [3], [[1] * WIDTH], [[1] * WIDTH])
     step = step_of(*tensors(rows), 3)
     assert step.state_slots.tolist() == step.k_slots.tolist() == [-1, -1, -1]
 

@@ -63,6 +63,8 @@ class Layer:
         self.attention.multistream_dsv4_dsa_overlap = multistream
         self.numbers = torch.Generator().manual_seed(seed)
         self._draw_weights()
+        compressor = self.module.indexer.compressor
+        self.projection = torch.cat([compressor.wkv.weight, compressor.wgate.weight])
         if ours:
             engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
         self._allocate()

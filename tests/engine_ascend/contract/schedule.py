@@ -79,14 +79,13 @@ def store(layer: Layer, storages: list[Tensor], rows: Rows, x: Tensor) -> None:
     """What the step must do to the storages, by the readable op on arguments that are made here."""
     state, k, k_scale = layer.views(storages)
     compressor = layer.module.indexer.compressor
-    weights = torch.cat([compressor.wkv.weight, compressor.wgate.weight])
     cos, sin = get_full_cos_and_sin_dsa("c4")
     request, positions = zip(*rows.tokens())
     state_slots, k_slots = slots(rows, layer.page, layer.k_page)
     width = max(map(len, rows.state_tables))
     table = [row + [0] * (width - len(row)) for row in rows.state_tables]
     ops.compress(
-        (x.double() @ weights.double().t()).float(),  # exact: the factors are small multiples of 1/32
+        (x.double() @ layer.projection.double().t()).float(),  # exact: the factors are small multiples of 1/32
         compressor.ape,
         compressor.norm.weight,
         torch.cat([cos[:, 0, 0, ::2], sin[:, 0, 0, ::2]], dim=1),
