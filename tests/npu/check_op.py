@@ -50,7 +50,8 @@ def test_every_start_and_length_stores_the_reference(start, pages, layout):
 @pytest.mark.parametrize("seed", range(20))
 def test_mixed_batches_with_padding_store_the_reference(seed, pages):
     numbers = random.Random(seed)
-    requests = [(numbers.randint(0, 300), numbers.choice((1, 1, 1, 2, 3, 30, 120))) for _ in range(numbers.randint(1, 12))]
+    lengths = numbers.choices((1, 1, 1, 2, 3, 30, 120), k=numbers.randint(1, 12))
+    requests = [(numbers.randint(0, 300), length) for length in lengths]
     batch = paged_batch(requests, pages, K_FORMAT, seed=seed, padding=numbers.randint(0, 9))
     assert_stores_the_reference(batch, f"paged_batch({requests}, {pages}, {K_FORMAT!r}, seed={seed})")
 
@@ -69,6 +70,6 @@ def test_a_prompt_in_chunks_stores_the_bytes_of_the_whole(pages):
     batch = paged_batch([(0, 130)], pages, K_FORMAT)
     whole, chunked = on(DEVICE, batch), on(DEVICE, batch)
     whole.run(IMPL)
-    for chunk in (torch.arange(130).split([1, 6, 3, 50, 2, 68])):
+    for chunk in torch.arange(130).split([1, 6, 3, 50, 2, 68]):
         chunked.take(slice(int(chunk[0]), int(chunk[-1]) + 1)).run(IMPL)
     assert_identical(on("cpu", chunked), on("cpu", whole))

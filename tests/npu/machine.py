@@ -1,4 +1,4 @@
-"""What the NPU tests run on: `machine.py` prints it, `machine.py architecture` the number that the kernels are built for.
+"""What the NPU tests run on: `machine.py` prints it, `machine.py architecture` what the kernels are built for.
 
 On a machine that cannot run them it says what is missing, and exits with 2.
 """

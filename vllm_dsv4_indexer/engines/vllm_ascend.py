@@ -55,7 +55,7 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     if get_ascend_config().weight_nz_mode == NZ_FOR_BF16:
         refuse("weight_nz_mode is 2", "0 and 1: wkv and wgate are joined, in the plain layout", "set one of them")
     parallel.worker_cls = WORKER
-    logger.info("DSV4_INDEXER: the line above about the attention backend is vllm-ascend's; %s uses it", WORKER)
+    logger.info("DSV4_INDEXER: vllm-ascend has reset the attention backend; %s honours it all the same", WORKER)
 
 
 def _refuse_settings_of_other_engines(settings: Settings) -> None:

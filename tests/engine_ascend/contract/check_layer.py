@@ -30,7 +30,9 @@ def assert_stores_the_reference(layer: Layer, schedule: Schedule, run) -> None:
             store(layer, expected, rows, x)
         for name, actual, wanted in zip(("state", "K"), layer.storages, expected):
             differ = (actual != wanted).sum()
-            assert not differ, f"{name} cache, step {step}: {differ} bytes differ; starts {rows.starts}, lengths {rows.lengths}"
+            assert not differ, (
+                f"{name} cache, step {step}: {differ} bytes differ; starts {rows.starts}, lengths {rows.lengths}"
+            )
 
 
 @pytest.mark.parametrize("seed", range(2))

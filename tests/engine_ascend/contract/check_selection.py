@@ -26,7 +26,8 @@ def load(config, layers: int = 2) -> torch.nn.Module:
     """What our worker makes of a model, with vllm-ascend's own worker under it and a runner that makes attention layers."""
     made = torch.nn.ModuleList()
     runner = SimpleNamespace(
-        load_model=lambda: made.extend(make_attention(config, ours=False) for _ in range(layers)), get_model=lambda: made
+        load_model=lambda: made.extend(make_attention(config, ours=False) for _ in range(layers)),
+        get_model=lambda: made,
     )
     worker = engine.Worker.__new__(engine.Worker)
     worker.vllm_config, worker.model_runner = config, runner
@@ -103,7 +104,9 @@ def test_all_indexers_share_one_table_of_cosines_and_sines_as_long_as_the_model(
 
 
 def test_a_model_with_another_number_of_indexers_is_refused(configure):
-    with pytest.raises(RuntimeError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"):
+    with pytest.raises(
+        RuntimeError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"
+    ):
         load(configure(additional_config=REFERENCE), layers=1)
 
 
@@ -162,7 +165,9 @@ CALLED = [
 @pytest.mark.parametrize("owner, name", CALLED)
 def test_another_signature_is_named(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda more: None)
-    with pytest.raises(RuntimeError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp"):
+    with pytest.raises(
+        RuntimeError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp"
+    ):
         engine.check_signatures()
 
 

@@ -80,7 +80,16 @@ def test_a_block_that_is_null_gives_no_slots(blocks):
 class OnTheDevice(TorchDispatchMode):
     """Refuses what would wait for the device, or has a shape that its values decide."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_copy", "is_nonzero", "equal", "repeat_interleave")
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "_to_copy",
+        "is_nonzero",
+        "equal",
+        "repeat_interleave",
+    )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")

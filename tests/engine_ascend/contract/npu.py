@@ -159,7 +159,8 @@ def mm_with_out_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 STOCK_OPERATORS = (
     inplace_partial_rotary_mul, npu_sparse_attn_sharedkv_metadata, npu_vllm_quant_lightning_indexer_metadata,
-    npu_sparse_attn_sharedkv, npu_vllm_quant_lightning_indexer, npu_scatter_nd_update_v2, compressor_metadata, compressor,
+    npu_sparse_attn_sharedkv, npu_vllm_quant_lightning_indexer, npu_scatter_nd_update_v2,
+    compressor_metadata, compressor,
 )  # fmt: skip
 _aten = torch.library.Library("aten", "IMPL")
 
