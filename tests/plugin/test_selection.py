@@ -140,7 +140,7 @@ def test_an_unknown_way_to_save_is_refused_by_name(checkpoint: Path):
 
 
 def test_an_unknown_platform_is_refused():
-    with pytest.raises(ValueError, match=r"the platform is 'cuda'; supported are \['cpu'\]"):
+    with pytest.raises(ValueError, match=r"the platform is 'cuda'; supported are \['cpu', 'npu'\]"):
         plugin._engine(SimpleNamespace(device_type="cuda"))
 
 

@@ -16,7 +16,7 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import HEAD_DIM
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
-STEPS = 40
+STEPS = 25
 
 
 def assert_stores_the_reference(layer: Layer, schedule: Schedule, run) -> None:
