@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_dsv4_indexer.contract import RATIO
 from vllm_dsv4_indexer.engines.vllm_ascend_worker import Step, make_step
 
 PAGE, K_PAGE, WIDTH = 4, 64, 128
@@ -62,6 +63,13 @@ def test_padding_has_no_slots_and_stays_inside_the_tables(empty):
         rows = schedule.step()
         step = step_of(*tensors(rows, padding=3, empty=empty), sum(rows.lengths) + 3)
         assert_is(step, rows, padding=3)
+
+
+def test_a_token_behind_a_request_that_fills_its_tables_stays_inside_them():
+    last = WIDTH * PAGE - 1
+    step = step_of(*tensors(Rows([last], [1], [[1] * WIDTH], [[1] * WIDTH])), 3)
+    assert step.state_slots.tolist() == [PAGE + last % PAGE, -1, -1]
+    assert step.k_slots.tolist() == [K_PAGE + last // RATIO % K_PAGE, -1, -1]
 
 
 def test_a_request_that_would_start_before_its_first_token_has_no_slots():
