@@ -23,7 +23,7 @@ REFERENCE = {"dsv4_indexer": {"impl": "reference"}}
 
 
 def load(config, layers: int = 2) -> torch.nn.Module:
-    """What our worker makes of a model, with vllm-ascend's own worker under it and a runner that makes attention layers."""
+    """The model that our worker loads, over vllm-ascend's own worker and a runner that makes attention layers."""
     made = torch.nn.ModuleList()
     runner = SimpleNamespace(
         load_model=lambda: made.extend(make_attention(config, ours=False) for _ in range(layers)),

@@ -17,7 +17,7 @@ PAGE, K_PAGE, WIDTH = 4, 64, 128
 
 
 def tensors(rows: Rows, padding: int = 0, empty: bool = False) -> tuple[Tensor, ...]:
-    """query_start_loc, start_pos and the tables of state and K cache, as vllm-ascend's buffers hold them. The requests of
+    """query_start_loc, start_pos and the tables of state and K cache, as vllm-ascend's buffers hold them. Requests of
     padding have one token each, or none (`empty`), and zeros for the rest."""
     lengths = torch.tensor(rows.lengths + [0 if empty else 1] * padding)
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()

@@ -19,8 +19,8 @@ class Request:
 
 
 class Schedule:
-    """A block manager that frees state pages as vLLM's does, as soon as no window can need them, and hands out first what
-    was freed last. Block 0 is the null block."""
+    """A block manager that frees state pages as vLLM's does, as soon as no window can need them, and hands out first
+    what was freed last. Block 0 is the null block."""
 
     def __init__(self, seed: int, page: int, k_page: int, decode_tokens: int = 1):
         self.random, self.page, self.k_page, self.decode_tokens = random.Random(seed), page, k_page, decode_tokens
