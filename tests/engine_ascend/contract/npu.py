@@ -1,7 +1,7 @@
 """What vllm-ascend needs of the device to be imported and run on a machine that has none.
 
 `torch_npu`, `acl` and `torchair` are modules whose every attribute exists: classes without behaviour, and functions
-that return None. vllm-ascend's model runner is one, too: importing it asks for more packages than are installed for tests.
+that return None. vllm-ascend's model runner is one, too: importing it asks for more packages than the tests install.
 The operators that an attention layer calls on its way to and from the indexer do nothing, and count their calls; the
 stock chain, which stock.py compares with, is added there.
 """
