@@ -122,6 +122,8 @@ def test_a_model_with_another_number_of_indexers_is_refused(configure):
         (dict(additional_config={"weight_nz_mode": 2}), "weight_nz_mode is 2"),
         (dict(hf_overrides={"compress_ratios": [0, 128, 128, 0]}), "no layer of this model has an indexer"),
         (dict(additional_config={"dsv4_indexer": {"speed": 11}}), "unknown key dsv4_indexer.speed"),
+        (dict(additional_config={"dsv4_indexer": {"state_save": "tail"}}), "state_save is 'tail'"),
+        (dict(additional_config={"dsv4_indexer": {"projection": "engine"}}), "projection is 'engine'"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
