@@ -16,3 +16,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vllm_dsv4_indexer.checkpoint import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("models") / "deepseek-v4")
+
+
+@pytest.fixture(scope="session")
+def ascend_emulation(tmp_path_factory: pytest.TempPathFactory):
+    """The emulated NPU (tests/ascend_emulation), as impl "ascend" for the whole session; see `Emulator`."""
+    from emulator import Emulator
+
+    emulator = Emulator(tmp_path_factory.mktemp("ascend_emulation"))
+    with pytest.MonkeyPatch.context() as patch:
+        emulator.install(patch)
+        yield emulator

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
 )  # fmt: skip
 
 IMPLS = ("reference", "cpu", "overlay_scan")  # the same results
@@ -75,23 +75,25 @@ class Batch:
         if self.k_format == "int8_hadamard":
             return self.k_cache
         return self.k_cache.as_strided(
-            (len(self.k_cache), FP8_PAGE_ENTRIES, HEAD_DIM),
-            (self.k_cache.stride(0), HEAD_DIM, 1),
-            self.k_cache.storage_offset(),
+            (*self.k_cache.shape[:2], HEAD_DIM), (self.k_cache.stride(0), HEAD_DIM, 1), self.k_cache.storage_offset()
         )
+
+    def scales(self) -> Tensor:
+        """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales."""
+        if self.k_format == "int8_hadamard":
+            return self.k_scale_cache
+        k_cache, per_page = self.k_cache, self.k_cache.shape[1]
+        words = k_cache.untyped_storage()
+        floats = torch.empty(0, dtype=torch.float32).set_(words)
+        offset = k_cache.storage_offset() + per_page * HEAD_DIM
+        return floats.as_strided((len(k_cache), per_page), (k_cache.stride(0) // 4, 1), offset // 4)
 
     def entries(self) -> list[bytes]:
         """What each window-closing token stored, in the order of the tokens."""
         slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
         per_page = self.k_cache.shape[1]
         page, entry = slots // per_page, slots % per_page
-        if self.k_format == "int8_hadamard":
-            scales = self.k_scale_cache[page, entry, None].view(torch.uint8)
-        else:
-            offset = self.k_cache.storage_offset() + FP8_SCALE_OFFSET
-            scales = self.k_cache.as_strided(
-                (len(self.k_cache), FP8_PAGE_ENTRIES, 4), (self.k_cache.stride(0), 4, 1), offset
-            )[page, entry]
+        scales = self.scales()[page, entry, None].view(torch.uint8)
         values = self.codes()[page, entry].view(torch.uint8)
         return [bytes(row.tolist()) for row in torch.cat([values, scales], dim=1)]
 
@@ -101,6 +103,7 @@ def make_batch(
     *,
     seed: int = 0,
     page: int = 4,
+    k_page: int | None = None,
     layout: str = "dense",
     kv_dtype: torch.dtype = torch.float32,
     norm_dtype: torch.dtype = torch.bfloat16,
@@ -113,7 +116,7 @@ def make_batch(
     """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents.
 
     `ring`: positions p and p + ring of a request share a state row. `page_seed` permutes the pages without changing
-    anything else.
+    anything else. `k_page`: entries of a K page, where the format leaves them free.
     """
     numbers = torch.Generator().manual_seed(seed)
     pages = torch.Generator().manual_seed(seed if page_seed is None else page_seed)
@@ -127,7 +130,7 @@ def make_batch(
     ends = [s + n for s, n in requests]
     held = [min(_ceil(end, page), ring // page if ring else end) for end in ends]
     state_pages = sum(held) + 3
-    k_page = FP8_PAGE_ENTRIES if k_format == "fp8_pow2" else 16
+    k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
     k_held = [_ceil(_ceil(end, RATIO), k_page) for end in ends]
     shared = LAYOUTS[layout][2] > 0
     k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
@@ -194,8 +197,8 @@ def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: 
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
     if scale_rtol:
-        torch.testing.assert_close(actual.k_scale_cache, expected.k_scale_cache, rtol=scale_rtol, atol=0, equal_nan=True)
-        blended.k_scale_cache.copy_(expected.k_scale_cache)
+        torch.testing.assert_close(actual.scales(), expected.scales(), rtol=scale_rtol, atol=0, equal_nan=True)
+        blended.scales().copy_(expected.scales())
     assert_identical(blended, expected, case)
     return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM
 
@@ -229,7 +232,7 @@ def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, n
     k_dtype = torch.int8 if k_format == "int8_hadamard" else torch.uint8
     k_cache = k_storage.view(k_dtype).as_strided((k_pages, k_page, entry), (k_stride, entry, 1), offset)
     storages = (state_storage,) if offset else (state_storage, k_storage)
-    if k_format == "fp8_pow2":
+    if k_format != "int8_hadamard":
         return state, k_cache, None, storages
     scale_storage = storage(k_pages * k_page * 8)
     scales = scale_storage.view(scale_dtype)

@@ -27,6 +27,7 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = {
     "cpu": Implementation("cpu.compress", ("cpu",)),
+    "ascend": Implementation("ascend.compress", ("npu",)),
     "reference": Implementation("reference.compress"),
     "overlay_scan": Implementation("baselines.overlay_scan", ("cpu",)),
     "scatter_pool": Implementation("baselines.scatter_pool", ("cpu",)),
@@ -97,10 +98,12 @@ def compress(
         inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and written.
         k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
         k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry o's values at
-            o * 128 and its fp32 scale at 8192 + 4 * o. `int8_hadamard`: int8 [pages, bs, 128].
-        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for `fp8_pow2`.
+            o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs, 132], the same with bs entries a
+            page. `int8_hadamard`: int8 [pages, bs, 128].
+        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8 formats.
         eps: RMSNorm epsilon.
-        k_format: "fp8_pow2" (power-of-two scale, e4m3fn) or "int8_hadamard" (Hadamard rotation, amax / 127 scale).
+        k_format: "fp8_pow2" (power-of-two scale, e4m3fn), "int8_hadamard" (Hadamard rotation, amax / 127 scale) or
+            "fp8_amax" (Hadamard rotation, amax / 448 scale, e4m3fn).
         impl: the name of an implementation; None for the default of the tensors' device.
 
     The caches may be views of one storage with any page stride; only their pages must not overlap.

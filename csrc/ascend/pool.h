@@ -1,0 +1,58 @@
+// Pools a window: softmax over its eight rows, per channel. A window lies in two frames: the front halves of the four
+// rows of one, and the back halves of the four rows of the next.
+#pragma once
+
+#include "kernel_operator.h"
+
+#include "../layout.h"
+
+namespace dsv4 {
+
+constexpr int kLanes = 64;                                  // floats of a repeat
+constexpr int kBlockFloats = 8;                             // and of a block of 32 bytes
+constexpr int kFrameFloats = kRatio * kRowWidth;            // a frame: the rows of one group of four positions
+constexpr int kRowBlocks = kRowWidth / kBlockFloats;
+constexpr int kHeadBlocks = kHeadDim / kBlockFloats;
+
+class Pool {
+ public:
+  __aicore__ inline void Init(AscendC::TPipe* pipe) {
+    pipe->InitBuffer(buffer_, (kMost + 2 * kEight) * sizeof(float));
+    most_ = buffer_.Get<float>();
+    weight_ = most_[kMost];
+    product_ = weight_[kEight];
+  }
+
+  __aicore__ inline void Run(const AscendC::LocalTensor<float>& pooled, const AscendC::LocalTensor<float>& previous,
+                             const AscendC::LocalTensor<float>& own) {
+    const AscendC::LocalTensor<float> gate = previous[kKvWidth], own_kv = own[kHeadDim], own_gate = own[kKvWidth + kHeadDim];
+    for (int c = 0; c < kHeadDim; c += kLanes)
+      AscendC::Max(most_[c], gate[c], own_gate[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, kRowBlocks});
+    AscendC::Max(most_, most_, most_[2 * kHeadDim], 2 * kHeadDim);
+    AscendC::Max(most_, most_, most_[kHeadDim], kHeadDim);
+
+    for (int c = 0; c < kHeadDim; c += kLanes) {
+      AscendC::Sub(weight_[c], gate[c], most_[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, 0});
+      AscendC::Sub(weight_[kFour + c], own_gate[c], most_[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, 0});
+    }
+    AscendC::Exp(weight_, weight_, kEight);
+    for (int c = 0; c < kHeadDim; c += kLanes) {
+      AscendC::Mul(product_[c], weight_[c], previous[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
+      AscendC::Mul(product_[kFour + c], weight_[kFour + c], own_kv[c], kLanes, kRatio,
+                   {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
+    }
+    for (int half = kFour; half >= kHeadDim; half /= 2) {
+      AscendC::Add(product_, product_, product_[half], half);
+      AscendC::Add(weight_, weight_, weight_[half], half);
+    }
+    AscendC::Div(pooled, product_, weight_, kHeadDim);
+  }
+
+ private:
+  static constexpr int kFour = kRatio * kHeadDim, kEight = kWindow * kHeadDim, kMost = kFour;
+
+  AscendC::TBuf<> buffer_;
+  AscendC::LocalTensor<float> most_, weight_, product_;
+};
+
+}  // namespace dsv4
