@@ -69,13 +69,14 @@ class TQueBind {
 
   template <class T>
   LocalTensor<T> AllocTensor() {
-    for (Entry& entry : entries_)
-      if (entry.buffer->state == Buffer::kFree) {
-        if (entry.freed >= 0) take<kBackward>(entry.freed);
-        entry.buffer->state = Buffer::kAllocated;
-        emulation::core.forget(entry.buffer->address, entry.buffer->bytes);
-        return {entry.buffer.get(), entry.buffer->address};
-      }
+    for (size_t tried = 0; tried < entries_.size(); ++tried) {
+      Entry& entry = entries_[next_++ % entries_.size()];  // in turn: that is what makes two buffers overlap
+      if (entry.buffer->state != Buffer::kFree) continue;
+      if (entry.freed >= 0) take<kBackward>(entry.freed);
+      entry.buffer->state = Buffer::kAllocated;
+      emulation::core.forget(entry.buffer->address, entry.buffer->bytes);
+      return {entry.buffer.get(), entry.buffer->address};
+    }
     emulation::refuse("queue: AllocTensor, but none of the %d buffers was freed", (int)entries_.size());
   }
 
@@ -153,6 +154,7 @@ class TQueBind {
   }
 
   std::vector<Entry> entries_;
+  size_t next_ = 0;
   std::deque<Queued> queue_;
 };
 
