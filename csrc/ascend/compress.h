@@ -85,7 +85,7 @@ class Compress {
     AscendC::GlobalTensor<float> gm;
     gm.SetGlobalBuffer((__gm__ float*)args_.ape, kRatio * kKvWidth);
     AscendC::DataCopyPad(bias_, gm, AscendC::DataCopyExtParams(1, kRatio * kKvWidth * sizeof(float), 0, 0, 0),
-                         AscendC::DataCopyPadExtParams<float>{false, 0, 0, 0});
+                         AscendC::DataCopyPadExtParams<float>());
     const AscendC::TEventID loaded = pipe->FetchEventID<AscendC::HardEvent::MTE2_V>();
     AscendC::SetFlag<AscendC::HardEvent::MTE2_V>(loaded);
     AscendC::WaitFlag<AscendC::HardEvent::MTE2_V>(loaded);
@@ -237,7 +237,7 @@ class Compress {
   __aicore__ inline void CopyRows(const AscendC::LocalTensor<float>& target, const AscendC::GlobalTensor<float>& source, int count,
                                   uint32_t bytes, uint32_t source_gap, uint32_t target_gap) {
     const AscendC::DataCopyExtParams params(static_cast<uint16_t>(count), bytes, source_gap, target_gap, 0);
-    AscendC::DataCopyPad(target, source, params, AscendC::DataCopyPadExtParams<float>{false, 0, 0, 0});
+    AscendC::DataCopyPad(target, source, params, AscendC::DataCopyPadExtParams<float>());
   }
 
   // Adds the bias, makes absent rows weightless, and pools the windows.

@@ -92,11 +92,11 @@ class Finish {
     if (args_.norm_weight_is_bf16) {
       AscendC::GlobalTensor<bfloat16_t> gm;
       gm.SetGlobalBuffer((__gm__ bfloat16_t*)args_.norm_weight, kHeadDim);
-      AscendC::DataCopyPad(narrow, gm, bytes, AscendC::DataCopyPadExtParams<bfloat16_t>{false, 0, 0, {}});
+      AscendC::DataCopyPad(narrow, gm, bytes, AscendC::DataCopyPadExtParams<bfloat16_t>());
     } else {
       AscendC::GlobalTensor<float> gm;
       gm.SetGlobalBuffer((__gm__ float*)args_.norm_weight, kHeadDim);
-      AscendC::DataCopyPad(weight, gm, bytes, AscendC::DataCopyPadExtParams<float>{false, 0, 0, 0});
+      AscendC::DataCopyPad(weight, gm, bytes, AscendC::DataCopyPadExtParams<float>());
     }
     const AscendC::TEventID loaded = pipe->FetchEventID<AscendC::HardEvent::MTE2_V>();
     AscendC::SetFlag<AscendC::HardEvent::MTE2_V>(loaded);

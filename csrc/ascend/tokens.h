@@ -72,7 +72,7 @@ class Tokens {
   template <class T>
   __aicore__ inline void CopyIn(AscendC::LocalTensor<T>& target, AscendC::GlobalTensor<T>& source) {
     const AscendC::DataCopyExtParams params(1, static_cast<uint32_t>((end_ - begin_) * sizeof(T)), 0, 0, 0);
-    AscendC::DataCopyPad(target, source[begin_], params, AscendC::DataCopyPadExtParams<T>{false, 0, 0, 0});
+    AscendC::DataCopyPad(target, source[begin_], params, AscendC::DataCopyPadExtParams<T>());
   }
 
   AscendC::TPipe* pipe_;

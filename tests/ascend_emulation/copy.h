@@ -15,9 +15,9 @@ struct DataCopyExtParams {
 
 template <class T>
 struct DataCopyPadExtParams {
-  bool isPad;
-  uint8_t leftPadding, rightPadding;
-  T paddingValue;
+  bool isPad = false;
+  uint8_t leftPadding = 0, rightPadding = 0;
+  T paddingValue = {};
 };
 
 namespace detail {

@@ -93,7 +93,7 @@ inline const std::map<std::string, Kernel>& kernels() {
        })},
       {"uninitialised tail of a padded transfer", framed([](Frame& f) {
          LocalTensor<float> x = f.in.AllocTensor<float>();
-         DataCopyPad(x, f.input, DataCopyExtParams(1, 12, 0, 0, 0), DataCopyPadExtParams<float>{false, 0, 0, 0});
+         DataCopyPad(x, f.input, DataCopyExtParams(1, 12, 0, 0, 0), DataCopyPadExtParams<float>());
          f.in.EnQue(x);
          x = f.in.DeQue<float>();
          Abs(f.work, x, 8);
@@ -128,7 +128,7 @@ inline const std::map<std::string, Kernel>& kernels() {
       {"mask of 65", framed([](Frame& f) { Add(f.work, f.work, f.work, 65, 1, {1, 1, 1, 8, 8, 8}); })},
       {"blocks of a transfer", framed([](Frame& f) {
          LocalTensor<float> x = f.in.AllocTensor<float>();
-         DataCopyPad(x, f.input, DataCopyExtParams(4096, 32, 0, 0, 0), DataCopyPadExtParams<float>{false, 0, 0, 0});
+         DataCopyPad(x, f.input, DataCopyExtParams(4096, 32, 0, 0, 0), DataCopyPadExtParams<float>());
        })},
       {"overlap of a repeat with the next", framed([](Frame& f) {
          Duplicate(f.work, 0.0f, 192);
@@ -193,7 +193,7 @@ inline const std::map<std::string, Kernel>& kernels() {
          TBuf<TPosition::VECIN> plain;
          f.pipe.InitBuffer(plain, 256);
          for (int i = 0; i < 2; ++i) {
-           DataCopyPad(plain.Get<float>(), f.input, DataCopyExtParams(1, 256, 0, 0, 0), DataCopyPadExtParams<float>{});
+           DataCopyPad(plain.Get<float>(), f.input, DataCopyExtParams(1, 256, 0, 0, 0), DataCopyPadExtParams<float>());
            SetFlag<HardEvent::MTE2_MTE3>(0);
            WaitFlag<HardEvent::MTE2_MTE3>(0);
            DataCopyPad(f.output[i * 64], plain.Get<float>(), DataCopyExtParams(1, 256, 0, 0, 0));
@@ -230,7 +230,7 @@ inline const std::map<std::string, Kernel>& kernels() {
       {"event: wait without a set", framed([](Frame&) { WaitFlag<HardEvent::V_S>(1); })},
       {"event: set and never waited for", framed([](Frame&) { SetFlag<HardEvent::V_S>(1); })},
       {"position of a transfer", framed([](Frame& f) {
-         DataCopyPad(f.work, f.input, DataCopyExtParams(1, 256, 0, 0, 0), DataCopyPadExtParams<float>{});
+         DataCopyPad(f.work, f.input, DataCopyExtParams(1, 256, 0, 0, 0), DataCopyPadExtParams<float>());
        })},
       {"fp8 on A2", framed([](Frame& f) {
          Duplicate(f.work, 0.0f, 64);

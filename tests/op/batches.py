@@ -25,7 +25,11 @@ LAYOUTS = {
     # vLLM 0.32, four layers: one storage for the state and the K cache of all layers, here those of the layer whose
     # slot begins at byte 8640. State and K views begin at the same byte and use different pages.
     "engine": (93888, 93888, 8640),
+    # vLLM Ascend 0.26.0rc1: one storage of pages, each as large as a K page with its scales behind the values; a state
+    # page begins where a K page would.
+    "ascend": (None, None, 0),
 }
+_SHARED = ("engine", "ascend")
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def make_batch(
     state_pages = sum(held) + 3
     k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
     k_held = [_ceil(_ceil(end, RATIO), k_page) for end in ends]
-    shared = LAYOUTS[layout][2] > 0
+    shared = layout in _SHARED
     k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
     free_k = (torch.randperm(sum(k_held) + 1, generator=pages) + (state_pages if shared else 1)).tolist()
     state_pages = k_pages if shared else state_pages
@@ -192,7 +196,7 @@ def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: 
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
-    distance = (_ordered(actual) - _ordered(expected)).abs()
+    distance = (ordered(actual) - ordered(expected)).abs()
     assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
@@ -203,7 +207,7 @@ def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: 
     return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM
 
 
-def _ordered(batch: Batch) -> Tensor:
+def ordered(batch: Batch) -> Tensor:
     """The codes as integers in the order of the values that they stand for."""
     codes = batch.codes().int()
     if batch.k_format == "int8_hadamard":
@@ -215,25 +219,33 @@ def _ordered(batch: Batch) -> Tensor:
 def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
     state_stride, k_stride, offset = LAYOUTS[layout]
     page_bytes = page * ROW_WIDTH * 4
+    int8 = k_format == "int8_hadamard"
+    entry = HEAD_DIM if int8 else FP8_ENTRY_BYTES
+    if layout == "ascend":
+        state_stride = k_stride = k_page * (HEAD_DIM + scale_dtype.itemsize if int8 else entry)
     state_stride = state_stride or page_bytes
     state_stride *= _ceil(page_bytes, state_stride)
-    entry = HEAD_DIM if k_format == "int8_hadamard" else FP8_ENTRY_BYTES
     k_stride = k_stride or k_page * entry
+    k_stride *= _ceil(k_page * entry, k_stride)
 
     def storage(size: int) -> Tensor:
         words = torch.randint(-(2**63), 2**63 - 1, (_ceil(size, 8),), generator=numbers)
         return words.view(torch.uint8)
 
     state_storage = storage(state_pages * state_stride + offset)
-    k_storage = state_storage if offset else storage(k_pages * k_stride)
+    k_storage = state_storage if layout in _SHARED else storage(k_pages * k_stride)
     state = state_storage.view(torch.float32).as_strided(
         (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
     )
-    k_dtype = torch.int8 if k_format == "int8_hadamard" else torch.uint8
+    k_dtype = torch.int8 if int8 else torch.uint8
     k_cache = k_storage.view(k_dtype).as_strided((k_pages, k_page, entry), (k_stride, entry, 1), offset)
-    storages = (state_storage,) if offset else (state_storage, k_storage)
-    if k_format != "int8_hadamard":
+    storages = (state_storage,) if layout in _SHARED else (state_storage, k_storage)
+    if not int8:
         return state, k_cache, None, storages
+    if layout == "ascend":
+        size = scale_dtype.itemsize
+        scales = k_storage.view(scale_dtype)
+        return state, k_cache, scales.as_strided((k_pages, k_page), (k_stride // size, 1), k_page * HEAD_DIM // size), storages
     scale_storage = storage(k_pages * k_page * 8)
     scales = scale_storage.view(scale_dtype)
     k_scale = scales.as_strided((k_pages, k_page), (k_page * 2, 2), 0)
