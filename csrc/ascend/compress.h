@@ -123,9 +123,8 @@ class Compress {
   }
 
   __aicore__ inline void FetchPrevious(int64_t last) {
-    Frame& frame = frames_[used_];
-    frame = {last, 0, 0, 0, 0, 0, -1};
-    Fetch(frame, last, tokens_.Position(last) - kWindow + 1, kRatio);
+    frames_[used_] = {last, 0, 0, 0, 0, 0, -1};
+    Fetch(used_, last, tokens_.Position(last) - kWindow + 1, kRatio);
     ++used_;
   }
 
@@ -136,10 +135,11 @@ class Compress {
     frame = {first, row, rows, kHeadDim, 0, 0, entry};
     if constexpr (kAlgorithm == kPoolState || kAlgorithm == kPoolScan) {
       frame.rows = 0;
-      if (entry >= 0) Fetch(frame, last, position - row, kRatio);
+      if (entry >= 0) Fetch(used_, last, position - row, kRatio);
+      if (entry >= 0 && kAlgorithm == kPoolScan) Overlay(last);
     } else {
       frame.raw = ((1 << rows) - 1) << row;
-      if (entry >= 0) Fetch(frame, last, position - row, row);
+      if (entry >= 0) Fetch(used_, last, position - row, row);
     }
     if (entry >= 0) {
       const AscendC::GlobalTensor<float> source = cos_sin_gm_[(position - row) * args_.cos_sin_stride];
@@ -149,8 +149,8 @@ class Compress {
     ++used_;
   }
 
-  // Fills rows [0, rows) of a frame, positions `position` and on, with the halves that the window of `last` uses.
-  __aicore__ inline void Fetch(Frame& frame, int64_t last, int64_t position, int rows) {
+  // Fills rows [0, rows) of frame f, positions `position` and on, with the halves that the window of `last` uses.
+  __aicore__ inline void Fetch(int f, int64_t last, int64_t position, int rows) {
     const int64_t end = tokens_.Position(last);
     const int32_t request = tokens_.Request(last);
     int64_t run_source = -1;
@@ -158,25 +158,28 @@ class Compress {
     for (int row = 0; row < rows; ++row) {
       const int64_t q = position + row, token = last - (end - q);
       if (kAlgorithm == kOnePass && tokens_.Holds(token, request, q)) {
-        FetchHalves(frame, row, kv_score_gm_[token * args_.kv_score_stride], 1, args_.kv_score_stride);
-        frame.raw |= 1 << row;
+        FetchRaw(f, row, token);
         continue;
       }
       const int64_t source = q < 0 ? -1 : StateRow(request, q);
       if (source < 0) {
-        frame.absent |= 1 << row;
+        frames_[f].absent |= 1 << row;
         continue;
       }
       // Rows of one page, as far as they follow each other, come together.
       const bool joins = run_rows > 0 && row == run_row + run_rows && source == run_source + run_rows * args_.state_row_stride;
       if (!joins) {
-        if (run_rows > 0) FetchHalves(frame, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
+        if (run_rows > 0) FetchHalves(f, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
         run_source = source, run_row = row, run_rows = 0;
       }
       ++run_rows;
     }
-    if (run_rows > 0) FetchHalves(frame, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
-    if constexpr (kAlgorithm == kPoolScan) Overlay(frame, request, position, rows);
+    if (run_rows > 0) FetchHalves(f, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
+  }
+
+  __aicore__ inline void FetchRaw(int f, int row, int64_t token) {
+    FetchHalves(f, row, kv_score_gm_[token * args_.kv_score_stride], 1, args_.kv_score_stride);
+    frames_[f].raw |= 1 << row;
   }
 
   // The row of the state that holds position q of a request, in elements, or -1.
@@ -190,24 +193,24 @@ class Compress {
 
   // The kv half and the gate half of `rows` rows: with rows of 512 floats one transfer, for then the halves of all of
   // them are evenly spaced.
-  __aicore__ inline void FetchHalves(const Frame& frame, int row, const AscendC::GlobalTensor<float>& source, int rows,
-                                     int64_t stride) {
-    const AscendC::LocalTensor<float> target = tile_[used_ * kFrameFloats + row * kRowWidth + frame.half];
-    const int together = stride == kRowWidth ? rows : 1;
+  __aicore__ inline void FetchHalves(int f, int row, const AscendC::GlobalTensor<float>& source, int rows, int64_t stride) {
+    const int half = frames_[f].half, together = stride == kRowWidth ? rows : 1;
+    const AscendC::LocalTensor<float> target = tile_[f * kFrameFloats + row * kRowWidth + half];
     for (int i = 0; i < rows; i += together)
-      CopyRows(target[i * kRowWidth], source[i * stride + frame.half], 2 * together, kHalfBytes, kHalfBytes,
+      CopyRows(target[i * kRowWidth], source[i * stride + half], 2 * together, kHalfBytes, kHalfBytes,
                kHalfBytes / (kBlockFloats * sizeof(float)));
   }
 
-  // kPoolScan: every token of the call is looked at, for every window.
-  __aicore__ inline void Overlay(Frame& frame, int32_t request, int64_t position, int rows) {
+  // kPoolScan: every token of the call is looked at, for every window, whose frames are used_ - 1 and used_.
+  __aicore__ inline void Overlay(int64_t last) {
+    const int64_t start = tokens_.Position(last) - kWindow + 1;
     for (int64_t token = 0; token < args_.tokens; ++token) {
-      const int64_t row = positions_gm_.GetValue(token) - position;
-      if (row < 0 || row >= rows || requests_gm_.GetValue(token) != request) continue;
+      const int64_t row = positions_gm_.GetValue(token) - start;
+      if (row < 0 || row >= kWindow || requests_gm_.GetValue(token) != tokens_.Request(last)) continue;
+      const int f = used_ - 1 + static_cast<int>(row / kRatio), in_frame = static_cast<int>(row % kRatio);
       AscendC::PipeBarrier<PIPE_MTE2>();
-      FetchHalves(frame, static_cast<int>(row), kv_score_gm_[token * args_.kv_score_stride], 1, args_.kv_score_stride);
-      frame.raw |= 1 << row;
-      frame.absent &= ~(1 << row);
+      FetchRaw(f, in_frame, token);
+      frames_[f].absent &= ~(1 << in_frame);
     }
   }
 
