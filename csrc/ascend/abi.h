@@ -58,6 +58,6 @@ extern "C" {
 int64_t dsv4_indexer_ascend_arguments_size();
 
 // `algorithm`: "one_pass"; "overlay_scan" and "scatter_pool" are kept for comparison.
-int64_t dsv4_indexer_ascend_compress(const char* algorithm, const dsv4::Arguments* arguments, void* stream, char* message,
-                                     int64_t message_size);
+int64_t dsv4_indexer_ascend_compress(const char* algorithm, const dsv4::Arguments* arguments, void* stream,
+                                     char* message, int64_t message_size);
 }

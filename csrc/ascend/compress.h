@@ -4,14 +4,13 @@
 // (a frame holds the four rows of one group). The rows of a tile come in by MTE2, get the gate's bias, go out again as
 // state rows by MTE3, and are pooled in between: no intermediate value leaves the unified buffer. A window's first four
 // rows are the frame before its own; where that is not in the unified buffer (a request's first window, the first of a
-// core's span), a frame is filled with their front halves: rows of this call raw from kv_score, older ones from the state.
-// No core reads a row that this launch writes; README.md has the argument.
+// core's span), a frame is filled with their front halves: rows of this call raw from kv_score, older ones from the
+// state. No core reads a row that this launch writes; README.md has the argument.
 #pragma once
-
-#include "kernel_operator.h"
 
 #include "../layout.h"
 #include "abi.h"
+#include "device.h"
 #include "finish.h"
 #include "pool.h"
 #include "tiling.h"
@@ -19,15 +18,15 @@
 
 namespace dsv4 {
 
-// kOnePass is the product. The others are the two steps of the algorithms that it is compared with: kSave saves the rows;
-// kPoolState pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with the rows of
-// this call that a scan over all its tokens finds (before kSave).
+// kOnePass is the product. The others are the two steps of the algorithms that it is compared with: kSave saves the
+// rows; kPoolState pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with the
+// rows of this call that a scan over all its tokens finds (before kSave).
 enum Algorithm { kOnePass, kSave, kPoolState, kPoolScan };
 
 template <Algorithm kAlgorithm, int64_t kFormat>
 class Compress {
  public:
-  __aicore__ inline void Init(AscendC::TPipe* pipe, const Arguments& a, const Tiling& tiling) {
+  __aicore__ inline void Init(TPipe* pipe, const Arguments& a, const Tiling& tiling) {
     args_ = a;
     begin_ = AscendC::GetBlockIdx() * tiling.tokens_per_core;
     end_ = begin_ + tiling.tokens_per_core < a.tokens ? begin_ + tiling.tokens_per_core : a.tokens;
@@ -56,11 +55,11 @@ class Compress {
     for (next_ = begin_; next_ < end_;) {
       tile_ = tile_queue_.template AllocTensor<float>();
       CopyIn();
-      tile_queue_.template EnQue<AscendC::TPosition::GM, AscendC::TPosition::VECIN, float>(tile_);
-      tile_ = tile_queue_.template DeQue<AscendC::TPosition::GM, AscendC::TPosition::VECIN, float>();
+      tile_queue_.template EnQue<TPosition::GM, TPosition::VECIN, float>(tile_);
+      tile_ = tile_queue_.template DeQue<TPosition::GM, TPosition::VECIN, float>();
       Compute();
-      tile_queue_.template EnQue<AscendC::TPosition::VECOUT, AscendC::TPosition::GM, float>(tile_);
-      tile_ = tile_queue_.template DeQue<AscendC::TPosition::VECOUT, AscendC::TPosition::GM, float>();
+      tile_queue_.template EnQue<TPosition::VECOUT, TPosition::GM, float>(tile_);
+      tile_ = tile_queue_.template DeQue<TPosition::VECOUT, TPosition::GM, float>();
       if constexpr (kAlgorithm == kOnePass || kAlgorithm == kSave) CopyOut();
       tile_queue_.FreeTensor(tile_);
     }
@@ -76,19 +75,17 @@ class Compress {
   struct Frame {
     int64_t token;    // of the first row that is a token's; rows [row, row + rows) are tokens of this core
     int row, rows;
-    int half;         // channels of kv that a window uses of the other rows: kHeadDim of its own group, 0 of the one before
+    int half;         // where the 128 channels of the other rows begin: kHeadDim in a window's own group, 0 before
     int raw, absent;  // bits: rows that came from kv_score and lack the bias; rows that do not exist
     int64_t entry;    // the entry of the window that ends here, or -1
   };
 
-  __aicore__ inline void LoadBias(AscendC::TPipe* pipe) {
-    AscendC::GlobalTensor<float> gm;
+  __aicore__ inline void LoadBias(TPipe* pipe) {
+    GlobalTensor<float> gm;
     gm.SetGlobalBuffer((__gm__ float*)args_.ape, kRatio * kKvWidth);
-    AscendC::DataCopyPad(bias_, gm, AscendC::DataCopyExtParams(1, kRatio * kKvWidth * sizeof(float), 0, 0, 0),
-                         AscendC::DataCopyPadExtParams<float>());
-    const AscendC::TEventID loaded = pipe->FetchEventID<AscendC::HardEvent::MTE2_V>();
-    AscendC::SetFlag<AscendC::HardEvent::MTE2_V>(loaded);
-    AscendC::WaitFlag<AscendC::HardEvent::MTE2_V>(loaded);
+    DataCopyPad(bias_, gm, DataCopyExtParams(1, kRatio * kKvWidth * sizeof(float), 0, 0, 0),
+                         DataCopyPadExtParams<float>());
+    Order<HardEvent::MTE2_V>(pipe);
   }
 
   // Takes groups from next_ on until the tile is full or the span ends, and starts the transfers of their rows.
@@ -142,7 +139,7 @@ class Compress {
       if (entry >= 0) Fetch(used_, last, position - row, row);
     }
     if (entry >= 0) {
-      const AscendC::GlobalTensor<float> source = cos_sin_gm_[(position - row) * args_.cos_sin_stride];
+      const GlobalTensor<float> source = cos_sin_gm_[(position - row) * args_.cos_sin_stride];
       CopyRows(tile_[kFrames * kFrameFloats + used_ * kRopeDim], source, 1, kRopeDim * sizeof(float), 0, 0);
     }
     full_ = rows == kRatio;
@@ -167,7 +164,8 @@ class Compress {
         continue;
       }
       // Rows of one page, as far as they follow each other, come together.
-      const bool joins = run_rows > 0 && row == run_row + run_rows && source == run_source + run_rows * args_.state_row_stride;
+      const bool joins =
+          run_rows > 0 && row == run_row + run_rows && source == run_source + run_rows * args_.state_row_stride;
       if (!joins) {
         if (run_rows > 0) FetchHalves(f, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
         run_source = source, run_row = row, run_rows = 0;
@@ -193,9 +191,9 @@ class Compress {
 
   // The kv half and the gate half of `rows` rows: with rows of 512 floats one transfer, for then the halves of all of
   // them are evenly spaced.
-  __aicore__ inline void FetchHalves(int f, int row, const AscendC::GlobalTensor<float>& source, int rows, int64_t stride) {
+  __aicore__ inline void FetchHalves(int f, int row, const GlobalTensor<float>& source, int rows, int64_t stride) {
     const int half = frames_[f].half, together = stride == kRowWidth ? rows : 1;
-    const AscendC::LocalTensor<float> target = tile_[f * kFrameFloats + row * kRowWidth + half];
+    const LocalTensor<float> target = tile_[f * kFrameFloats + row * kRowWidth + half];
     for (int i = 0; i < rows; i += together)
       CopyRows(target[i * kRowWidth], source[i * stride + half], 2 * together, kHalfBytes, kHalfBytes,
                kHalfBytes / (kBlockFloats * sizeof(float)));
@@ -237,33 +235,33 @@ class Compress {
              static_cast<uint32_t>((args_.kv_score_stride - kRowWidth) * sizeof(float)), 0);
   }
 
-  __aicore__ inline void CopyRows(const AscendC::LocalTensor<float>& target, const AscendC::GlobalTensor<float>& source, int count,
+  __aicore__ inline void CopyRows(const LocalTensor<float>& target, const GlobalTensor<float>& source, int count,
                                   uint32_t bytes, uint32_t source_gap, uint32_t target_gap) {
-    const AscendC::DataCopyExtParams params(static_cast<uint16_t>(count), bytes, source_gap, target_gap, 0);
-    AscendC::DataCopyPad(target, source, params, AscendC::DataCopyPadExtParams<float>());
+    const DataCopyExtParams params(static_cast<uint16_t>(count), bytes, source_gap, target_gap, 0);
+    DataCopyPad(target, source, params, DataCopyPadExtParams<float>());
   }
 
   // Adds the bias, makes absent rows weightless, and pools the windows.
   __aicore__ inline void Compute() {
-    AscendC::LocalTensor<float> previous = carry_;
+    LocalTensor<float> previous = carry_;
     for (int f = 0; f < used_; ++f) {
       const Frame& frame = frames_[f];
-      const AscendC::LocalTensor<float> rows = tile_[f * kFrameFloats];
+      const LocalTensor<float> rows = tile_[f * kFrameFloats];
       for (int row = 0; row < kRatio; ++row) {
-        const AscendC::LocalTensor<float> kv = rows[row * kRowWidth], gate = kv[kKvWidth], bias = bias_[row * kKvWidth];
+        const LocalTensor<float> kv = rows[row * kRowWidth], gate = kv[kKvWidth], bias = bias_[row * kKvWidth];
         const bool whole = row >= frame.row && row < frame.row + frame.rows;
         const int at = whole ? 0 : frame.half, width = whole ? kKvWidth : kHeadDim;
-        if (frame.raw >> row & 1) AscendC::Add(gate[at], gate[at], bias[at], width);
+        if (frame.raw >> row & 1) Add(gate[at], gate[at], bias[at], width);
         if (frame.absent >> row & 1) {
-          AscendC::Duplicate(kv[at], 0.0f, width);
-          AscendC::Duplicate(gate[at], kMasked, width);
+          Duplicate(kv[at], 0.0f, width);
+          Duplicate(gate[at], kMasked, width);
         }
       }
       if constexpr (kAlgorithm != kSave) {
         if (frame.entry >= 0) {
           pool_.Run(finish_.Pooled(), previous, rows);
-          AscendC::Copy(finish_.CosSin(), tile_[kFrames * kFrameFloats + f * kRopeDim], kRopeDim, 1, {1, 1, 8, 8});
-          finish_.Add(frame.entry);
+          Copy(finish_.CosSin(), tile_[kFrames * kFrameFloats + f * kRopeDim], kRopeDim, 1, {1, 1, 8, 8});
+          finish_.Take(frame.entry);
         }
       }
       previous = rows;
@@ -273,10 +271,10 @@ class Compress {
   }
 
   // Keeps the front halves of the last frame for the tile to come.
-  __aicore__ inline void Carry(const AscendC::LocalTensor<float>& rows) {
+  __aicore__ inline void Carry(const LocalTensor<float>& rows) {
     for (int part = 0; part < kRowWidth; part += kKvWidth)
       for (int c = part; c < part + kHeadDim; c += kLanes)
-        AscendC::Copy(carry_[c], rows[c], kLanes, kRatio, {1, 1, kRowBlocks, kRowBlocks});
+        Copy(carry_[c], rows[c], kLanes, kRatio, {1, 1, kRowBlocks, kRowBlocks});
   }
 
   // Saves the rows of the tile's tokens. Where neighbours in the tile are neighbours in a page, they go together.
@@ -302,10 +300,11 @@ class Compress {
   }
 
   __aicore__ inline void SaveRun(int64_t slot, int row, int rows) {
-    const int64_t to = slot / args_.state_page * args_.state_page_stride + slot % args_.state_page * args_.state_row_stride;
+    const int64_t page = slot / args_.state_page, in_page = slot % args_.state_page;
+    const int64_t to = page * args_.state_page_stride + in_page * args_.state_row_stride;
     const uint32_t gap = static_cast<uint32_t>((args_.state_row_stride - kRowWidth) * sizeof(float));
-    const AscendC::DataCopyExtParams params(static_cast<uint16_t>(rows), kRowWidth * sizeof(float), 0, gap, 0);
-    AscendC::DataCopyPad(state_gm_[to], tile_[row * kRowWidth], params);
+    const DataCopyExtParams params(static_cast<uint16_t>(rows), kRowWidth * sizeof(float), 0, gap, 0);
+    DataCopyPad(state_gm_[to], tile_[row * kRowWidth], params);
   }
 
   Arguments args_;
@@ -316,18 +315,18 @@ class Compress {
   Tokens tokens_;
   Pool pool_;
   Finish<kFormat> finish_;
-  AscendC::GlobalTensor<float> kv_score_gm_, state_gm_, cos_sin_gm_;
-  AscendC::GlobalTensor<int32_t> table_gm_, requests_gm_;
-  AscendC::GlobalTensor<int64_t> positions_gm_;
-  AscendC::TQueBind<AscendC::TPosition::VECIN, AscendC::TPosition::VECOUT, 1> tile_queue_;
-  AscendC::TBuf<AscendC::TPosition::VECIN> bias_buffer_;
-  AscendC::TBuf<> carry_buffer_;
-  AscendC::LocalTensor<float> tile_, bias_, carry_;
+  GlobalTensor<float> kv_score_gm_, state_gm_, cos_sin_gm_;
+  GlobalTensor<int32_t> table_gm_, requests_gm_;
+  GlobalTensor<int64_t> positions_gm_;
+  TQueBind<TPosition::VECIN, TPosition::VECOUT, 1> tile_queue_;
+  TBuf<TPosition::VECIN> bias_buffer_;
+  TBuf<> carry_buffer_;
+  LocalTensor<float> tile_, bias_, carry_;
 };
 
 template <Algorithm kAlgorithm, int64_t kFormat>
 __aicore__ inline void run(const Arguments& arguments, const Tiling& tiling) {
-  AscendC::TPipe pipe;
+  TPipe pipe;
   Compress<kAlgorithm, kFormat> compress;
   compress.Init(&pipe, arguments, tiling);
   compress.Process();

@@ -2,9 +2,8 @@
 // rows of one, and the back halves of the four rows of the next.
 #pragma once
 
-#include "kernel_operator.h"
-
 #include "../layout.h"
+#include "device.h"
 
 namespace dsv4 {
 
@@ -16,43 +15,43 @@ constexpr int kHeadBlocks = kHeadDim / kBlockFloats;
 
 class Pool {
  public:
-  __aicore__ inline void Init(AscendC::TPipe* pipe) {
+  __aicore__ inline void Init(TPipe* pipe) {
     pipe->InitBuffer(buffer_, (kMost + 2 * kEight) * sizeof(float));
     most_ = buffer_.Get<float>();
     weight_ = most_[kMost];
     product_ = weight_[kEight];
   }
 
-  __aicore__ inline void Run(const AscendC::LocalTensor<float>& pooled, const AscendC::LocalTensor<float>& previous,
-                             const AscendC::LocalTensor<float>& own) {
-    const AscendC::LocalTensor<float> gate = previous[kKvWidth], own_kv = own[kHeadDim], own_gate = own[kKvWidth + kHeadDim];
+  __aicore__ inline void Run(const LocalTensor<float>& pooled, const LocalTensor<float>& previous,
+                             const LocalTensor<float>& own) {
+    const LocalTensor<float> gate = previous[kKvWidth], own_kv = own[kHeadDim], own_gate = own[kKvWidth + kHeadDim];
     for (int c = 0; c < kHeadDim; c += kLanes)
-      AscendC::Max(most_[c], gate[c], own_gate[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, kRowBlocks});
-    AscendC::Max(most_, most_, most_[2 * kHeadDim], 2 * kHeadDim);
-    AscendC::Max(most_, most_, most_[kHeadDim], kHeadDim);
+      Max(most_[c], gate[c], own_gate[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, kRowBlocks});
+    Max(most_, most_, most_[2 * kHeadDim], 2 * kHeadDim);
+    Max(most_, most_, most_[kHeadDim], kHeadDim);
 
     for (int c = 0; c < kHeadDim; c += kLanes) {
-      AscendC::Sub(weight_[c], gate[c], most_[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, 0});
-      AscendC::Sub(weight_[kFour + c], own_gate[c], most_[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, 0});
+      Sub(weight_[c], gate[c], most_[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, 0});
+      Sub(weight_[kFour + c], own_gate[c], most_[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kRowBlocks, 0});
     }
-    AscendC::Exp(weight_, weight_, kEight);
+    Exp(weight_, weight_, kEight);
     for (int c = 0; c < kHeadDim; c += kLanes) {
-      AscendC::Mul(product_[c], weight_[c], previous[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
-      AscendC::Mul(product_[kFour + c], weight_[kFour + c], own_kv[c], kLanes, kRatio,
+      Mul(product_[c], weight_[c], previous[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
+      Mul(product_[kFour + c], weight_[kFour + c], own_kv[c], kLanes, kRatio,
                    {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
     }
     for (int half = kFour; half >= kHeadDim; half /= 2) {
-      AscendC::Add(product_, product_, product_[half], half);
-      AscendC::Add(weight_, weight_, weight_[half], half);
+      Add(product_, product_, product_[half], half);
+      Add(weight_, weight_, weight_[half], half);
     }
-    AscendC::Div(pooled, product_, weight_, kHeadDim);
+    Div(pooled, product_, weight_, kHeadDim);
   }
 
  private:
   static constexpr int kFour = kRatio * kHeadDim, kEight = kWindow * kHeadDim, kMost = kFour;
 
-  AscendC::TBuf<> buffer_;
-  AscendC::LocalTensor<float> most_, weight_, product_;
+  TBuf<> buffer_;
+  LocalTensor<float> most_, weight_, product_;
 };
 
 }  // namespace dsv4

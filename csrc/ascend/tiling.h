@@ -47,14 +47,18 @@ inline const char* unsupported(const Arguments& a, const char* soc, char* messag
       {fp8 || a.k_format == kInt8Hadamard, "k_format number", a.k_format, "int8_hadamard and, on Ascend950, fp8_amax"},
       {!fp8 || (product && product->fp8), "k_format fp8_amax on this product, number", a.k_format,
        "int8_hadamard; only Ascend950 has casts to fp8"},
-      {a.state_page == 2 || a.state_page == 4 || a.state_page == 8, "state pages of", a.state_page, "2, 4 and 8 tokens"},
-      {a.k_page == 32 || a.k_page == 64 || a.k_page == 128, "K pages of", a.k_page, "32, 64 and 128 entries"},
-      {!fp8 || a.k_page_stride % 4 == 0, "a page stride in bytes of", a.k_page_stride, "multiples of 4, for the fp32 scales"},
-      {a.kv_score_stride < 1 << 20 && a.state_row_stride < 1 << 20, "a row stride of", a.kv_score_stride, "less than 2^20"},
+      {a.state_page == 2 || a.state_page == 4 || a.state_page == 8, "a state page, in tokens, of", a.state_page,
+       "2, 4 and 8"},
+      {a.k_page == 32 || a.k_page == 64 || a.k_page == 128, "a K page, in entries, of", a.k_page, "32, 64 and 128"},
+      {!fp8 || a.k_page_stride % 4 == 0, "a K page stride, in bytes, of", a.k_page_stride,
+       "multiples of 4, for the fp32 scales"},
+      {a.kv_score_stride < 1 << 20, "a row stride of kv_score of", a.kv_score_stride, "less than 2^20"},
+      {a.state_row_stride < 1 << 20, "a row stride of the state of", a.state_row_stride, "less than 2^20"},
   };
   for (const auto& line : lines)
     if (!line.holds) {
-      std::snprintf(message, size, "%s: %s %lld is not supported; supported: %s", soc, line.what, line.value, line.supported);
+      std::snprintf(message, size, "%s: %s %lld is not supported; supported: %s", soc, line.what, line.value,
+                    line.supported);
       return message;
     }
   return nullptr;

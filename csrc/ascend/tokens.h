@@ -1,16 +1,15 @@
 // The metadata of the tokens around the one in hand, in the unified buffer, for the scalar unit.
 #pragma once
 
-#include "kernel_operator.h"
-
 #include "../layout.h"
 #include "abi.h"
+#include "device.h"
 
 namespace dsv4 {
 
 class Tokens {
  public:
-  __aicore__ inline void Init(AscendC::TPipe* pipe, const Arguments& a) {
+  __aicore__ inline void Init(TPipe* pipe, const Arguments& a) {
     pipe_ = pipe;
     tokens_ = a.tokens;
     positions_gm_.SetGlobalBuffer((__gm__ int64_t*)a.positions, a.tokens);
@@ -35,16 +34,12 @@ class Tokens {
     begin_ = first > kBehind ? first - kBehind : 0;
     end_ = begin_ + kHeld < end ? begin_ + kHeld : end;
     end_ = end_ < tokens_ ? end_ : tokens_;
-    const AscendC::TEventID read = pipe_->FetchEventID<AscendC::HardEvent::S_MTE2>();
-    AscendC::SetFlag<AscendC::HardEvent::S_MTE2>(read);
-    AscendC::WaitFlag<AscendC::HardEvent::S_MTE2>(read);
+    Order<HardEvent::S_MTE2>(pipe_);
     CopyIn(positions_, positions_gm_);
     CopyIn(requests_, requests_gm_);
     CopyIn(state_slots_, state_slots_gm_);
     CopyIn(k_slots_, k_slots_gm_);
-    const AscendC::TEventID loaded = pipe_->FetchEventID<AscendC::HardEvent::MTE2_S>();
-    AscendC::SetFlag<AscendC::HardEvent::MTE2_S>(loaded);
-    AscendC::WaitFlag<AscendC::HardEvent::MTE2_S>(loaded);
+    Order<HardEvent::MTE2_S>(pipe_);
   }
 
   __aicore__ inline int64_t Position(int64_t token) const { return positions_.GetValue(token - begin_); }
@@ -70,18 +65,18 @@ class Tokens {
   static constexpr int64_t kHeld = 512;
 
   template <class T>
-  __aicore__ inline void CopyIn(AscendC::LocalTensor<T>& target, AscendC::GlobalTensor<T>& source) {
-    const AscendC::DataCopyExtParams params(1, static_cast<uint32_t>((end_ - begin_) * sizeof(T)), 0, 0, 0);
-    AscendC::DataCopyPad(target, source[begin_], params, AscendC::DataCopyPadExtParams<T>());
+  __aicore__ inline void CopyIn(LocalTensor<T>& target, GlobalTensor<T>& source) {
+    const DataCopyExtParams params(1, static_cast<uint32_t>((end_ - begin_) * sizeof(T)), 0, 0, 0);
+    DataCopyPad(target, source[begin_], params, DataCopyPadExtParams<T>());
   }
 
-  AscendC::TPipe* pipe_;
+  TPipe* pipe_;
   int64_t tokens_ = 0, begin_ = 0, end_ = 0;  // of the call; held
-  AscendC::GlobalTensor<int64_t> positions_gm_, state_slots_gm_, k_slots_gm_;
-  AscendC::GlobalTensor<int32_t> requests_gm_;
-  AscendC::TBuf<AscendC::TPosition::VECIN> positions_buffer_, requests_buffer_, state_slots_buffer_, k_slots_buffer_;
-  AscendC::LocalTensor<int64_t> positions_, state_slots_, k_slots_;
-  AscendC::LocalTensor<int32_t> requests_;
+  GlobalTensor<int64_t> positions_gm_, state_slots_gm_, k_slots_gm_;
+  GlobalTensor<int32_t> requests_gm_;
+  TBuf<TPosition::VECIN> positions_buffer_, requests_buffer_, state_slots_buffer_, k_slots_buffer_;
+  LocalTensor<int64_t> positions_, state_slots_, k_slots_;
+  LocalTensor<int32_t> requests_;
 };
 
 }  // namespace dsv4

@@ -5,12 +5,15 @@ channel is rounded to the other bfloat16; the whole entry, rotated, then differs
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from batches import assert_close, assert_identical, make_batch, ordered
+from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError
+from vllm_dsv4_indexer.ops import ascend
 
 STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
 LENGTHS = (*range(1, 10), 127, 128, 129)
@@ -100,6 +103,25 @@ def test_the_number_and_the_order_of_the_cores_change_no_byte(ascend_emulation, 
 def test_a_decode_step_for_each_position_in_a_page_equals_the_reference(ascend_emulation, options, block_size):
     requests = [(start, 1) for start in range(40)] + [(start, 2) for start in range(8)]
     compare(ascend_emulation, [{"requests": requests, "k_page": block_size, "page": block_size // 16, **options}])
+
+
+@pytest.mark.parametrize("options", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("algorithm", ["overlay_scan", "scatter_pool"])
+def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options, algorithm):
+    for seed, page in enumerate((2, 4, 8)):
+        batch = make_batch(MIXED, seed=seed, page=page, k_page=32, **options)
+        ascend_emulation.use(product_of(options), cores=7)
+        expected = batch.clone().run("ascend")
+        ascend.compress(*batch.tensors(), eps=1e-6, k_format=batch.k_format, algorithm=algorithm)
+        assert_identical(batch, expected)
+
+
+def test_the_op_says_that_entries_on_a_device_are_not_counted(ascend_emulation):
+    ascend_emulation.use()
+    before = replace(ops.work)
+    make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
+    assert (ops.work.calls, ops.work.entries) == (before.calls + 1, before.entries)
+    assert f"not counting {before.uncounted + 1} calls whose entries only the device knows" in str(ops.work)
 
 
 def test_chunks_of_a_prompt_store_the_same_bytes_as_the_whole(ascend_emulation):
@@ -202,7 +224,7 @@ def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation)
     "options, message",
     [
         ({"k_format": "fp8_amax"}, "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: int8"),
-        ({"k_format": "int8_hadamard", "k_page": 16}, "Ascend910B: K pages of 16 is not supported; supported: 32, 64 and 128"),
+        ({"k_format": "int8_hadamard", "k_page": 16}, "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128"),
         ({"k_format": "fp8_pow2"}, "k_format 'fp8_pow2' has no kernel for NPUs; there are int8_hadamard, fp8_amax"),
         ({"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16}, "kv_score has dtype torch.bfloat16; on NPUs"),
     ],

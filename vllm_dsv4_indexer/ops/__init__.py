@@ -1,7 +1,8 @@
 """The op `dsv4_indexer::compress`: schema, fake implementation and dispatch.
 
 An implementation is a function in a module of this folder, which takes the arguments of the op without `impl`, already
-checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many entries it wrote.
+checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many entries it wrote, or
+None if only the device knows.
 To add one, write the module and its line in `IMPLEMENTATIONS`.
 """
 
@@ -41,9 +42,13 @@ class Work:
     calls: int = 0
     tokens: int = 0
     entries: int = 0
+    uncounted: int = 0  # calls whose entries only the device knows
 
     def __str__(self) -> str:
-        return f"compress was called {self.calls} times on {self.tokens} tokens and wrote {self.entries} entries"
+        entries = f"wrote {self.entries} entries"
+        if self.uncounted:
+            entries += f", not counting {self.uncounted} calls whose entries only the device knows"
+        return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}"
 
 
 work = Work()
@@ -135,7 +140,9 @@ def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | 
     contract.check_metadata(tensors, k_format)
     run = _implementation(impl, kv_score.device.type)
     if kv_score.shape[0]:
-        work.entries += run(*tensors, eps=eps, k_format=k_format)
+        entries = run(*tensors, eps=eps, k_format=k_format)
+        work.entries += entries or 0
+        work.uncounted += entries is None
         work.calls += 1
         work.tokens += kv_score.shape[0]
 
@@ -146,7 +153,7 @@ def _fake(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None
 
 
 @functools.cache
-def _implementation(name: str | None, device: str) -> Callable[..., int]:
+def _implementation(name: str | None, device: str) -> Callable[..., int | None]:
     usable = [n for n, i in IMPLEMENTATIONS.items() if not i.devices or device in i.devices]
     if name is None:
         name = next((n for n in usable if IMPLEMENTATIONS[n].devices), None)

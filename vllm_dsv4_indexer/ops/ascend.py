@@ -34,14 +34,13 @@ class Arguments(ctypes.Structure):
     ] + [("eps", ctypes.c_float)]
 
 
-def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str = "one_pass") -> int:
-    """See `vllm_dsv4_indexer.ops.compress`; returns 0, for how many entries are written only the device knows."""
+def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str = "one_pass") -> None:
+    """See `vllm_dsv4_indexer.ops.compress`. How many entries are written only the device knows."""
     arguments = arguments_of(*tensors, eps=eps, k_format=k_format)
     message = ctypes.create_string_buffer(500)
     stream = _stream(tensors[0].device)
     if native().dsv4_indexer_ascend_compress(algorithm.encode(), ctypes.byref(arguments), stream, message, len(message)):
         raise contract.ContractError(message.value.decode())
-    return 0
 
 
 def arguments_of(

@@ -1,0 +1,29 @@
+// The names of AscendC that the kernels use. Its functions on tensors are found by their arguments.
+#pragma once
+
+#include "kernel_operator.h"
+
+namespace dsv4 {
+
+using AscendC::BinaryRepeatParams;
+using AscendC::DataCopyExtParams;
+using AscendC::DataCopyPadExtParams;
+using AscendC::GlobalTensor;
+using AscendC::HardEvent;
+using AscendC::LocalTensor;
+using AscendC::RoundMode;
+using AscendC::TBuf;
+using AscendC::TPipe;
+using AscendC::TPosition;
+using AscendC::TQue;
+using AscendC::TQueBind;
+
+// What the first pipe of `kEvent` was given so far is over before the second goes on.
+template <HardEvent kEvent>
+__aicore__ inline void Order(TPipe* pipe) {
+  const AscendC::TEventID id = pipe->FetchEventID<kEvent>();
+  AscendC::SetFlag<kEvent>(id);
+  AscendC::WaitFlag<kEvent>(id);
+}
+
+}  // namespace dsv4
