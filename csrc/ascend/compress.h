@@ -92,7 +92,7 @@ class Compress {
   __aicore__ inline void CopyIn() {
     used_ = 0;
     tokens_.Hold(next_, end_ + Tokens::kAhead);
-    while (next_ < end_) {
+    while (next_ < end_ && used_ < kFrames) {
       const int64_t first = next_, last = LastOfGroup(first);
       const int64_t entry = kAlgorithm == kSave ? -1 : Entry(last);
       const bool follows = kAlgorithm == kOnePass && full_ &&

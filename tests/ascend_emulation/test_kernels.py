@@ -105,6 +105,13 @@ def test_a_decode_step_for_each_position_in_a_page_equals_the_reference(ascend_e
     compare(ascend_emulation, [{"requests": requests, "k_page": block_size, "page": block_size // 16, **options}])
 
 
+@pytest.mark.parametrize("cores", (1, 2))
+def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(ascend_emulation, cores):
+    requests = [(0, 401), (7, 300), (3, 450), *((start, 1) for start in range(300))]
+    case = {"requests": requests, "k_format": "int8_hadamard", "k_page": 128, "page": 8}
+    compare(ascend_emulation, [case], cores=cores)
+
+
 @pytest.mark.parametrize("options", FORMATS[1:], ids=str)
 @pytest.mark.parametrize("algorithm", ["overlay_scan", "scatter_pool"])
 def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options, algorithm):
