@@ -19,8 +19,8 @@
 namespace dsv4 {
 
 // kOnePass is the product. The others are the two steps of the algorithms that it is compared with: kSave saves the
-// rows; kPoolState pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with the
-// rows of this call that a scan over all its tokens finds (before kSave).
+// rows; kPoolState pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with
+// the rows of this call that a scan over all its tokens finds (before kSave).
 enum Algorithm { kOnePass, kSave, kPoolState, kPoolScan };
 
 template <Algorithm kAlgorithm, int64_t kFormat>
@@ -184,7 +184,7 @@ class Compress {
   __aicore__ inline int64_t StateRow(int32_t request, int64_t q) {
     const int64_t column = q / args_.state_page;
     if (request < 0 || request >= args_.requests || column >= args_.table_columns) return -1;
-    const int64_t page = table_gm_.GetValue(request * args_.block_table_stride + column);
+    const int64_t page = ReadFresh(table_gm_[request * args_.block_table_stride + column]);
     if (page <= 0 || page >= args_.state_pages) return -1;
     return page * args_.state_page_stride + q % args_.state_page * args_.state_row_stride;
   }

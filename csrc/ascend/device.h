@@ -26,4 +26,13 @@ __aicore__ inline void Order(TPipe* pipe) {
   AscendC::WaitFlag<kEvent>(id);
 }
 
+// The value at the start of `source`, by the scalar unit, for what changes between launches: its cache may not have
+// noticed.
+template <class T>
+__aicore__ inline T ReadFresh(const GlobalTensor<T>& source) {
+  using namespace AscendC;
+  DataCacheCleanAndInvalid<T, CacheLine::SINGLE_CACHE_LINE, DcciDst::CACHELINE_OUT>(source);
+  return source.GetValue(0);
+}
+
 }  // namespace dsv4

@@ -60,6 +60,12 @@ class GlobalTensor {
   uint64_t size_ = 0;
 };
 
+// 缓存控制/DataCacheCleanAndInvalid.md. The emulation has no cache.
+enum class CacheLine { SINGLE_CACHE_LINE, ENTIRE_DATA_CACHE };
+enum class DcciDst { CACHELINE_ALL, CACHELINE_UB, CACHELINE_OUT, CACHELINE_ATOMIC };
+template <class T, CacheLine entire, DcciDst target>
+void DataCacheCleanAndInvalid(const GlobalTensor<T>&) {}
+
 template <class T>
 class LocalTensor {
  public:

@@ -1,9 +1,9 @@
 """`compress` on Ascend NPUs: hands the tensors' addresses to the native library (csrc/ascend), on the current stream.
 
-Nothing here waits for the device, so values are not checked: a slot out of range is not written, a missing row counts for
-nothing. What the kernels cannot do is refused with the table of csrc/ascend/tiling.h. Two conditions beyond the op's own,
-both kept by vLLM Ascend (csrc/ascend/README.md says why): the slots of a call are unique, and none of them is a row that
-a window of the same call reads.
+Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in page 0 is not written,
+a window's row without a page counts for nothing. What the kernels cannot do is refused with the table of
+csrc/ascend/tiling.h. Two conditions beyond the op's own, both kept by vLLM Ascend (csrc/ascend/README.md says why): the
+slots of a call are unique, and none of them is a row that a window of the same call reads from the state.
 """
 
 import ctypes
