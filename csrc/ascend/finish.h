@@ -114,8 +114,7 @@ class Finish {
       targets[i] = (uint64_t)target[(i % kPlanes * width + i / kPlanes) * kBlockFloats].GetPhyAddr();
     }
     const uint8_t repeats = static_cast<uint8_t>(width / kBlockFloats);
-    const AscendC::TransDataTo5HDParams params(false, false, repeats, kBlockFloats, 1);
-    AscendC::TransDataTo5HD<float>(targets, sources, params);
+    Transpose(targets, sources, AscendC::TransDataTo5HDParams(false, false, repeats, kBlockFloats, 1));
   }
 
   // Planes [2][128][8] back to [16][128].
@@ -126,9 +125,15 @@ class Finish {
         sources[i] = (uint64_t)source[plane * kPlane + i * kBlockFloats].GetPhyAddr();
         targets[i] = (uint64_t)target[plane * kPlane + i / 2 * kHeadDim + i % 2 * kBlockFloats].GetPhyAddr();
       }
-      const AscendC::TransDataTo5HDParams params(false, false, kHeadDim / kBatch, 2, kBatch);
-      AscendC::TransDataTo5HD<float>(targets, sources, params);
+      Transpose(targets, sources, AscendC::TransDataTo5HDParams(false, false, kHeadDim / kBatch, 2, kBatch));
     }
+  }
+
+  // The compiler puts barriers between vector instructions that share tensors; addresses it may not see through.
+  __aicore__ inline void Transpose(uint64_t* targets, uint64_t* sources, const AscendC::TransDataTo5HDParams& params) {
+    AscendC::PipeBarrier<PIPE_V>();
+    AscendC::TransDataTo5HD<float>(targets, sources, params);
+    AscendC::PipeBarrier<PIPE_V>();
   }
 
   // Every channel of a window times (or divided by) the window's factor.

@@ -22,7 +22,9 @@ struct DataCopyPadExtParams {
 
 namespace detail {
 
-inline uint32_t padded(uint32_t bytes) { return (bytes + emulation::kBlock - 1) / emulation::kBlock * emulation::kBlock; }
+inline uint32_t padded(uint32_t bytes) {
+  return (bytes + emulation::kBlock - 1) / emulation::kBlock * emulation::kBlock;
+}
 
 // [offset, offset + bytes) of an aligned tensor, block by block.
 template <class T, class F>
@@ -35,7 +37,8 @@ void blocks(const LocalTensor<T>& tensor, uint32_t offset, uint32_t bytes, const
 template <class T>
 void check_transfer(const LocalTensor<T>& local, const DataCopyExtParams& p, const char* what) {
   using emulation::require;
-  require(p.blockCount >= 1 && p.blockCount <= 4095, "range: %s with blockCount %d; it is 1 to 4095", what, p.blockCount);
+  require(p.blockCount >= 1 && p.blockCount <= 4095, "range: %s with blockCount %d; it is 1 to 4095", what,
+          p.blockCount);
   require(p.blockLen >= 1 && p.blockLen <= 2097151 && p.blockLen % sizeof(T) == 0,
           "range: %s with blockLen %u; it is 1 to 2097151 and a multiple of the element's size", what, p.blockLen);
   require(local.position() != TPosition::VECCALC, "position: %s and a buffer at VECCALC", what);
@@ -44,7 +47,8 @@ void check_transfer(const LocalTensor<T>& local, const DataCopyExtParams& p, con
 }
 
 template <class T>
-void to_local(const LocalTensor<T>& target, const GlobalTensor<T>& source, const DataCopyExtParams& p, const char* what) {
+void to_local(const LocalTensor<T>& target, const GlobalTensor<T>& source, const DataCopyExtParams& p,
+              const char* what) {
   check_transfer(target, p, what);
   emulation::Core& core = emulation::core;
   core.issue(emulation::kMte2);
@@ -62,7 +66,8 @@ void to_local(const LocalTensor<T>& target, const GlobalTensor<T>& source, const
 }
 
 template <class T>
-void to_global(const GlobalTensor<T>& target, const LocalTensor<T>& source, const DataCopyExtParams& p, const char* what) {
+void to_global(const GlobalTensor<T>& target, const LocalTensor<T>& source, const DataCopyExtParams& p,
+               const char* what) {
   check_transfer(source, p, what);
   emulation::Core& core = emulation::core;
   core.issue(emulation::kMte3);
@@ -95,15 +100,15 @@ void DataCopyPad(const GlobalTensor<T>& target, const LocalTensor<T>& source, co
 // DataCopy（GM与UB连续数据搬运）.md: whole blocks, from global memory to VECIN and from VECOUT back
 template <class T>
 void DataCopy(const LocalTensor<T>& target, const GlobalTensor<T>& source, uint32_t count) {
-  emulation::require(count * sizeof(T) % emulation::kBlock == 0, "alignment: DataCopy of %d bytes, not a multiple of 32",
-                     (int)(count * sizeof(T)));
+  emulation::require(count * sizeof(T) % emulation::kBlock == 0,
+                     "alignment: DataCopy of %d bytes, not a multiple of 32", (int)(count * sizeof(T)));
   emulation::require(target.position() == TPosition::VECIN, "position: DataCopy to another position than VECIN");
   detail::to_local(target, source, {1, uint32_t(count * sizeof(T)), 0, 0, 0}, "DataCopy to the unified buffer");
 }
 template <class T>
 void DataCopy(const GlobalTensor<T>& target, const LocalTensor<T>& source, uint32_t count) {
-  emulation::require(count * sizeof(T) % emulation::kBlock == 0, "alignment: DataCopy of %d bytes, not a multiple of 32",
-                     (int)(count * sizeof(T)));
+  emulation::require(count * sizeof(T) % emulation::kBlock == 0,
+                     "alignment: DataCopy of %d bytes, not a multiple of 32", (int)(count * sizeof(T)));
   emulation::require(source.position() == TPosition::VECOUT, "position: DataCopy from another position than VECOUT");
   detail::to_global(target, source, {1, uint32_t(count * sizeof(T)), 0, 0, 0}, "DataCopy to global memory");
 }
@@ -118,8 +123,9 @@ template <class T>
 void Copy(const LocalTensor<T>& target, const LocalTensor<T>& source, uint64_t mask, detail::Repeats repeats,
           const CopyRepeatParams& p) {
   emulation::require(target.position() != source.position(), "position: Copy between two buffers of one position");
-  detail::elementwise("Copy", detail::sliced<T>(mask, repeats), detail::Strided<T>{target, p.dstStride, p.dstRepeatSize},
-                      [](T x) { return x; }, detail::Strided<T>{source, p.srcStride, p.srcRepeatSize});
+  detail::elementwise(
+      "Copy", detail::sliced<T>(mask, repeats), detail::Strided<T>{target, p.dstStride, p.dstRepeatSize},
+      [](T x) { return x; }, detail::Strided<T>{source, p.srcStride, p.srcRepeatSize});
 }
 
 }  // namespace AscendC

@@ -23,7 +23,7 @@ K_PAGE, STATE_PAGE = 128, 8  # vLLM Ascend's block size 128
 
 
 def inputs(tokens: int) -> tuple[torch.Tensor, ...]:
-    """One request, positions START and on, in vLLM Ascend's layout for A2 and A3: pages of 128 x 128 codes, 128 fp16 scales."""
+    """One request, positions START and on, in vLLM Ascend's layout for A2 and A3: pages of 128 entries and scales."""
     numbers = torch.Generator().manual_seed(0)
     end = START + tokens
     page_bytes = K_PAGE * (HEAD_DIM + 2)

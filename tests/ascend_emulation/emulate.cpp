@@ -40,10 +40,13 @@ std::vector<Region> regions_of(const Arguments& a) {
   add("inner_state_cache", a.state,
       ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride + kRowWidth) * 4, true);
   add("k_cache", a.k_cache,
-      (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim + (fp8 ? a.k_page * 4 : 0), true);
+      (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim + (fp8 ? a.k_page * 4 : 0),
+      true);
   if (!fp8)
     add("k_scale_cache", a.k_scale,
-        ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) * (a.k_scale_is_fp16 ? 2 : 4), true);
+        ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
+            (a.k_scale_is_fp16 ? 2 : 4),
+        true);
   return regions;
 }
 
@@ -116,7 +119,8 @@ extern "C" {
 
 int64_t dsv4_indexer_ascend_arguments_size() { return sizeof(Arguments); }
 
-int64_t dsv4_indexer_ascend_compress(const char* algorithm, const Arguments* arguments, void*, char* message, int64_t size) {
+int64_t dsv4_indexer_ascend_compress(const char* algorithm, const Arguments* arguments, void*, char* message,
+                                     int64_t size) {
   if (unsupported(*arguments, machine.product->name, message, size)) return 1;
   emulation::memory.regions = regions_of(*arguments);
   return reporting(message, size, [&] {
@@ -145,5 +149,4 @@ int64_t emulation_run_rule(const char* name, int64_t cores, char* message, int64
     launch(cores, [&] { rule->second(input, output); });
   });
 }
-
 }

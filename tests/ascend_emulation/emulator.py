@@ -1,4 +1,4 @@
-"""Builds the emulation with the host's compiler and lets `ops.compress(..., impl="ascend")` run on it, with CPU tensors."""
+"""Builds the emulation with the host's compiler, and makes it impl "ascend" of `ops.compress`, on CPU tensors."""
 
 import ctypes
 import json

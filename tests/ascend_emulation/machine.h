@@ -1,8 +1,8 @@
 // The machine under the emulated calls: the unified buffers, the clocks of the pipes, global memory, and the rules.
 //
-// A kernel runs core after core on the host, and every instruction at once, so the values are those of the program order.
-// What the hardware would not promise is found by bookkeeping: who wrote and read each 32-byte block last, on which pipe,
-// and what that pipe's instruction is known to come after. A broken rule throws `Refusal`.
+// A kernel runs core after core on the host, and every instruction at once, so the values are those of the program
+// order. What the hardware would not promise is found by bookkeeping: who wrote and read each 32-byte block last, on
+// which pipe, and what that pipe's instruction is known to come after. A broken rule throws `Refusal`.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +35,9 @@ void require(bool holds, const char* format, Args... args) {
 
 constexpr uint32_t kBlock = 32;  // bytes of a data block, the grain of alignment and of the bookkeeping
 
-// Usable bytes. A2 and A3: 192 KiB, of which 256 bytes are the framework's and 8 KiB by default the API's. A5: 256 KiB less 8.
-// docs/zh/guide, 硬件实现/架构规格/NPU架构版本2201.md; SIMD-API/基础API/工具接口/系统资源与变量/GetUBSizeInBytes.md
+// Usable bytes. A2 and A3: 192 KiB, of which 256 bytes are the framework's and 8 KiB by default the API's. A5: 256 KiB
+// less 8. docs/zh/guide, 硬件实现/架构规格/NPU架构版本2201.md;
+// SIMD-API/基础API/工具接口/系统资源与变量/GetUBSizeInBytes.md
 struct Product {
   const char* name;
   uint32_t usable;
@@ -85,17 +86,18 @@ struct Access {
 class Core {
  public:
   struct Block {
-    uint32_t initialised = 0;   // a bit a byte
-    uint32_t written = 0;       // time of the last write, on `writer`
+    uint32_t initialised = 0;  // a bit a byte
+    uint32_t written = 0;      // time of the last write, on `writer`
     Pipe writer = kScalar;
-    Clock read = {};            // time of the last read, by pipe
-    uint64_t instruction = 0;   // the last instruction that wrote it
+    Clock read = {};           // time of the last read, by pipe
+    uint64_t instruction = 0;  // the last instruction that wrote it
+    uint32_t by_address = 0;   // time of the last access by a vector instruction that was given addresses
   };
 
   int index = 0;
   const Product* product = kProducts;
   Counts counts;
-  uint64_t noise = 0;           // not 0: Exp, Div and Sqrt err by up to one ulp, by this seed
+  uint64_t noise = 0;  // not 0: Exp, Div and Sqrt err by up to one ulp, by this seed
   alignas(kBlock) uint8_t memory[kUnifiedBuffer];
 
   void reset(int core, const Product& on, uint64_t seed) {
@@ -106,9 +108,10 @@ class Core {
     std::memset(memory, 0xa5, sizeof memory);
   }
 
-  // Begins an instruction on `pipe`.
-  void issue(Pipe pipe) {
-    pipe_ = pipe;
+  // Begins an instruction on `pipe`. With `by_address` it is given addresses, not tensors: the compiler's own barriers
+  // between vector instructions are for those that work on tensors.
+  void issue(Pipe pipe, bool by_address = false) {
+    pipe_ = pipe, by_address_ = by_address;
     ++instruction_;
     ++time_[pipe];
   }
@@ -122,6 +125,7 @@ class Core {
     require(block.instruction != instruction_,
             "overlap: %s reads at %u what an earlier repeat of the same instruction wrote", what, address);
     require_after(block.writer, block.written, what, address, "read of a write");
+    require_barrier(block, what, address);
     block.read[pipe_] = time_[pipe_];
     return memory + address;
   }
@@ -132,6 +136,8 @@ class Core {
       for (int p = 0; p < kPipes; ++p)
         if (p != pipe_) require_after(static_cast<Pipe>(p), block.read[p], what, address, "write over a read");
       require_after(block.writer, block.written, what, address, "write over a write");
+      if (by_address_) require_after(kVector, block.read[kVector], what, address, "write over a read");
+      require_barrier(block, what, address);
     }
     block.initialised |= bits(address, bytes);
     block.writer = pipe_, block.written = time_[pipe_], block.instruction = instruction_;
@@ -162,11 +168,11 @@ class Core {
 
   void finish() const { require(flags_.empty(), "event: a flag is left set at the end of the kernel"); }
 
-  // Whether a memory access of the instruction issued last is known to come after instruction `time` of `pipe`. The vector
-  // pipe waits for itself (the compiler inserts that barrier); the transfer pipes may overtake themselves.
+  // Whether a memory access of the instruction issued last is known to come after instruction `time` of `pipe`. The
+  // vector pipe waits for itself (the compiler inserts that barrier); the transfer pipes may overtake themselves.
   // SIMD-API/基础API/同步控制/核内同步/关键特性说明.md; PipeBarrier(ISASI).md
   uint32_t known(Pipe pipe) const {
-    const bool own = pipe == pipe_, ordered = pipe == kVector || pipe == kScalar;
+    const bool own = pipe == pipe_, ordered = pipe == kVector ? !by_address_ : pipe == kScalar;
     return own && ordered ? time_[pipe] : clock_[pipe_][pipe];
   }
 
@@ -182,6 +188,13 @@ class Core {
     return run << (address % kBlock);
   }
 
+  void require_barrier(Block& block, const char* what, uint32_t address) {
+    if (pipe_ == kVector && block.by_address > clock_[kVector][kVector])
+      refuse("order: %s on V at %u follows an instruction that was given addresses, without PipeBarrier<PIPE_V>", what,
+             address);
+    if (by_address_) block.by_address = time_[pipe_];
+  }
+
   void require_after(Pipe pipe, uint32_t time, const char* what, uint32_t address, const char* which) {
     if (known(pipe) < time)
       refuse("order: %s on %s at %u is a %s by %s, with nothing between them", what, kPipeNames[pipe_], address, which,
@@ -189,10 +202,11 @@ class Core {
   }
 
   std::vector<Block> blocks_;
-  Clock time_ = {};                      // instructions issued, by pipe
-  std::array<Clock, kPipes> clock_ = {}; // what each pipe knows to be over, of itself too
+  Clock time_ = {};                       // instructions issued, by pipe
+  std::array<Clock, kPipes> clock_ = {};  // what each pipe knows to be over, of itself too
   std::map<std::array<int, 3>, Clock> flags_;
   Pipe pipe_ = kScalar;
+  bool by_address_ = false;
   uint64_t instruction_ = 0;
 };
 
@@ -209,7 +223,8 @@ class Memory {
     const Region* region = nullptr;
     for (const Region& r : regions)
       if (begin >= r.begin && end <= r.end) region = &r;
-    require(region, "bounds: %s touches %llu bytes of global memory outside every tensor", what, (unsigned long long)bytes);
+    require(region, "bounds: %s touches %llu bytes of global memory outside every tensor", what,
+            (unsigned long long)bytes);
     require(region->writable || !write, "bounds: %s writes %s, an input", what, region->name);
     if (!region->writable) return;
     accesses_.push_back(core.access(begin, end, sequence_++, write));
@@ -226,7 +241,8 @@ class Memory {
     std::map<uintptr_t, int> owner;
     for (auto [line, core] : scalar_stores_) {
       const int first = owner.insert({line, core}).first->second;
-      require(first == core, "cache line: cores %d and %d store scalars in one line of %d bytes", first, core, (int)kLine);
+      require(first == core, "cache line: cores %d and %d store scalars in one line of %d bytes", first, core,
+              (int)kLine);
     }
   }
 

@@ -15,17 +15,33 @@ using TEventID = int8_t;
 
 // 同步控制/核内同步/核内同步能力概述.md, 表3
 enum class HardEvent : uint8_t {
-  S_V, S_MTE2, S_MTE3, V_S, V_MTE2, V_MTE3, MTE2_S, MTE2_V, MTE2_MTE3, MTE3_S, MTE3_V, MTE3_MTE2, MAX
+  S_V,
+  S_MTE2,
+  S_MTE3,
+  V_S,
+  V_MTE2,
+  V_MTE3,
+  MTE2_S,
+  MTE2_V,
+  MTE2_MTE3,
+  MTE3_S,
+  MTE3_V,
+  MTE3_MTE2,
+  MAX
 };
 
 namespace detail {
 
-struct Ends { emulation::Pipe from, to; };
+struct Ends {
+  emulation::Pipe from, to;
+};
 constexpr Ends kEnds[] = {
-    {emulation::kScalar, emulation::kVector}, {emulation::kScalar, emulation::kMte2}, {emulation::kScalar, emulation::kMte3},
-    {emulation::kVector, emulation::kScalar}, {emulation::kVector, emulation::kMte2}, {emulation::kVector, emulation::kMte3},
-    {emulation::kMte2, emulation::kScalar}, {emulation::kMte2, emulation::kVector}, {emulation::kMte2, emulation::kMte3},
-    {emulation::kMte3, emulation::kScalar}, {emulation::kMte3, emulation::kVector}, {emulation::kMte3, emulation::kMte2},
+    {emulation::kScalar, emulation::kVector}, {emulation::kScalar, emulation::kMte2},
+    {emulation::kScalar, emulation::kMte3},   {emulation::kVector, emulation::kScalar},
+    {emulation::kVector, emulation::kMte2},   {emulation::kVector, emulation::kMte3},
+    {emulation::kMte2, emulation::kScalar},   {emulation::kMte2, emulation::kVector},
+    {emulation::kMte2, emulation::kMte3},     {emulation::kMte3, emulation::kScalar},
+    {emulation::kMte3, emulation::kVector},   {emulation::kMte3, emulation::kMte2},
 };
 constexpr Ends ends(HardEvent event) { return kEnds[static_cast<int>(event)]; }
 
@@ -45,9 +61,13 @@ constexpr HardEvent backward(TPosition source, TPosition target) {
 
 // 同步控制/核内同步/SetFlag-WaitFlag(ISASI).md
 template <HardEvent event>
-void SetFlag(int32_t id) { emulation::core.set_flag(detail::ends(event).from, detail::ends(event).to, id); }
+void SetFlag(int32_t id) {
+  emulation::core.set_flag(detail::ends(event).from, detail::ends(event).to, id);
+}
 template <HardEvent event>
-void WaitFlag(int32_t id) { emulation::core.wait_flag(detail::ends(event).from, detail::ends(event).to, id); }
+void WaitFlag(int32_t id) {
+  emulation::core.wait_flag(detail::ends(event).from, detail::ends(event).to, id);
+}
 
 // 同步控制/核内同步/PipeBarrier(ISASI).md
 template <pipe_t pipe>
@@ -81,13 +101,21 @@ class TQueBind {
   }
 
   template <class T>
-  bool EnQue(const LocalTensor<T>& tensor) { return enqueue<kForward>(tensor.buffer()); }
+  bool EnQue(const LocalTensor<T>& tensor) {
+    return enqueue<kForward>(tensor.buffer());
+  }
   template <TPosition from, TPosition to, class T>
-  bool EnQue(const LocalTensor<T>& tensor) { return enqueue<detail::forward(from, to)>(tensor.buffer()); }
+  bool EnQue(const LocalTensor<T>& tensor) {
+    return enqueue<detail::forward(from, to)>(tensor.buffer());
+  }
   template <class T>
-  LocalTensor<T> DeQue() { return dequeue<kForward, T>(); }
+  LocalTensor<T> DeQue() {
+    return dequeue<kForward, T>();
+  }
   template <TPosition from, TPosition to, class T>
-  LocalTensor<T> DeQue() { return dequeue<detail::forward(from, to), T>(); }
+  LocalTensor<T> DeQue() {
+    return dequeue<detail::forward(from, to), T>();
+  }
 
   template <class T>
   void FreeTensor(LocalTensor<T>& tensor) {
@@ -168,7 +196,9 @@ template <TPosition position = TPosition::LCM>
 class TBuf {
  public:
   template <class T>
-  LocalTensor<T> Get() { return {&buffer_, buffer_.address}; }
+  LocalTensor<T> Get() {
+    return {&buffer_, buffer_.address};
+  }
 
  private:
   friend class TPipe;
@@ -193,7 +223,8 @@ class TPipe {
     emulation::require(events <= 8, "queue: %d buffers at one position; there are 8 events", events);
     for (int i = 0; i < number; ++i) {
       const uint32_t address = take(bytes);
-      queue.entries_.push_back({std::make_unique<Buffer>(Buffer{address, round_up(bytes), queue.kPosition, Buffer::kFree})});
+      queue.entries_.push_back(
+          {std::make_unique<Buffer>(Buffer{address, round_up(bytes), queue.kPosition, Buffer::kFree})});
     }
     return true;
   }
@@ -217,7 +248,9 @@ class TPipe {
                       emulation::kPipeNames[detail::ends(event).to]);
   }
   template <HardEvent event>
-  void ReleaseEventID(TEventID id) { events_[static_cast<int>(event)] &= ~(1 << id); }
+  void ReleaseEventID(TEventID id) {
+    events_[static_cast<int>(event)] &= ~(1 << id);
+  }
   template <HardEvent event>
   TEventID FetchEventID() {
     const TEventID id = AllocEventID<event>();
@@ -231,7 +264,9 @@ class TPipe {
   }
 
  private:
-  static uint32_t round_up(uint32_t bytes) { return (bytes + emulation::kBlock - 1) / emulation::kBlock * emulation::kBlock; }
+  static uint32_t round_up(uint32_t bytes) {
+    return (bytes + emulation::kBlock - 1) / emulation::kBlock * emulation::kBlock;
+  }
 
   uint32_t take(uint32_t bytes) {
     const uint32_t address = used_;

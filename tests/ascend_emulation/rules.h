@@ -37,6 +37,20 @@ struct Frame {
     return x = in.DeQue<float>();
   }
 
+  // Turns 16 blocks of `work` into the 16 behind them, by their addresses, and uses the result.
+  void transpose(bool before, bool behind) {
+    uint64_t targets[16], sources[16];
+    for (int i = 0; i < 16; ++i) {
+      sources[i] = (uint64_t)work[8 * i].GetPhyAddr();
+      targets[i] = (uint64_t)work[8 * (16 + i)].GetPhyAddr();
+    }
+    Duplicate(work, 0.0f, 128);
+    if (before) PipeBarrier<PIPE_V>();
+    TransDataTo5HD<float>(targets, sources, TransDataTo5HDParams(false, false, 1, 0, 0));
+    if (behind) PipeBarrier<PIPE_V>();
+    Adds(work, work[128], 1.0f, 128);
+  }
+
   void store(const LocalTensor<float>& y, int64_t at) {
     LocalTensor<float> z = out.AllocTensor<float>();
     Adds(z, y, 1.0f, 64);
@@ -223,6 +237,9 @@ inline const std::map<std::string, Kernel>& kernels() {
            f.in.FreeTensor(f.x);
          }
        })},
+      {"order: addresses without a barrier before", framed([](Frame& f) { f.transpose(false, true); })},
+      {"order: addresses without a barrier behind", framed([](Frame& f) { f.transpose(true, false); })},
+      {"order: addresses between barriers", framed([](Frame& f) { f.transpose(true, true); })},
       {"event: set twice", framed([](Frame&) {
          SetFlag<HardEvent::V_S>(1);
          SetFlag<HardEvent::V_S>(1);

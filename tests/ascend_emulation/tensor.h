@@ -4,9 +4,15 @@
 
 #include "machine.h"
 
-struct half { uint16_t bits; };
-struct bfloat16_t { uint16_t bits; };
-struct fp8_e4m3fn_t { uint8_t bits; };
+struct half {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+struct fp8_e4m3fn_t {
+  uint8_t bits;
+};
 
 namespace AscendC {
 
@@ -75,7 +81,9 @@ class LocalTensor {
   LocalTensor operator[](uint32_t offset) const { return {buffer_, address_ + offset * (uint32_t)sizeof(T)}; }
 
   template <class U>
-  LocalTensor<U> ReinterpretCast() const { return {buffer_, address_}; }
+  LocalTensor<U> ReinterpretCast() const {
+    return {buffer_, address_};
+  }
 
   T GetValue(uint32_t index) const {
     T value;
@@ -83,7 +91,9 @@ class LocalTensor {
     return value;
   }
 
-  void SetValue(uint32_t index, T value) const { std::memcpy(const_cast<uint8_t*>(scalar(index, true)), &value, sizeof value); }
+  void SetValue(uint32_t index, T value) const {
+    std::memcpy(const_cast<uint8_t*>(scalar(index, true)), &value, sizeof value);
+  }
 
   T* GetPhyAddr() const { return reinterpret_cast<T*>(emulation::core.memory + address_); }
 
@@ -104,8 +114,8 @@ class LocalTensor {
 
   // 通用说明和约束.md, 通用地址对齐约束
   void check_aligned(const char* what) const {
-    emulation::require(address_ % emulation::kBlock == 0, "alignment: %s at %u of the unified buffer, not a multiple of 32",
-                       what, address_);
+    emulation::require(address_ % emulation::kBlock == 0,
+                       "alignment: %s at %u of the unified buffer, not a multiple of 32", what, address_);
   }
 
  private:
@@ -122,7 +132,7 @@ class LocalTensor {
   uint32_t address_ = 0;
 };
 
-inline int64_t GetBlockIdx() { return emulation::core.index; }         // 工具接口/系统资源与变量/GetBlockIdx.md
-inline int64_t GetBlockNum() { return emulation::block_count; }        // 工具接口/系统资源与变量/GetBlockNum.md
+inline int64_t GetBlockIdx() { return emulation::core.index; }   // 工具接口/系统资源与变量/GetBlockIdx.md
+inline int64_t GetBlockNum() { return emulation::block_count; }  // 工具接口/系统资源与变量/GetBlockNum.md
 
 }  // namespace AscendC

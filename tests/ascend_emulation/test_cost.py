@@ -1,4 +1,4 @@
-"""The counts that `vllm-dsv4-indexer bench --model ascend` reads are those of the kernels as they are, and keep the goals."""
+"""The counts that `vllm-dsv4-indexer bench --model ascend` reads are those of the kernels as they are."""
 
 import count
 import pytest
@@ -15,7 +15,9 @@ REPEATED = [(a, t) for a in count.ALGORITHMS for t in count.LENGTHS if (a, t) !=
 
 @pytest.mark.parametrize("algorithm, tokens", REPEATED)
 def test_the_counts_are_up_to_date(ascend_emulation, algorithm, tokens):
-    assert count.count(ascend_emulation, algorithm, tokens) == COUNTS[algorithm][tokens], "run tests/ascend_emulation/count.py"
+    assert count.count(ascend_emulation, algorithm, tokens) == COUNTS[algorithm][tokens], (
+        "run tests/ascend_emulation/count.py"
+    )
 
 
 @pytest.mark.parametrize("tokens", [t for t in count.LENGTHS if t >= 2048])
@@ -43,5 +45,8 @@ def test_a_core_takes_as_long_as_its_busiest_unit():
 def test_the_command_prints_the_yardstick_before_the_result(capsys):
     assert cli.main(["bench", "--model", "ascend"]) == 0
     printed = capsys.readouterr().out
-    places = [printed.index(text) for text in ("published  45.6%", "Counts a token", "Modelled cycles", "Hadamard", "Assumptions")]
+    places = [
+        printed.index(text)
+        for text in ("published  45.6%", "Counts a token", "Modelled cycles", "Hadamard", "Assumptions")
+    ]
     assert places == sorted(places) and "nothing here was measured on an NPU" in printed

@@ -50,7 +50,8 @@ class Comparison:
         # Small values have small steps of fp8: a value is one code away, or by a little of the entry's largest.
         apart = (ordered(actual) - ordered(expected))[written].abs()
         values = [
-            b.codes()[written].view(torch.float8_e4m3fn).float() * b.scales()[written][:, None] for b in (actual, expected)
+            b.codes()[written].view(torch.float8_e4m3fn).float() * b.scales()[written][:, None]
+            for b in (actual, expected)
         ]
         error = (values[0] - values[1]).abs() / (expected.scales()[written][:, None] * FP8_MAX)
         assert ((apart <= 1) | (error <= 1 / 256)).all(), case
@@ -230,8 +231,14 @@ def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation)
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"k_format": "fp8_amax"}, "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: int8"),
-        ({"k_format": "int8_hadamard", "k_page": 16}, "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128"),
+        (
+            {"k_format": "fp8_amax"},
+            "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: int8",
+        ),
+        (
+            {"k_format": "int8_hadamard", "k_page": 16},
+            "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128",
+        ),
         ({"k_format": "fp8_pow2"}, "k_format 'fp8_pow2' has no kernel for NPUs; there are int8_hadamard, fp8_amax"),
         ({"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16}, "kv_score has dtype torch.bfloat16; on NPUs"),
     ],

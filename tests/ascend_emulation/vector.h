@@ -1,4 +1,5 @@
-// Vector instructions. SIMD-API/基础API/Memory矢量计算; masks and repeats: SIMD计算说明/{掩码,高维切分,连续计算}.md
+// Vector instructions. SIMD-API/基础API/Memory矢量计算
+// Masks and repeats: SIMD计算说明/{掩码,高维切分,连续计算}.md
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,12 @@ namespace AscendC {
 // 辅助数据结构/{BinaryRepeatParams,UnaryRepeatParams}.md. Strides in blocks of 32 bytes.
 struct BinaryRepeatParams {
   BinaryRepeatParams(uint8_t d, uint8_t s0, uint8_t s1, uint8_t dr, uint8_t s0r, uint8_t s1r)
-      : dstBlkStride(d), src0BlkStride(s0), src1BlkStride(s1), dstRepStride(dr), src0RepStride(s0r), src1RepStride(s1r) {}
+      : dstBlkStride(d),
+        src0BlkStride(s0),
+        src1BlkStride(s1),
+        dstRepStride(dr),
+        src0RepStride(s0r),
+        src1RepStride(s1r) {}
   uint8_t dstBlkStride, src0BlkStride, src1BlkStride, dstRepStride, src0RepStride, src1RepStride;
 };
 struct UnaryRepeatParams {
@@ -27,13 +33,15 @@ struct BrcbRepeatParams {
 
 namespace detail {
 
-template <class T> constexpr const char* type_name();
-template <> constexpr const char* type_name<float>() { return "float"; }
-template <> constexpr const char* type_name<half>() { return "half"; }
-template <> constexpr const char* type_name<bfloat16_t>() { return "bfloat16_t"; }
-template <> constexpr const char* type_name<fp8_e4m3fn_t>() { return "fp8_e4m3fn_t"; }
-template <> constexpr const char* type_name<int8_t>() { return "int8_t"; }
-template <> constexpr const char* type_name<int16_t>() { return "int16_t"; }
+template <class T>
+constexpr const char* type_name() {
+  if constexpr (std::is_same_v<T, float>) return "float";
+  if constexpr (std::is_same_v<T, half>) return "half";
+  if constexpr (std::is_same_v<T, bfloat16_t>) return "bfloat16_t";
+  if constexpr (std::is_same_v<T, fp8_e4m3fn_t>) return "fp8_e4m3fn_t";
+  if constexpr (std::is_same_v<T, int8_t>) return "int8_t";
+  if constexpr (std::is_same_v<T, int16_t>) return "int16_t";
+}
 
 constexpr int kRepeatBytes = 256;
 
@@ -52,11 +60,14 @@ struct Shape {
 };
 
 template <class... T>
-constexpr int lanes() { return kRepeatBytes / static_cast<int>(std::max({sizeof(T)...})); }
+constexpr int lanes() {
+  return kRepeatBytes / static_cast<int>(std::max({sizeof(T)...}));
+}
 
 template <class... T>
 Shape sliced(uint64_t mask, Repeats repeats) {
-  emulation::require(mask >= 1 && mask <= (uint64_t)lanes<T...>(), "range: mask %d; it is 1 to %d", (int)mask, lanes<T...>());
+  emulation::require(mask >= 1 && mask <= (uint64_t)lanes<T...>(), "range: mask %d; it is 1 to %d", (int)mask,
+                     lanes<T...>());
   return {(int)mask, repeats.value, (int)mask};
 }
 
@@ -98,7 +109,8 @@ void store(const Strided<T>& s, int repeat, int n, const char* name, const T* va
 // In one repeat, a source and the target may be the same or apart. 通用说明和约束.md, 通用地址重叠约束
 template <class T, class S>
 void check_overlap(const Strided<T>& target, const Strided<S>& source, int repeat, int n, const char* name) {
-  const uint32_t t = target.tensor.address() + target.offset(repeat, 0), s = source.tensor.address() + source.offset(repeat, 0);
+  const uint32_t t = target.tensor.address() + target.offset(repeat, 0),
+                 s = source.tensor.address() + source.offset(repeat, 0);
   if (t == s && (target.block == source.block || n <= target.kPerBlock) && sizeof(T) == sizeof(S)) return;
   for (int i = 0; i * target.kPerBlock < n; ++i)
     for (int j = 0; j * source.kPerBlock < n; ++j)
@@ -115,16 +127,19 @@ void elementwise(const char* name, Shape shape, Strided<T> target, F compute, St
   count.instructions += 1, count.repeats += shape.repeats;
   target.tensor.check_aligned(name);
   (source.tensor.check_aligned(name), ...);
-  emulation::require(target.block != 0 || shape.lanes <= target.kPerBlock, "range: %s with a target block stride of 0", name);
+  emulation::require(target.block != 0 || shape.lanes <= target.kPerBlock, "range: %s with a target block stride of 0",
+                     name);
   for (int r = 0; r < shape.repeats; ++r) {
     const int n = r + 1 < shape.repeats ? shape.lanes : shape.last;
     (check_overlap(target, source, r, n, name), ...);
     T result[kRepeatBytes];
     std::tuple<std::array<S, kRepeatBytes>...> values;
-    std::apply([&](auto&... array) {
-      (load(source, r, n, name, array.data()), ...);
-      for (int i = 0; i < n; ++i) result[i] = compute(array[i]...);
-    }, values);
+    std::apply(
+        [&](auto&... array) {
+          (load(source, r, n, name, array.data()), ...);
+          for (int i = 0; i < n; ++i) result[i] = compute(array[i]...);
+        },
+        values);
     store(target, r, n, name, result);
   }
 }
@@ -152,20 +167,19 @@ inline uint32_t float_to_bits(float value) {
 }  // namespace detail
 
 // 基础算术/{Add,Sub,Mul,Div,Max}.md. Types on A2 and A3: half, float, int32_t, (int16_t); only float is emulated.
-#define DSV4_BINARY(NAME, VALUE)                                                                                        \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a, const LocalTensor<float>& b,          \
-                   uint64_t mask, detail::Repeats repeats, const BinaryRepeatParams& p) {                               \
-    detail::elementwise(#NAME, detail::sliced<float>(mask, repeats),                                                    \
-                        detail::Strided<float>{target, p.dstBlkStride, p.dstRepStride},                                 \
-                        [](float x, float y) { return VALUE; },                                                         \
-                        detail::Strided<float>{a, p.src0BlkStride, p.src0RepStride},                                    \
-                        detail::Strided<float>{b, p.src1BlkStride, p.src1RepStride});                                   \
-  }                                                                                                                     \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a, const LocalTensor<float>& b,          \
-                   int32_t count) {                                                                                     \
-    detail::elementwise(#NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},                  \
-                        [](float x, float y) { return VALUE; }, detail::Strided<float>{a, 1, 8},                        \
-                        detail::Strided<float>{b, 1, 8});                                                               \
+#define DSV4_BINARY(NAME, VALUE)                                                                                     \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a, const LocalTensor<float>& b,       \
+                   uint64_t mask, detail::Repeats repeats, const BinaryRepeatParams& p) {                            \
+    detail::elementwise(                                                                                             \
+        #NAME, detail::sliced<float>(mask, repeats), detail::Strided<float>{target, p.dstBlkStride, p.dstRepStride}, \
+        [](float x, float y) { return VALUE; }, detail::Strided<float>{a, p.src0BlkStride, p.src0RepStride},         \
+        detail::Strided<float>{b, p.src1BlkStride, p.src1RepStride});                                                \
+  }                                                                                                                  \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a, const LocalTensor<float>& b,       \
+                   int32_t count) {                                                                                  \
+    detail::elementwise(                                                                                             \
+        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},                               \
+        [](float x, float y) { return VALUE; }, detail::Strided<float>{a, 1, 8}, detail::Strided<float>{b, 1, 8});   \
   }
 DSV4_BINARY(Add, x + y)
 DSV4_BINARY(Sub, x - y)
@@ -175,10 +189,11 @@ DSV4_BINARY(Max, x > y || x != x ? x : y)
 #undef DSV4_BINARY
 
 // 基础算术/{Abs,Exp,Sqrt}.md
-#define DSV4_UNARY(NAME, VALUE)                                                                                         \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, int32_t count) {                 \
-    detail::elementwise(#NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},                  \
-                        [](float x) { return VALUE; }, detail::Strided<float>{source, 1, 8});                           \
+#define DSV4_UNARY(NAME, VALUE)                                                                                       \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, int32_t count) {               \
+    detail::elementwise(                                                                                              \
+        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8}, [](float x) { return VALUE; }, \
+        detail::Strided<float>{source, 1, 8});                                                                        \
   }
 DSV4_UNARY(Abs, std::fabs(x))
 DSV4_UNARY(Exp, detail::approximate(std::exp(x)))
@@ -186,10 +201,11 @@ DSV4_UNARY(Sqrt, detail::approximate(std::sqrt(x)))
 #undef DSV4_UNARY
 
 // 基础算术/{Adds,Muls,Maxs}.md
-#define DSV4_SCALAR(NAME, VALUE)                                                                                        \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, float y, int32_t count) {        \
-    detail::elementwise(#NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},                  \
-                        [y](float x) { return VALUE; }, detail::Strided<float>{source, 1, 8});                          \
+#define DSV4_SCALAR(NAME, VALUE)                                                                                       \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, float y, int32_t count) {       \
+    detail::elementwise(                                                                                               \
+        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8}, [y](float x) { return VALUE; }, \
+        detail::Strided<float>{source, 1, 8});                                                                         \
   }
 DSV4_SCALAR(Adds, x + y)
 DSV4_SCALAR(Muls, x * y)
@@ -204,7 +220,8 @@ inline void Duplicate(const LocalTensor<float>& target, float value, int32_t cou
 
 // 数据填充/Brcb.md: eight elements a repeat, each into a block of its own
 template <class T>
-void Brcb(const LocalTensor<T>& target, const LocalTensor<T>& source, detail::Repeats repeats, const BrcbRepeatParams& p) {
+void Brcb(const LocalTensor<T>& target, const LocalTensor<T>& source, detail::Repeats repeats,
+          const BrcbRepeatParams& p) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4);
   using emulation::require;
   emulation::core.issue(emulation::kVector);
@@ -282,17 +299,20 @@ inline int8_t convert(half x, int8_t*) { return saturate<int8_t>(from_half(x)); 
 template <class T, class U>
 void Cast(const LocalTensor<T>& target, const LocalTensor<U>& source, RoundMode mode, uint32_t count) {
   constexpr bool widens = std::is_same_v<U, bfloat16_t> && std::is_same_v<T, float>;
-  emulation::require(mode == (widens ? RoundMode::CAST_NONE : RoundMode::CAST_RINT), "range: Cast with a mode that is not emulated");
+  emulation::require(mode == (widens ? RoundMode::CAST_NONE : RoundMode::CAST_RINT),
+                     "range: Cast with a mode that is not emulated");
   if constexpr (std::is_same_v<T, fp8_e4m3fn_t>)
-    emulation::require(emulation::core.product->is_950, "product: %s has no Cast to fp8_e4m3fn_t", emulation::core.product->name);
-  detail::elementwise("Cast", detail::contiguous<T, U>(count),
-                      detail::Strided<T>{target, 1, 8 * (int)sizeof(T) / (int)std::max(sizeof(T), sizeof(U))},
-                      [](U x) { return detail::convert(x, static_cast<T*>(nullptr)); },
-                      detail::Strided<U>{source, 1, 8 * (int)sizeof(U) / (int)std::max(sizeof(T), sizeof(U))});
+    emulation::require(emulation::core.product->is_950, "product: %s has no Cast to fp8_e4m3fn_t",
+                       emulation::core.product->name);
+  detail::elementwise(
+      "Cast", detail::contiguous<T, U>(count),
+      detail::Strided<T>{target, 1, 8 * (int)sizeof(T) / (int)std::max(sizeof(T), sizeof(U))},
+      [](U x) { return detail::convert(x, static_cast<T*>(nullptr)); },
+      detail::Strided<U>{source, 1, 8 * (int)sizeof(U) / (int)std::max(sizeof(T), sizeof(U))});
 }
 
-// 数据排布转换/TransDataTo5HD.md, elements of 32 bits: element i of source block w goes to element w % 8 of target block
-// 2 * i + w / 8. With one repeat the start is moved by the strides, as the document says.
+// 数据排布转换/TransDataTo5HD.md, elements of 32 bits: element i of source block w goes to element w % 8 of target
+// block 2 * i + w / 8. With one repeat the start is moved by the strides, as the document says.
 constexpr int NCHW_CONV_ADDR_LIST_SIZE = 16;
 struct TransDataTo5HDParams {
   TransDataTo5HDParams(bool, bool, detail::Repeats repeats, uint16_t target, uint16_t source)
@@ -306,7 +326,7 @@ void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE], uint64_t sources
   static_assert(std::is_same_v<T, float>, "only float is emulated");
   constexpr const char* kName = "TransDataTo5HD";
   emulation::Core& core = emulation::core;
-  core.issue(emulation::kVector);
+  core.issue(emulation::kVector, true);
   emulation::Count& count = core.counts.vector["TransDataTo5HD/float"];
   count.instructions += 1, count.repeats += p.repeatTimes;
   auto address = [&](uint64_t list, int stride, int repeat) {
@@ -319,11 +339,13 @@ void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE], uint64_t sources
   for (int r = 0; r < p.repeatTimes; ++r) {
     float blocks[16][8], turned[16][8];
     for (int w = 0; w < 16; ++w)
-      std::memcpy(blocks[w], core.read(address(sources[w], p.srcRepStride, r), emulation::kBlock, kName), sizeof blocks[w]);
+      std::memcpy(blocks[w], core.read(address(sources[w], p.srcRepStride, r), emulation::kBlock, kName),
+                  sizeof blocks[w]);
     for (int w = 0; w < 16; ++w)
       for (int i = 0; i < 8; ++i) turned[2 * i + w / 8][w % 8] = blocks[w][i];
     for (int t = 0; t < 16; ++t)
-      std::memcpy(core.write(address(targets[t], p.dstRepStride, r), emulation::kBlock, kName), turned[t], sizeof turned[t]);
+      std::memcpy(core.write(address(targets[t], p.dstRepStride, r), emulation::kBlock, kName), turned[t],
+                  sizeof turned[t]);
   }
 }
 

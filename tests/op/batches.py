@@ -244,8 +244,10 @@ def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, n
         return state, k_cache, None, storages
     if layout == "ascend":
         size = scale_dtype.itemsize
-        scales = k_storage.view(scale_dtype)
-        return state, k_cache, scales.as_strided((k_pages, k_page), (k_stride // size, 1), k_page * HEAD_DIM // size), storages
+        k_scale = k_storage.view(scale_dtype).as_strided(
+            (k_pages, k_page), (k_stride // size, 1), k_page * HEAD_DIM // size
+        )
+        return state, k_cache, k_scale, storages
     scale_storage = storage(k_pages * k_page * 8)
     scales = scale_storage.view(scale_dtype)
     k_scale = scales.as_strided((k_pages, k_page), (k_page * 2, 2), 0)

@@ -1,8 +1,8 @@
 """`vllm-dsv4-indexer bench --model ascend`: what the AscendC kernels would cost, without an NPU.
 
-The counts are exact: tests/ascend_emulation/count.py ran the kernels in the emulation, for one request of T tokens, and
-wrote them beside this file (the emulation is not part of the package; a test keeps the file up to date). What is made of
-them is a model: a core's launch takes as long as the busiest of its transfers, its vector unit and its scalar unit.
+The counts are exact: tests/ascend_emulation/count.py ran the kernels in the emulation, for one request of T tokens,
+and wrote them beside this file (the emulation is no part of the package; a test keeps the file up to date). What is
+made of them is a model: a core's launch takes as long as the busiest of its transfers, its vector and its scalar unit.
 """
 
 import json
@@ -11,9 +11,16 @@ from pathlib import Path
 
 COUNTS = Path(__file__).with_name("ascend_counts.json")
 
-# Vector throughput of A2 and A3 in elements a cycle: asc-devkit, docs/zh/api/附录/Vector指令理论性能汇总.md, tables 6 to 13.
-# Copy is not listed there; it is taken to be as fast as Adds.
-_PER_CYCLE = {"Exp/float": 32, "Div/float": 32, "Sqrt/float": 32, "Cast/int8_t": 128, "Cast/half": 128, "Brcb/half": 128}
+# Vector throughput of A2 and A3 in elements a cycle: asc-devkit, docs/zh/api/附录/Vector指令理论性能汇总.md, tables 6
+# to 13. Copy is not listed there; it is taken to be as fast as Adds.
+_PER_CYCLE = {
+    "Exp/float": 32,
+    "Div/float": 32,
+    "Sqrt/float": 32,
+    "Cast/int8_t": 128,
+    "Cast/half": 128,
+    "Brcb/half": 128,
+}
 _LANES = {"Cast/int8_t": 128, "Cast/half": 128, "Brcb/half": 128, "TransDataTo5HD/float": 128}  # elements of a repeat
 _FLOATS = 64  # of both, where nothing else is said
 
@@ -26,8 +33,8 @@ _POOL_LAUNCH = {"A": 0, "B": 1}  # the other launch saves the state
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no document says, in cycles of a core unless said otherwise. Central values; RANGES has low and high. They were
-    set before the model was compared with what was published, and not fitted to it."""
+    """What no document says, in cycles of a core unless said otherwise. Central values; RANGES has low and high. They
+    were set before the model was compared with what was published, and not fitted to it."""
 
     bytes_per_cycle: float = 18  # global memory, for each of 48 cores at once: 1.6 TB/s at 1.8 GHz
     transfer: float = 60  # to start one transfer
@@ -67,13 +74,13 @@ def load_counts() -> dict[str, dict[int, list[dict]]]:
 
 def core_cycles(core: dict, a: Assumptions) -> float:
     """One core's time in one launch."""
-    transfers = (core["read_bytes"] + core["write_bytes"]) / a.bytes_per_cycle + (core["reads"] + core["writes"]) * a.transfer
+    moved, transfers = core["read_bytes"] + core["write_bytes"], core["reads"] + core["writes"]
     vector = sum(
         instructions * a.vector_issue + repeats * _LANES.get(name, _FLOATS) / _PER_CYCLE.get(name, _FLOATS)
         for name, (instructions, repeats) in core["vector"].items()
     )
     scalar = core["scalar_local"] * a.scalar_local + core["scalar_global"] * a.scalar_global
-    return max(transfers, vector, scalar)
+    return max(moved / a.bytes_per_cycle + transfers * a.transfer, vector, scalar)
 
 
 def kernel_cycles(launches: list[dict], a: Assumptions) -> float:
@@ -103,7 +110,8 @@ def _yardstick(counts: dict) -> str:
         "Modelled from counts of the emulation; nothing here was measured on an NPU.",
         "A overlay_scan, B scatter_pool, C one_pass; one request of T tokens, int8 with fp16 scales, 48 cores.",
         "",
-        "First the model against what was published for the change from A to B at T=128 (cycles saved):",
+        "First the model against what was published for the change from A to B at T=128, by another implementation",
+        "of both (cycles saved; in brackets: with each assumption at its low and high):",
     ]
     a, b = counts["A"][128], counts["B"][128]
     pools = [a[_POOL_LAUNCH["A"]]], [b[_POOL_LAUNCH["B"]]]
@@ -113,55 +121,69 @@ def _yardstick(counts: dict) -> str:
 
 
 def _raw(counts: dict) -> str:
-    lines = ["Counts a token", f"{'T':>8}  {'':3}{'launches':>9}{'cores':>7}{'KiB read':>10}{'written':>9}{'together':>10}"
-             f"{'transfers':>11}{'vector':>8}{'repeats':>9}{'scalar UB':>11}{'scalar GM':>11}"]  # fmt: skip
+    titles = (
+        "T,,launches,cores,KiB read,written,together,of them constants,transfers,vector,repeats,scalar UB,scalar GM"
+    )
+    rows = [titles.split(",")]
     for t in counts["C"]:
         for letter, by_length in counts.items():
             launches = by_length[t]
             n = {k: sum(x["all"][k] for x in launches) / t for k in launches[0]["all"] if k != "vector"}
-            vector = [sum(c[i] for x in launches for c in x["all"]["vector"].values()) / t for i in (0, 1)]
-            read, written = n["read_bytes"] / 1024, n["write_bytes"] / 1024
-            lines.append(
-                f"{t:8}  {letter:3}{len(launches):9}{launches[0]['cores']:7}{read:10.2f}{written:9.2f}{read + written:10.2f}"
-                f"{n['reads'] + n['writes']:11.2f}{vector[0]:8.1f}{vector[1]:9.1f}{n['scalar_local']:11.1f}{n['scalar_global']:11.1f}"
+            instructions, repeats = (
+                sum(c[i] for x in launches for c in x["all"]["vector"].values()) / t for i in (0, 1)
             )
-    constants = 4096 + 256
-    lines.append(f"In these, every core of a launch loads {constants} bytes of constants (the gate's bias, the norm's weight).")
-    return "\n".join(lines)
+            bytes_ = n["read_bytes"], n["write_bytes"], _moved(launches) / t, sum(map(_constants, launches)) / t
+            row = [str(t), letter, str(len(launches)), str(launches[0]["cores"]), *(f"{x / 1024:.2f}" for x in bytes_)]
+            rest = n["reads"] + n["writes"], instructions, repeats, n["scalar_local"], n["scalar_global"]
+            rows.append(row + [f"{x:.1f}" for x in rest])
+    return "Counts a token (constants: the gate's bias and the norm's weight, which every core loads)\n" + _table(rows)
+
+
+def _moved(launches: list[dict]) -> int:
+    return sum(launch["all"]["read_bytes"] + launch["all"]["write_bytes"] for launch in launches)
+
+
+def _constants(launch: dict) -> int:
+    """What the cores of a launch load whatever the tokens: the bias [4, 256] fp32; if they pool, [128] bf16."""
+    return launch["cores"] * (4096 + (256 if "Exp/float" in launch["all"]["vector"] else 0))
 
 
 def _cycles(counts: dict) -> str:
     central = Assumptions()
-    lines = ["Modelled cycles of the kernels (in brackets the range over the assumptions), and with their launches",
-             f"{'T':>8}{'A':>11}{'B':>11}{'C':>11}   {'C saves of A':25}{'C saves of B':25}{'A, B, C with launches':>24}"]  # fmt: skip
+    rows = [["T", "A", "B", "C", "C saves of A", "C saves of B", "A", "B", "C with launches"]]
     for t in counts["C"]:
-        launches = {letter: by_length[t] for letter, by_length in counts.items()}
-        kernels = {letter: kernel_cycles(x, central) for letter, x in launches.items()}
-        whole = "".join(f"{kernels[letter] + len(x) * central.launch:9.0f}" for letter, x in launches.items())
-        lines.append(
-            f"{t:8}" + "".join(f"{cycles:11.0f}" for cycles in kernels.values())
-            + f"   {_range(saving(launches['A'], launches['C'])):25}{_range(saving(launches['B'], launches['C'])):25}{whole}"
-        )  # fmt: skip
-    return "\n".join(lines)
+        launches = [by_length[t] for by_length in counts.values()]
+        kernels = [kernel_cycles(x, central) for x in launches]
+        savings = [_range(saving(other, launches[2])) for other in launches[:2]]
+        whole = [cycles + len(x) * central.launch for cycles, x in zip(kernels, launches)]
+        rows.append([str(t), *(f"{x:.0f}" for x in kernels), *savings, *(f"{x:.0f}" for x in whole)])
+    return "Modelled cycles of the kernels (in brackets: with each assumption at its low and high)\n" + _table(rows)
 
 
 def _stock(counts: dict) -> str:
-    lines = ["vLLM Ascend's own chain behind the projection, from its shapes (no counts; its kernels were not run), bytes a token"]
-    lines += [f"  {name:55}{read:8.1f} read{written:8.1f} written" for name, (read, written) in STOCK.items()]
+    rows = [[f"  {name:52}", f"{read:.1f} read", f"{written:.1f} written"] for name, (read, written) in STOCK.items()]
     total = sum(read + written for read, written in STOCK.values()) / 1024
     longest = max(counts["C"])
-    ours = sum(x["all"]["read_bytes"] + x["all"]["write_bytes"] for x in counts["C"][longest]) / longest / 1024
-    lines.append(
-        f"  together {total:.2f} KiB a token in {len(STOCK)} launches, with the projection in the first; C moves {ours:.2f} KiB at "
-        f"T={longest} in 1, with the projection in one before it. What C saves of this chain is launches rather than bytes."
+    ours = _moved(counts["C"][longest]) / longest / 1024
+    return (
+        "vLLM Ascend's own chain, from its shapes (its kernels were not run), bytes a token\n"
+        f"{_table(rows)}\n"
+        f"  together {total:.2f} KiB a token in {len(STOCK)} launches, with the projection in the first\n"
+        f"  C at T={longest}: {ours:.2f} KiB in 1 launch, the projection in one before it; it saves launches, not bytes"
     )
-    return "\n".join(lines)
 
 
 def _assumptions() -> str:
-    lines = ["Assumptions, central and range (cycles of a core, or bytes a cycle)"]
-    lines += [f"  {name:18}{getattr(Assumptions(), name):8.0f}   {low} to {high}" for name, (low, high) in RANGES.items()]
-    return "\n".join(lines)
+    central = Assumptions()
+    rows = [
+        [f"  {name:15}", f"{getattr(central, name):.0f}", f"{low} to {high}"] for name, (low, high) in RANGES.items()
+    ]
+    return "Assumptions, central and range (cycles of a core, or bytes a cycle)\n" + _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def _range(values: tuple[float, float, float]) -> str:

@@ -27,7 +27,7 @@ def add_to(commands) -> None:
                        help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
     bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
     bench.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR",
-                       help="for bench.json and bench.svg (default: %(default)s)")
+                       help="for bench.json and bench.svg (default: %(default)s)")  # fmt: skip
     bench.add_argument("--model", choices=("ascend",),
                        help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of an emulation")  # fmt: skip
     bench.set_defaults(run=_bench)

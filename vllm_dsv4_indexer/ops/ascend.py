@@ -1,7 +1,7 @@
 """`compress` on Ascend NPUs: hands the tensors' addresses to the native library (csrc/ascend), on the current stream.
 
-Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in page 0 is not written,
-a window's row without a page counts for nothing. What the kernels cannot do is refused with the table of
+Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in page 0 is not
+written, a window's row without a page counts for nothing. What the kernels cannot do is refused with the table of
 csrc/ascend/tiling.h. Two conditions beyond the op's own, both kept by vLLM Ascend (csrc/ascend/README.md says why): the
 slots of a call are unique, and none of them is a row that a window of the same call reads from the state.
 """
@@ -20,7 +20,7 @@ _K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}
 
 
 class Arguments(ctypes.Structure):
-    """csrc/ascend/abi.h, `struct Arguments`, which explains the fields; all but eps are 8-byte integers or addresses."""
+    """csrc/ascend/abi.h, `struct Arguments`, which explains the fields; all but eps are integers of 8 bytes."""
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -39,7 +39,9 @@ def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str 
     arguments = arguments_of(*tensors, eps=eps, k_format=k_format)
     message = ctypes.create_string_buffer(500)
     stream = _stream(tensors[0].device)
-    if native().dsv4_indexer_ascend_compress(algorithm.encode(), ctypes.byref(arguments), stream, message, len(message)):
+    if native().dsv4_indexer_ascend_compress(
+        algorithm.encode(), ctypes.byref(arguments), stream, message, len(message)
+    ):
         raise contract.ContractError(message.value.decode())
 
 
@@ -64,7 +66,9 @@ def arguments_of(
     if k_format not in _K_FORMATS:
         raise contract.ContractError(f"k_format {k_format!r} has no kernel for NPUs; there are {', '.join(_K_FORMATS)}")
     if kv_score.dtype is not torch.float32:
-        raise contract.ContractError(f"kv_score has dtype {kv_score.dtype}; on NPUs the projection's output is torch.float32")
+        raise contract.ContractError(
+            f"kv_score has dtype {kv_score.dtype}; on NPUs the projection's output is torch.float32"
+        )
     entry_stride = k_cache.stride(1) if k_format == "int8_hadamard" else contract.HEAD_DIM  # fp8 pages are opaque
     scale = (
         (0, 0, 0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def library_path(library: str) -> Path:
-    """A native library of ours: where the installed distribution has it (also an editable one), or beside this package."""
+    """A native library: where the installed distribution has it (also an editable one), or beside this package."""
     candidates = [Path(__file__).parents[2] / library]
     try:
         candidates.insert(0, Path(importlib.metadata.distribution("vllm-dsv4-indexer").locate_file(library)))
