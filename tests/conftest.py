@@ -19,11 +19,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ascend_emulation(tmp_path_factory: pytest.TempPathFactory):
-    """The emulated NPU (tests/ascend_emulation), as impl "ascend" for the whole session; see `Emulator`."""
+def built_ascend_emulation(tmp_path_factory: pytest.TempPathFactory):
+    """The emulated NPU (tests/ascend_emulation), built once; see `Emulator`."""
     from emulator import Emulator
 
-    emulator = Emulator(tmp_path_factory.mktemp("ascend_emulation"))
-    with pytest.MonkeyPatch.context() as patch:
-        emulator.install(patch)
-        yield emulator
+    return Emulator(tmp_path_factory.mktemp("ascend_emulation"))
+
+
+@pytest.fixture(scope="module")
+def ascend_emulation(built_ascend_emulation):
+    """The emulated NPU, which is impl "ascend" for the tests of this module, on tensors of any device."""
+    with built_ascend_emulation.installed():
+        yield built_ascend_emulation

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.bench.ascend_model import COUNTS
 from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH
 from vllm_dsv4_indexer.ops import ascend
@@ -65,14 +64,12 @@ def _sum(cores: list[dict]) -> dict:
 
 
 def main() -> None:
-    import pytest
     from emulator import Emulator
 
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as folder:
         emulator = Emulator(Path(folder))
-        emulator.install(patch)
-        ops.prepare("ascend", "cpu")
-        counts = {a: {str(t): count(emulator, a, t) for t in LENGTHS} for a in ALGORITHMS}
+        with emulator.installed():
+            counts = {a: {str(t): count(emulator, a, t) for t in LENGTHS} for a in ALGORITHMS}
     text = json.dumps(counts).replace('"all": ', '\n"all": ').replace('"busiest": ', '\n"busiest": ')
     COUNTS.write_text(text + "\n")
     print(f"wrote {COUNTS}")

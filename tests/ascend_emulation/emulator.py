@@ -1,9 +1,11 @@
 """Builds the emulation with the host's compiler, and makes it impl "ascend" of `ops.compress`, on CPU tensors."""
 
+import contextlib
 import ctypes
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,19 @@ class Emulator:
         refused = self.library.emulation_run_rule(name.encode(), cores, message, len(message))
         return message.value.decode() if refused else ""
 
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        """While `patch` lasts, impl "ascend" is this machine, and may be asked for on any device."""
-        patch.setattr(ascend, "library_path", lambda _: self.library._name)
-        patch.setattr(ascend, "_stream", lambda device: 0)
-        patch.setitem(ops.IMPLEMENTATIONS, "ascend", ops.IMPLEMENTATIONS["ascend"]._replace(devices=()))
-        ascend.native.cache_clear()
-        ops._implementation.cache_clear()
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Meanwhile, impl "ascend" is this machine, and may be asked for on any device."""
+        anywhere = ops.IMPLEMENTATIONS["ascend"]._replace(devices=())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ascend, "library_path", lambda _: self.library._name)
+            patch.setattr(ascend, "_stream", lambda device: 0)
+            patch.setitem(ops.IMPLEMENTATIONS, "ascend", anywhere)
+            _forget()
+            yield
+        _forget()
+
+
+def _forget() -> None:
+    ascend.native.cache_clear()
+    ops._implementation.cache_clear()
