@@ -67,6 +67,10 @@ K_FORMATS = {
         Argument("k_cache", ("k_pages", "bs", HEAD_DIM), (torch.int8,)),
         Argument("k_scale_cache", ("k_pages", "bs"), (torch.float32, torch.float16), dense=0),
     ),
+    "fp8_amax": (
+        *_COMMON,
+        Argument("k_cache", ("k_pages", "bs", FP8_ENTRY_BYTES), (torch.uint8,), dense=2),
+    ),
 }
 
 

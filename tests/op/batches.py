@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
 )  # fmt: skip
 
 IMPLS = ("reference", "cpu", "overlay_scan")  # the same results
@@ -25,7 +25,11 @@ LAYOUTS = {
     # vLLM 0.32, four layers: one storage for the state and the K cache of all layers, here those of the layer whose
     # slot begins at byte 8640. State and K views begin at the same byte and use different pages.
     "engine": (93888, 93888, 8640),
+    # vLLM Ascend 0.26.0rc1: one storage of pages, each as large as a K page with its scales behind the values; a state
+    # page begins where a K page would.
+    "ascend": (None, None, 0),
 }
+_SHARED = ("engine", "ascend")
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,25 @@ class Batch:
         if self.k_format == "int8_hadamard":
             return self.k_cache
         return self.k_cache.as_strided(
-            (len(self.k_cache), FP8_PAGE_ENTRIES, HEAD_DIM),
-            (self.k_cache.stride(0), HEAD_DIM, 1),
-            self.k_cache.storage_offset(),
+            (*self.k_cache.shape[:2], HEAD_DIM), (self.k_cache.stride(0), HEAD_DIM, 1), self.k_cache.storage_offset()
         )
+
+    def scales(self) -> Tensor:
+        """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales."""
+        if self.k_format == "int8_hadamard":
+            return self.k_scale_cache
+        k_cache, per_page = self.k_cache, self.k_cache.shape[1]
+        words = k_cache.untyped_storage()
+        floats = torch.empty(0, dtype=torch.float32).set_(words)
+        offset = k_cache.storage_offset() + per_page * HEAD_DIM
+        return floats.as_strided((len(k_cache), per_page), (k_cache.stride(0) // 4, 1), offset // 4)
 
     def entries(self) -> list[bytes]:
         """What each window-closing token stored, in the order of the tokens."""
         slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
         per_page = self.k_cache.shape[1]
         page, entry = slots // per_page, slots % per_page
-        if self.k_format == "int8_hadamard":
-            scales = self.k_scale_cache[page, entry, None].view(torch.uint8)
-        else:
-            offset = self.k_cache.storage_offset() + FP8_SCALE_OFFSET
-            scales = self.k_cache.as_strided(
-                (len(self.k_cache), FP8_PAGE_ENTRIES, 4), (self.k_cache.stride(0), 4, 1), offset
-            )[page, entry]
+        scales = self.scales()[page, entry, None].view(torch.uint8)
         values = self.codes()[page, entry].view(torch.uint8)
         return [bytes(row.tolist()) for row in torch.cat([values, scales], dim=1)]
 
@@ -101,6 +107,7 @@ def make_batch(
     *,
     seed: int = 0,
     page: int = 4,
+    k_page: int | None = None,
     layout: str = "dense",
     kv_dtype: torch.dtype = torch.float32,
     norm_dtype: torch.dtype = torch.bfloat16,
@@ -113,7 +120,7 @@ def make_batch(
     """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents.
 
     `ring`: positions p and p + ring of a request share a state row. `page_seed` permutes the pages without changing
-    anything else.
+    anything else. `k_page`: entries of a K page, where the format leaves them free.
     """
     numbers = torch.Generator().manual_seed(seed)
     pages = torch.Generator().manual_seed(seed if page_seed is None else page_seed)
@@ -127,9 +134,9 @@ def make_batch(
     ends = [s + n for s, n in requests]
     held = [min(_ceil(end, page), ring // page if ring else end) for end in ends]
     state_pages = sum(held) + 3
-    k_page = FP8_PAGE_ENTRIES if k_format == "fp8_pow2" else 16
+    k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
     k_held = [_ceil(_ceil(end, RATIO), k_page) for end in ends]
-    shared = LAYOUTS[layout][2] > 0
+    shared = layout in _SHARED
     k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
     free_k = (torch.randperm(sum(k_held) + 1, generator=pages) + (state_pages if shared else 1)).tolist()
     state_pages = k_pages if shared else state_pages
@@ -189,18 +196,18 @@ def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: 
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
-    distance = (_ordered(actual) - _ordered(expected)).abs()
+    distance = (ordered(actual) - ordered(expected)).abs()
     assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
     if scale_rtol:
-        torch.testing.assert_close(actual.k_scale_cache, expected.k_scale_cache, rtol=scale_rtol, atol=0, equal_nan=True)
-        blended.k_scale_cache.copy_(expected.k_scale_cache)
+        torch.testing.assert_close(actual.scales(), expected.scales(), rtol=scale_rtol, atol=0, equal_nan=True)
+        blended.scales().copy_(expected.scales())
     assert_identical(blended, expected, case)
     return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM
 
 
-def _ordered(batch: Batch) -> Tensor:
+def ordered(batch: Batch) -> Tensor:
     """The codes as integers in the order of the values that they stand for."""
     codes = batch.codes().int()
     if batch.k_format == "int8_hadamard":
@@ -212,25 +219,35 @@ def _ordered(batch: Batch) -> Tensor:
 def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
     state_stride, k_stride, offset = LAYOUTS[layout]
     page_bytes = page * ROW_WIDTH * 4
+    int8 = k_format == "int8_hadamard"
+    entry = HEAD_DIM if int8 else FP8_ENTRY_BYTES
+    if layout == "ascend":
+        state_stride = k_stride = k_page * (HEAD_DIM + scale_dtype.itemsize if int8 else entry)
     state_stride = state_stride or page_bytes
     state_stride *= _ceil(page_bytes, state_stride)
-    entry = HEAD_DIM if k_format == "int8_hadamard" else FP8_ENTRY_BYTES
     k_stride = k_stride or k_page * entry
+    k_stride *= _ceil(k_page * entry, k_stride)
 
     def storage(size: int) -> Tensor:
         words = torch.randint(-(2**63), 2**63 - 1, (_ceil(size, 8),), generator=numbers)
         return words.view(torch.uint8)
 
     state_storage = storage(state_pages * state_stride + offset)
-    k_storage = state_storage if offset else storage(k_pages * k_stride)
+    k_storage = state_storage if layout in _SHARED else storage(k_pages * k_stride)
     state = state_storage.view(torch.float32).as_strided(
         (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
     )
-    k_dtype = torch.int8 if k_format == "int8_hadamard" else torch.uint8
+    k_dtype = torch.int8 if int8 else torch.uint8
     k_cache = k_storage.view(k_dtype).as_strided((k_pages, k_page, entry), (k_stride, entry, 1), offset)
-    storages = (state_storage,) if offset else (state_storage, k_storage)
-    if k_format == "fp8_pow2":
+    storages = (state_storage,) if layout in _SHARED else (state_storage, k_storage)
+    if not int8:
         return state, k_cache, None, storages
+    if layout == "ascend":
+        size = scale_dtype.itemsize
+        k_scale = k_storage.view(scale_dtype).as_strided(
+            (k_pages, k_page), (k_stride // size, 1), k_page * HEAD_DIM // size
+        )
+        return state, k_cache, k_scale, storages
     scale_storage = storage(k_pages * k_page * 8)
     scales = scale_storage.view(scale_dtype)
     k_scale = scales.as_strided((k_pages, k_page), (k_page * 2, 2), 0)

@@ -41,7 +41,7 @@ METADATA = [
     ({}, lambda b: {"k_cache": b.k_cache[:, :32]}, r"k_cache has shape .*; expected \[k_pages=3, 64, 132\]"),
     ({}, lambda b: {"k_cache": strided(b.k_cache)}, "k_cache has strides"),
     ({}, lambda b: {"k_scale_cache": torch.zeros(1)}, "k_scale_cache must be None: the pages of k_format 'fp8_pow2'"),
-    ({}, lambda b: {"k_format": "fp9"}, "k_format is 'fp9'; the formats are 'fp8_pow2', 'int8_hadamard'"),
+    ({}, lambda b: {"k_format": "fp9"}, "k_format is 'fp9'; the formats are 'fp8_pow2', 'int8_hadamard', 'fp8_amax'"),
     ({}, lambda b: {"kv_score": None}, "kv_score is None"),
     (INT8, lambda b: {"k_scale_cache": None}, "k_scale_cache is None, but k_format 'int8_hadamard'"),
     (INT8, lambda b: {"k_scale_cache": b.k_scale_cache[:, :4]}, r"k_scale_cache has shape .*; expected \[k_pages=3, bs=16\]"),

@@ -28,6 +28,8 @@ def add_to(commands) -> None:
     bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
     bench.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR",
                        help="for bench.json and bench.svg (default: %(default)s)")  # fmt: skip
+    bench.add_argument("--model", choices=("ascend",),
+                       help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of an emulation")  # fmt: skip
     bench.set_defaults(run=_bench)
     others = bench.add_subparsers(metavar="[compare A.json B.json | cost]")
     compare = others.add_parser("compare", help="what changed between two runs")
@@ -39,6 +41,10 @@ def add_to(commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.model:
+        from . import ascend_model
+
+        return print(ascend_model.report())
     import torch
 
     from ..ops.cpu import ALGORITHMS

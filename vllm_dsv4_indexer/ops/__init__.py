@@ -1,7 +1,8 @@
 """The op `dsv4_indexer::compress`: schema, fake implementation and dispatch.
 
 An implementation is a function in a module of this folder, which takes the arguments of the op without `impl`, already
-checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many entries it wrote.
+checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many entries it wrote, or
+None if only the device knows.
 To add one, write the module and its line in `IMPLEMENTATIONS`.
 """
 
@@ -27,6 +28,7 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = {
     "cpu": Implementation("cpu.compress", ("cpu",)),
+    "ascend": Implementation("ascend.compress", ("npu",)),
     "reference": Implementation("reference.compress"),
     "overlay_scan": Implementation("baselines.overlay_scan", ("cpu",)),
     "scatter_pool": Implementation("baselines.scatter_pool", ("cpu",)),
@@ -40,9 +42,13 @@ class Work:
     calls: int = 0
     tokens: int = 0
     entries: int = 0
+    uncounted: int = 0  # calls whose entries only the device knows
 
     def __str__(self) -> str:
-        return f"compress was called {self.calls} times on {self.tokens} tokens and wrote {self.entries} entries"
+        entries = f"wrote {self.entries} entries"
+        if self.uncounted:
+            entries += f", not counting {self.uncounted} calls whose entries only the device knows"
+        return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}"
 
 
 work = Work()
@@ -97,10 +103,12 @@ def compress(
         inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and written.
         k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
         k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry o's values at
-            o * 128 and its fp32 scale at 8192 + 4 * o. `int8_hadamard`: int8 [pages, bs, 128].
-        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for `fp8_pow2`.
+            o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs, 132], the same with bs entries a
+            page. `int8_hadamard`: int8 [pages, bs, 128].
+        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8 formats.
         eps: RMSNorm epsilon.
-        k_format: "fp8_pow2" (power-of-two scale, e4m3fn) or "int8_hadamard" (Hadamard rotation, amax / 127 scale).
+        k_format: "fp8_pow2" (power-of-two scale, e4m3fn), "int8_hadamard" (Hadamard rotation, amax / 127 scale) or
+            "fp8_amax" (Hadamard rotation, amax / 448 scale, e4m3fn).
         impl: the name of an implementation; None for the default of the tensors' device.
 
     The caches may be views of one storage with any page stride; only their pages must not overlap.
@@ -132,7 +140,9 @@ def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | 
     contract.check_metadata(tensors, k_format)
     run = _implementation(impl, kv_score.device.type)
     if kv_score.shape[0]:
-        work.entries += run(*tensors, eps=eps, k_format=k_format)
+        entries = run(*tensors, eps=eps, k_format=k_format)
+        work.entries += entries or 0
+        work.uncounted += entries is None
         work.calls += 1
         work.tokens += kv_score.shape[0]
 
@@ -143,7 +153,7 @@ def _fake(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None
 
 
 @functools.cache
-def _implementation(name: str | None, device: str) -> Callable[..., int]:
+def _implementation(name: str | None, device: str) -> Callable[..., int | None]:
     usable = [n for n, i in IMPLEMENTATIONS.items() if not i.devices or device in i.devices]
     if name is None:
         name = next((n for n in usable if IMPLEMENTATIONS[n].devices), None)

@@ -8,7 +8,6 @@ environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
 
 import ctypes
 import functools
-import importlib.metadata
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import contract
+from .library import library_path
 
 ISAS = ("avx512", "avx2", "generic")  # best first
 ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")  # the first is `compress`, the others are in baselines.py
@@ -89,6 +89,8 @@ def arguments_of(
     k_format: str,
 ) -> Arguments:
     """The arguments of `compress` as the library takes them: addresses, which do not keep the tensors alive."""
+    if k_format not in _K_FORMATS:
+        raise contract.ContractError(f"k_format {k_format!r} has no native code for CPUs; use impl 'reference'")
     scale = (
         (0, 0, 0, 0)
         if k_scale_cache is None
@@ -110,7 +112,7 @@ def arguments_of(
 @functools.cache
 def native() -> Native:
     """The native library, loaded, for this CPU."""
-    path = library_path()
+    path = library_path(_LIBRARY)
     library = ctypes.CDLL(str(path))
     if library.dsv4_indexer_arguments_size() != ctypes.sizeof(Arguments):
         raise ImportError(f"{path} has another interface than this package; build and install it again")
@@ -128,22 +130,6 @@ def _compressor(library: ctypes.CDLL, algorithm: str, isa: str):
     library.dsv4_indexer_compress_for.restype = ctypes.c_void_p
     address = library.dsv4_indexer_compress_for(algorithm.encode(), isa.encode())
     return address and ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(address)
-
-
-def library_path() -> Path:
-    """The native library: where the installed distribution has it (also an editable one), or beside this package."""
-    candidates = [Path(__file__).parents[2] / _LIBRARY]
-    try:
-        candidates.insert(0, Path(importlib.metadata.distribution("vllm-dsv4-indexer").locate_file(_LIBRARY)))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise ImportError(
-        f"the native library is missing: looked for {' and '.join(map(str, candidates))}; install the package with "
-        "`pip install .`, or build it with `cmake -S csrc -B build && cmake --build build` and copy it there"
-    )
 
 
 def _torch_parallel_for() -> int:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contract import (
-    AMAX_FLOOR, FP8_MAX, FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, HEAD_DIM, INT8_MAX, KV_WIDTH, RATIO, ROPE_DIM, WINDOW,
-    Violation, violation_error,
+    AMAX_FLOOR, FP8_MAX, HEAD_DIM, INT8_MAX, KV_WIDTH, RATIO, ROPE_DIM, WINDOW, Violation, violation_error,
 )  # fmt: skip
 
 
@@ -62,6 +61,8 @@ def compress(
     slots = k_slot_mapping[windows.token][last]
     if k_format == "fp8_pow2":
         _store_fp8_pow2(entries[last], slots, k_cache)
+    elif k_format == "fp8_amax":
+        _store_fp8_amax(entries[last], slots, k_cache)
     else:
         _store_int8_hadamard(entries[last], slots, k_cache, k_scale_cache)
     return len(windows.token)
@@ -126,16 +127,29 @@ def _store_fp8_pow2(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     bits = _amax(x).view(torch.int32)
     exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
     scale, inverse = (((127 + sign * exponent) << 23).view(torch.float32) for sign in (1, -1))
-    codes = (x * inverse[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    _store_fp8_page(x * inverse[:, None], scale, slots, k_cache)
 
-    # A page is opaque: 64 entries of 128 values, then 64 scales; only the stride between pages is the tensor's own.
+
+def _store_fp8_amax(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
+    """Rotated; the scale brings the largest magnitude to 448, and an entry of zeros has scale 0."""
+    h = _hadamard(x)
+    scale = h.abs().amax(dim=-1) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
+    _store_fp8_page(h / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None], scale, slots, k_cache)
+
+
+def _store_fp8_page(scaled: Tensor, scale: Tensor, slots: Tensor, k_cache: Tensor) -> None:
+    """A page is opaque: its entries of 128 values, then their fp32 scales; only the stride between pages is the
+    tensor's own."""
+    codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    per_page = k_cache.shape[1]
+
     def part(width: int, offset: int) -> Tensor:
         strides = (k_cache.stride(0), width, 1)
-        return k_cache.as_strided((len(k_cache), FP8_PAGE_ENTRIES, width), strides, k_cache.storage_offset() + offset)
+        return k_cache.as_strided((len(k_cache), per_page, width), strides, k_cache.storage_offset() + offset)
 
-    page, entry = slots // FP8_PAGE_ENTRIES, slots % FP8_PAGE_ENTRIES
+    page, entry = slots // per_page, slots % per_page
     part(HEAD_DIM, 0)[page, entry] = codes.view(torch.uint8)
-    part(4, FP8_SCALE_OFFSET)[page, entry] = scale.view(torch.uint8).view(-1, 4)
+    part(4, per_page * HEAD_DIM)[page, entry] = scale.view(torch.uint8).view(-1, 4)
 
 
 def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cache: Tensor) -> None:

@@ -1,0 +1,304 @@
+// From pooled windows to stored entries, sixteen at a time: RMSNorm, RoPE, one rounding to bf16, Hadamard rotation,
+// quantisation, and the write.
+//
+// The sixteen windows are turned, so that a channel of eight windows is one block of 32 bytes ("planes": windows 0-7
+// and 8-15, [2][128][8]). What works across channels then works on whole blocks: the sum of squares and the largest
+// magnitude are folds, a rotated pair is two neighbouring blocks, a Hadamard stage is one add and one subtraction of
+// blocks `stride` apart, and a factor per window is a block that repeats with stride 0.
+#pragma once
+
+#include "../layout.h"
+#include "abi.h"
+#include "device.h"
+#include "pool.h"
+
+namespace dsv4 {
+
+constexpr int kBatch = 16;                                // windows
+constexpr int kPlanes = 2;
+constexpr int kPlane = kHeadDim * kBlockFloats;           // floats
+constexpr int kBatchFloats = kBatch * kHeadDim;
+
+template <int64_t kFormat>
+class Finish {
+ public:
+  __aicore__ inline void Init(TPipe* pipe, const Arguments& a) {
+    args_ = a;
+    pipe->InitBuffer(pooled_buffer_, kBatchFloats * sizeof(float));
+    pipe->InitBuffer(x_buffer_, kBatchFloats * sizeof(float));
+    pipe->InitBuffer(y_buffer_, kBatchFloats * sizeof(float));
+    pipe->InitBuffer(narrow_buffer_, kBatchFloats * sizeof(half));
+    pipe->InitBuffer(cos_sin_buffer_, kBatch * kRopeDim * sizeof(float));
+    pipe->InitBuffer(turned_buffer_, kBatch * kRopeDim * sizeof(float));
+    pipe->InitBuffer(gamma_buffer_, kPlane * sizeof(float));
+    pipe->InitBuffer(weight_buffer_, kHeadDim * sizeof(float));
+    pipe->InitBuffer(factor_buffer_, 3 * kBatch * sizeof(float));
+    pipe->InitBuffer(out_, 2, kCodeBytes + kScaleBytes);
+    pooled_ = pooled_buffer_.template Get<float>();
+    x_ = x_buffer_.template Get<float>();
+    y_ = y_buffer_.template Get<float>();
+    cos_sin_ = cos_sin_buffer_.template Get<float>();
+    turned_ = turned_buffer_.template Get<float>();
+    gamma_ = gamma_buffer_.template Get<float>();
+    factor_ = factor_buffer_.template Get<float>();
+    constant_ = factor_[kBatch];
+    scale_ = constant_[kBatch];
+    // A batch may end before it is full; what is not a window yet must be a number.
+    Duplicate(pooled_, 0.0f, kBatchFloats);
+    Duplicate(cos_sin_, 0.0f, kBatch * kRopeDim);
+    LoadGamma(pipe);
+  }
+
+  // Room for the next window, in which the caller puts its pooled channels and its row of the table.
+  __aicore__ inline LocalTensor<float> Pooled() { return pooled_[windows_ * kHeadDim]; }
+  __aicore__ inline LocalTensor<float> CosSin() { return cos_sin_[windows_ * kRopeDim]; }
+
+  // The window is complete; its entry goes to `slot`.
+  __aicore__ inline void Take(int64_t slot) {
+    slots_[windows_++] = slot;
+    if (windows_ == kBatch) Flush();
+  }
+
+  __aicore__ inline void Flush() {
+    if (windows_ == 0) return;
+    Turn(x_, pooled_, kHeadDim);
+    Turn(turned_, cos_sin_, kRopeDim);
+    Normalise();
+    Rotate();
+    LocalTensor<bfloat16_t> rounded = narrow_buffer_.template Get<bfloat16_t>();
+    Cast(rounded, x_, RoundMode::CAST_RINT, kBatchFloats);
+    Cast(x_, rounded, RoundMode::CAST_NONE, kBatchFloats);
+    Hadamard();
+    LocalTensor<int8_t> out = out_.template AllocTensor<int8_t>();
+    Quantise(out);
+    out_.EnQue(out);
+    out = out_.template DeQue<int8_t>();
+    Store(out);
+    out_.FreeTensor(out);
+    windows_ = 0;
+  }
+
+ private:
+  static constexpr int kCodeBytes = kBatch * kHeadDim;
+  static constexpr int kBlockBytes = 32;
+  static constexpr int kScaleBytes = kBatch * kBlockBytes;  // each scale at the start of a block of its own
+
+  // The RMSNorm weight, each channel filling a block.
+  __aicore__ inline void LoadGamma(TPipe* pipe) {
+    LocalTensor<float> weight = weight_buffer_.template Get<float>();
+    LocalTensor<bfloat16_t> narrow = weight_buffer_.template Get<bfloat16_t>();
+    const uint32_t element = args_.norm_weight_is_bf16 ? sizeof(bfloat16_t) : sizeof(float);
+    const DataCopyExtParams bytes(1, kHeadDim * element, 0, 0, 0);
+    if (args_.norm_weight_is_bf16) {
+      GlobalTensor<bfloat16_t> gm;
+      gm.SetGlobalBuffer((__gm__ bfloat16_t*)args_.norm_weight, kHeadDim);
+      DataCopyPad(narrow, gm, bytes, DataCopyPadExtParams<bfloat16_t>());
+    } else {
+      GlobalTensor<float> gm;
+      gm.SetGlobalBuffer((__gm__ float*)args_.norm_weight, kHeadDim);
+      DataCopyPad(weight, gm, bytes, DataCopyPadExtParams<float>());
+    }
+    Order<HardEvent::MTE2_V>(pipe);
+    if (args_.norm_weight_is_bf16) {
+      Cast(y_, narrow, RoundMode::CAST_NONE, kHeadDim);
+      weight = y_;
+    }
+    Brcb(gamma_, weight, kHeadDim / kBlockFloats, {1, kBlockFloats});
+  }
+
+  // [16][width] to planes [2][width][8].
+  __aicore__ inline void Turn(const LocalTensor<float>& target, const LocalTensor<float>& source, int width) {
+    uint64_t targets[AscendC::NCHW_CONV_ADDR_LIST_SIZE], sources[AscendC::NCHW_CONV_ADDR_LIST_SIZE];
+    for (int i = 0; i < kBatch; ++i) {
+      sources[i] = (uint64_t)source[i * width].GetPhyAddr();
+      targets[i] = (uint64_t)target[(i % kPlanes * width + i / kPlanes) * kBlockFloats].GetPhyAddr();
+    }
+    const uint8_t repeats = static_cast<uint8_t>(width / kBlockFloats);
+    Transpose(targets, sources, AscendC::TransDataTo5HDParams(false, false, repeats, kBlockFloats, 1));
+  }
+
+  // Planes [2][128][8] back to [16][128].
+  __aicore__ inline void TurnBack(const LocalTensor<float>& target, const LocalTensor<float>& source) {
+    uint64_t targets[AscendC::NCHW_CONV_ADDR_LIST_SIZE], sources[AscendC::NCHW_CONV_ADDR_LIST_SIZE];
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      for (int i = 0; i < kBatch; ++i) {
+        sources[i] = (uint64_t)source[plane * kPlane + i * kBlockFloats].GetPhyAddr();
+        targets[i] = (uint64_t)target[plane * kPlane + i / 2 * kHeadDim + i % 2 * kBlockFloats].GetPhyAddr();
+      }
+      Transpose(targets, sources, AscendC::TransDataTo5HDParams(false, false, kHeadDim / kBatch, 2, kBatch));
+    }
+  }
+
+  // The compiler puts barriers between vector instructions that share tensors; addresses it may not see through.
+  __aicore__ inline void Transpose(uint64_t* targets, uint64_t* sources, const AscendC::TransDataTo5HDParams& params) {
+    AscendC::PipeBarrier<PIPE_V>();
+    AscendC::TransDataTo5HD<float>(targets, sources, params);
+    AscendC::PipeBarrier<PIPE_V>();
+  }
+
+  // Every channel of a window times (or divided by) the window's factor.
+  __aicore__ inline void Scale(const LocalTensor<float>& x, bool divide) {
+    const BinaryRepeatParams per_window(1, 1, 0, kBlockFloats, kBlockFloats, 0);
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const LocalTensor<float> part = x[plane * kPlane], factor = factor_[plane * kBlockFloats];
+      if (divide)
+        Div(part, part, factor, kLanes, kPlane / kLanes, per_window);
+      else
+        Mul(part, part, factor, kLanes, kPlane / kLanes, per_window);
+    }
+  }
+
+  __aicore__ inline void Normalise() {
+    Mul(y_, x_, x_, kBatchFloats);
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const LocalTensor<float> sum = y_[plane * kPlane];
+      for (int half = kPlane / 2; half > kBlockFloats; half /= 2) Add(sum, sum, sum[half], half);
+      Add(factor_[plane * kBlockFloats], sum, sum[kBlockFloats], kBlockFloats);
+    }
+    Muls(factor_, factor_, 1.0f / kHeadDim, kBatch);
+    Adds(factor_, factor_, args_.eps, kBatch);
+    Sqrt(factor_, factor_, kBatch);  // Rsqrt is an approximation
+    Duplicate(constant_, 1.0f, kBatch);
+    Div(factor_, constant_, factor_, kBatch);
+    Scale(x_, false);
+    for (int plane = 0; plane < kPlanes; ++plane)
+      Mul(x_[plane * kPlane], x_[plane * kPlane], gamma_, kPlane);
+  }
+
+  // The last 64 channels: a' = a cos - b sin, b' = b cos + a sin, where a and b are neighbouring blocks.
+  __aicore__ inline void Rotate() {
+    constexpr int kPairs = kRopeDim / 2 * kBlockFloats;  // floats
+    constexpr int kRepeats = kPairs / kLanes;
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const LocalTensor<float> a = x_[plane * kPlane + (kHeadDim - kRopeDim) * kBlockFloats], b = a[kBlockFloats];
+      const LocalTensor<float> cos = turned_[plane * 2 * kPairs], sin = cos[kPairs];
+      const LocalTensor<float> a_cos = y_, b_sin = y_[kPairs], b_cos = y_[2 * kPairs], a_sin = y_[3 * kPairs];
+      const BinaryRepeatParams factors(1, 2, 1, 8, 16, 8), sums(2, 1, 1, 16, 8, 8);
+      Mul(a_cos, a, cos, kLanes, kRepeats, factors);
+      Mul(b_sin, b, sin, kLanes, kRepeats, factors);
+      Mul(b_cos, b, cos, kLanes, kRepeats, factors);
+      Mul(a_sin, a, sin, kLanes, kRepeats, factors);
+      Sub(a, a_cos, b_sin, kLanes, kRepeats, sums);
+      Add(b, b_cos, a_sin, kLanes, kRepeats, sums);
+    }
+  }
+
+  // The seven stages of the orthonormal Sylvester-Hadamard transform, in the order of ops/reference.py. Both planes
+  // are one array of 256 blocks. The result is in x_.
+  __aicore__ inline void Hadamard() {
+    LocalTensor<float> from = x_, to = y_;
+    for (int stride = 1; stride < kHeadDim; stride *= 2) {
+      // One instruction adds the eight blocks of a repeat to those `stride` further: neighbours where `stride` allows,
+      // else one of every 2 * stride.
+      const int blocks = kPlanes * kHeadDim;
+      int block = 1, repeat = 2 * stride, repeats = blocks / (2 * stride), first = 8, instructions = stride / 8;
+      if (stride < 8) block = 2 * stride, repeat = 16 * stride, repeats = 16 / stride, first = 1, instructions = stride;
+      if (stride == kHeadDim / 2) repeat = 8, repeats = stride / 8, first = kHeadDim, instructions = kPlanes;
+      const uint8_t b = static_cast<uint8_t>(block), r = static_cast<uint8_t>(repeat);
+      const BinaryRepeatParams params(b, b, b, r, r, r);
+      for (int i = 0; i < instructions; ++i) {
+        const int p = i * first * kBlockFloats, q = p + stride * kBlockFloats;
+        Add(to[p], from[p], from[q], kLanes, static_cast<uint8_t>(repeats), params);
+        Sub(to[q], from[p], from[q], kLanes, static_cast<uint8_t>(repeats), params);
+      }
+      const LocalTensor<float> swap = from;
+      from = to, to = swap;
+    }
+    constexpr float kOrthonormal = 0.08838834764831845f;  // 128^-1/2
+    Muls(x_, from, kOrthonormal, kBatchFloats);
+  }
+
+  // The largest magnitude of each window, in factor_.
+  __aicore__ inline void Amax() {
+    Abs(y_, x_, kBatchFloats);
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const LocalTensor<float> most = y_[plane * kPlane];
+      for (int half = kPlane / 2; half > kBlockFloats; half /= 2) Max(most, most, most[half], half);
+      Max(factor_[plane * kBlockFloats], most, most[kBlockFloats], kBlockFloats);
+    }
+  }
+
+  __aicore__ inline void Quantise(const LocalTensor<int8_t>& out) {
+    Amax();
+    if constexpr (kFormat == kInt8Hadamard) {
+      Maxs(factor_, factor_, kAmaxFloor, kBatch);
+      Duplicate(constant_, kInt8Max, kBatch);
+      Div(scale_, factor_, constant_, kBatch);
+      Div(factor_, constant_, factor_, kBatch);
+      Scale(x_, false);
+    } else {
+      Muls(scale_, factor_, 1.0f / kFp8Max, kBatch);
+      Maxs(factor_, scale_, 1.1754944e-38f, kBatch);  // the least normal number: 0 / 0 is no code
+      Scale(x_, true);
+    }
+    TurnBack(pooled_, x_);
+    if constexpr (kFormat == kInt8Hadamard) {
+      // By way of int16, which is exact: float to half and half to int8 would round twice.
+      LocalTensor<int16_t> integer = narrow_buffer_.template Get<int16_t>();
+      LocalTensor<half> narrow = y_.template ReinterpretCast<half>();
+      Cast(integer, pooled_, RoundMode::CAST_RINT, kBatchFloats);
+      Cast(narrow, integer, RoundMode::CAST_RINT, kBatchFloats);
+      Cast(out, narrow, RoundMode::CAST_RINT, kBatchFloats);
+    } else {
+      Cast(out.template ReinterpretCast<fp8_e4m3fn_t>(), pooled_, RoundMode::CAST_RINT, kBatchFloats);
+    }
+    if (kFormat == kInt8Hadamard && args_.k_scale_is_fp16) {
+      LocalTensor<half> narrow = narrow_buffer_.template Get<half>();
+      Cast(narrow, scale_, RoundMode::CAST_RINT, kBatch);
+      Brcb(out[kCodeBytes].template ReinterpretCast<half>(), narrow, kPlanes, {1, kBlockFloats});
+    } else {
+      Brcb(out[kCodeBytes].template ReinterpretCast<float>(), scale_, kPlanes, {1, kBlockFloats});
+    }
+  }
+
+  // Windows whose entries are neighbours in one page go out together.
+  __aicore__ inline void Store(const LocalTensor<int8_t>& out) {
+    for (int first = 0; first < windows_;) {
+      int end = first + 1;
+      while (end < windows_ && slots_[end] == slots_[end - 1] + 1 && slots_[end] % args_.k_page != 0) ++end;
+      StoreRun(out, first, end - first);
+      first = end;
+    }
+  }
+
+  __aicore__ inline void StoreRun(const LocalTensor<int8_t>& out, int first, int count) {
+    const int64_t page = slots_[first] / args_.k_page, entry = slots_[first] % args_.k_page;
+    const uint16_t n = static_cast<uint16_t>(count);
+    const uint64_t codes = args_.k_cache + page * args_.k_page_stride + entry * args_.k_entry_stride;
+    GlobalTensor<int8_t> codes_gm;
+    codes_gm.SetGlobalBuffer((__gm__ int8_t*)codes);
+    const uint32_t gap = static_cast<uint32_t>(args_.k_entry_stride - kHeadDim);
+    DataCopyPad(codes_gm, out[first * kHeadDim], DataCopyExtParams(n, kHeadDim, 0, gap, 0));
+
+    const LocalTensor<int8_t> scales = out[kCodeBytes + first * kBlockBytes];
+    if constexpr (kFormat == kFp8Amax) {
+      const uint64_t page_scales = args_.k_cache + page * args_.k_page_stride + args_.k_page * kHeadDim;
+      StoreScales<float>(scales, page_scales + entry * sizeof(float), n, 1);
+    } else {
+      const int64_t at = page * args_.k_scale_page_stride + entry * args_.k_scale_entry_stride;
+      if (args_.k_scale_is_fp16)
+        StoreScales<half>(scales, args_.k_scale + at * sizeof(half), n, args_.k_scale_entry_stride);
+      else
+        StoreScales<float>(scales, args_.k_scale + at * sizeof(float), n, args_.k_scale_entry_stride);
+    }
+  }
+
+  template <class T>
+  __aicore__ inline void StoreScales(const LocalTensor<int8_t>& scales, uint64_t address, uint16_t n, int64_t stride) {
+    GlobalTensor<T> gm;
+    gm.SetGlobalBuffer((__gm__ T*)address);
+    const uint32_t gap = static_cast<uint32_t>((stride - 1) * sizeof(T));
+    DataCopyPad(gm, scales.template ReinterpretCast<T>(), DataCopyExtParams(n, sizeof(T), 0, gap, 0));
+  }
+
+  Arguments args_;
+  int windows_ = 0;
+  int64_t slots_[kBatch];
+  TBuf<> pooled_buffer_, x_buffer_, y_buffer_, narrow_buffer_;
+  TBuf<> cos_sin_buffer_, turned_buffer_, gamma_buffer_, factor_buffer_;
+  TBuf<TPosition::VECIN> weight_buffer_;
+  TQue<TPosition::VECOUT, 1> out_;
+  LocalTensor<float> pooled_, x_, y_, cos_sin_, turned_, gamma_, factor_, constant_, scale_;
+};
+
+}  // namespace dsv4

@@ -1,0 +1,65 @@
+"""Builds the emulation with the host's compiler, and makes it impl "ascend" of `ops.compress`, on CPU tensors."""
+
+import contextlib
+import ctypes
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.ops import ascend
+
+HERE = Path(__file__).parent
+PRODUCTS = ("Ascend910B", "Ascend910_93", "Ascend950")  # emulation::kProducts
+FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".split()
+
+
+class Emulator:
+    """The emulated machine. One at a time, and not for several threads."""
+
+    def __init__(self, folder: Path):
+        path = folder / "libdsv4_indexer_ascend_emulation.so"
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulation_configure.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2
+        self.use()
+
+    def use(self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0) -> None:
+        """The machine of the next calls. `noise`, if not 0, is the seed of the last-bit errors of Exp, Div and Sqrt,
+        `order` that of the order in which the cores run. Forgets the counts."""
+        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order)
+
+    def counts(self) -> list[list[dict]]:
+        """What each core of each launch since `use` has done; see `Counts` in machine.h."""
+        size = self.library.emulation_counts(None, 0) + 1
+        text = ctypes.create_string_buffer(size)
+        self.library.emulation_counts(text, size)
+        return json.loads(text.value)
+
+    def broken_rule(self, name: str, cores: int = 2) -> str:
+        """Runs a kernel of rules.h; returns what it was refused for, or nothing."""
+        message = ctypes.create_string_buffer(500)
+        refused = self.library.emulation_run_rule(name.encode(), cores, message, len(message))
+        return message.value.decode() if refused else ""
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Meanwhile, impl "ascend" is this machine, and may be asked for on any device."""
+        anywhere = ops.IMPLEMENTATIONS["ascend"]._replace(devices=())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ascend, "library_path", lambda _: self.library._name)
+            patch.setattr(ascend, "_stream", lambda device: 0)
+            patch.setitem(ops.IMPLEMENTATIONS, "ascend", anywhere)
+            _forget()
+            yield
+        _forget()
+
+
+def _forget() -> None:
+    ascend.native.cache_clear()
+    ops._implementation.cache_clear()

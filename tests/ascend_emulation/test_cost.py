@@ -1,0 +1,52 @@
+"""The counts that `vllm-dsv4-indexer bench --model ascend` reads are those of the kernels as they are."""
+
+import count
+import pytest
+
+from vllm_dsv4_indexer import cli
+from vllm_dsv4_indexer.bench import ascend_model
+
+COUNTS = ascend_model.load_counts()
+
+
+# Without the 17 million position tests of the overlay scan at T=8192: they take too long to repeat.
+REPEATED = [(a, t) for a in count.ALGORITHMS for t in count.LENGTHS if (a, t) != ("overlay_scan", 8192)]
+
+
+@pytest.mark.parametrize("algorithm, tokens", REPEATED)
+def test_the_counts_are_up_to_date(ascend_emulation, algorithm, tokens):
+    assert count.count(ascend_emulation, algorithm, tokens) == COUNTS[algorithm][tokens], (
+        "run tests/ascend_emulation/count.py"
+    )
+
+
+@pytest.mark.parametrize("tokens", [t for t in count.LENGTHS if t >= 2048])
+def test_one_pass_moves_at_most_4_and_a_half_kib_a_token(tokens):
+    (launch,) = COUNTS["one_pass"][tokens]
+    assert launch["all"]["read_bytes"] + launch["all"]["write_bytes"] <= 4.5 * 1024 * tokens
+
+
+@pytest.mark.parametrize("tokens", count.LENGTHS)
+@pytest.mark.parametrize("other", ["overlay_scan", "scatter_pool"])
+def test_one_pass_takes_fewer_modelled_cycles_under_every_assumption(tokens, other):
+    _, least, most = ascend_model.saving(COUNTS[other][tokens], COUNTS["one_pass"][tokens])
+    assert 0 < least <= most < 1
+
+
+def test_a_core_takes_as_long_as_its_busiest_unit():
+    core = {"read_bytes": 180, "write_bytes": 0, "reads": 1, "writes": 0, "scalar_local": 3, "scalar_global": 0,
+            "vector": {"Exp/float": [1, 10], "Cast/int8_t": [1, 5]}}  # fmt: skip
+    assumed = ascend_model.Assumptions(bytes_per_cycle=18, transfer=5, vector_issue=1, scalar_local=2, scalar_global=9)
+    assert ascend_model.core_cycles(core, assumed) == 1 + 20 + 1 + 5
+    assert ascend_model.core_cycles(core | {"vector": {}}, assumed) == 10 + 5
+    assert ascend_model.core_cycles(core | {"vector": {}, "scalar_global": 9}, assumed) == 6 + 81
+
+
+def test_the_command_prints_the_yardstick_before_the_result(capsys):
+    assert cli.main(["bench", "--model", "ascend"]) == 0
+    printed = capsys.readouterr().out
+    places = [
+        printed.index(text)
+        for text in ("published  45.6%", "Counts a token", "Modelled cycles", "Hadamard", "Assumptions")
+    ]
+    assert places == sorted(places) and "nothing here was measured on an NPU" in printed

@@ -1,0 +1,252 @@
+"""The AscendC kernels, run by the emulation, against the reference.
+
+State rows are equal bit for bit. The sums of an entry are taken in another order than torch's, so that now and then a
+channel is rounded to the other bfloat16; the whole entry, rotated, then differs by a little: codes of int8 by one.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from batches import assert_close, assert_identical, make_batch, ordered
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError
+from vllm_dsv4_indexer.ops import ascend
+
+STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
+LENGTHS = (*range(1, 10), 127, 128, 129)
+MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
+CASES, CASES_PER_TEST = 3000, 250
+BLOCK_SIZES = (128, 64, 32)  # of vLLM Ascend, in K entries; a state page has a sixteenth as many rows
+FORMATS = (
+    {"k_format": "int8_hadamard", "scale_dtype": torch.float16},
+    {"k_format": "int8_hadamard", "scale_dtype": torch.float32},
+    {"k_format": "fp8_amax"},
+)
+
+
+def product_of(options: dict) -> str:
+    return "Ascend950" if options["k_format"] == "fp8_amax" else "Ascend910B"
+
+
+class Comparison:
+    """Counts how many entries differ from the reference's, and fails where one differs by too much."""
+
+    def __init__(self):
+        self.entries = self.different = self.rescaled = 0
+
+    def add(self, actual, expected, case) -> None:
+        slots = expected.k_slot_mapping[expected.k_slot_mapping >= 0]
+        written = slots // expected.k_cache.shape[1], slots % expected.k_cache.shape[1]
+        self.entries += len(slots)
+        for a, b in zip(actual.entries(), expected.entries(), strict=True):
+            self.different += a[:HEAD_DIM] != b[:HEAD_DIM]
+            self.rescaled += a[HEAD_DIM:] != b[HEAD_DIM:]
+        if expected.k_format == "int8_hadamard":
+            assert_close(actual, expected, case, scale_rtol=1e-2)
+            return
+        # Small values have small steps of fp8: a value is one code away, or by a little of the entry's largest.
+        apart = (ordered(actual) - ordered(expected))[written].abs()
+        values = [
+            b.codes()[written].view(torch.float8_e4m3fn).float() * b.scales()[written][:, None]
+            for b in (actual, expected)
+        ]
+        error = (values[0] - values[1]).abs() / (expected.scales()[written][:, None] * FP8_MAX)
+        assert ((apart <= 1) | (error <= 1 / 256)).all(), case
+        torch.testing.assert_close(actual.scales()[written], expected.scales()[written], rtol=1e-2, atol=0)
+        blended = actual.clone()
+        blended.codes()[written] = expected.codes()[written]
+        blended.scales()[written] = expected.scales()[written]
+        assert_identical(blended, expected, case)
+
+    def judge(self, codes: float, scales: float) -> None:
+        assert self.entries
+        assert self.different <= codes * self.entries, f"codes of {self.different} of {self.entries} entries differ"
+        assert self.rescaled <= scales * self.entries, f"scales of {self.rescaled} of {self.entries} entries differ"
+
+
+def compare(emulation, cases: list[dict], codes: float = 0.01, scales: float = 0.01, **machine) -> None:
+    comparison = Comparison()
+    for case in cases:
+        batch = make_batch(**case)
+        emulation.use(**{"product": product_of(case), **machine})
+        comparison.add(batch.clone().run("ascend"), batch.run("reference"), f"{case}, {machine}")
+    comparison.judge(codes, scales)
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_every_start_and_length_equals_the_reference(ascend_emulation, options):
+    cases = [{"requests": [(s, n) for n in LENGTHS], "seed": s, "k_page": 128, **options} for s in STARTS]
+    compare(ascend_emulation, cases)
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference(ascend_emulation, options, block_size):
+    layout = {"k_page": block_size, "page": block_size // 16, "layout": "ascend"}
+    compare(ascend_emulation, [{"requests": MIXED, "seed": s, "padding": 5, **layout, **options} for s in range(4)])
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_the_number_and_the_order_of_the_cores_change_no_byte(ascend_emulation, options):
+    batch = make_batch(MIXED, k_page=32, padding=5, **options)
+    ascend_emulation.use(product_of(options), cores=1)
+    one = batch.clone().run("ascend")
+    for cores in range(2, 49):
+        ascend_emulation.use(product_of(options), cores=cores, order=cores)
+        assert_identical(batch.clone().run("ascend"), one, f"{cores} cores")
+
+
+@pytest.mark.parametrize("options", FORMATS[:1], ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_a_decode_step_for_each_position_in_a_page_equals_the_reference(ascend_emulation, options, block_size):
+    requests = [(start, 1) for start in range(40)] + [(start, 2) for start in range(8)]
+    compare(ascend_emulation, [{"requests": requests, "k_page": block_size, "page": block_size // 16, **options}])
+
+
+@pytest.mark.parametrize("cores", (1, 2))
+def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(ascend_emulation, cores):
+    requests = [(0, 401), (7, 300), (3, 450), *((start, 1) for start in range(300))]
+    case = {"requests": requests, "k_format": "int8_hadamard", "k_page": 128, "page": 8}
+    compare(ascend_emulation, [case], cores=cores)
+
+
+@pytest.mark.parametrize("options", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("algorithm", ["overlay_scan", "scatter_pool"])
+def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options, algorithm):
+    for seed, page in enumerate((2, 4, 8)):
+        batch = make_batch(MIXED, seed=seed, page=page, k_page=32, **options)
+        ascend_emulation.use(product_of(options), cores=7)
+        expected = batch.clone().run("ascend")
+        ascend.compress(*batch.tensors(), eps=1e-6, k_format=batch.k_format, algorithm=algorithm)
+        assert_identical(batch, expected)
+
+
+def test_the_op_says_that_entries_on_a_device_are_not_counted(ascend_emulation):
+    ascend_emulation.use()
+    before = replace(ops.work)
+    make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
+    assert (ops.work.calls, ops.work.entries) == (before.calls + 1, before.entries)
+    assert f"not counting {before.uncounted + 1} calls whose entries only the device knows" in str(ops.work)
+
+
+def test_chunks_of_a_prompt_store_the_same_bytes_as_the_whole(ascend_emulation):
+    whole = make_batch([(0, 150)], k_format="int8_hadamard", k_page=32)
+    cut = whole.clone()
+    ascend_emulation.use()
+    for begin, end in ((0, 1), (1, 7), (7, 70), (70, 73), (73, 150)):
+        cut.take(slice(begin, end)).run("ascend")
+    assert_identical(cut, whole.run("ascend"))
+
+
+def random_case(pick: random.Random) -> tuple[dict, dict]:
+    """A batch and a machine. `pick` decides everything."""
+    lengths = pick.choice(((1,), (1, 2, 3, 4, 5), (1, 7, 30, 90), (128, 200)))
+    requests = [
+        (pick.choice((0, pick.randrange(10), pick.randrange(300))), pick.choice(lengths))
+        for _ in range(pick.choice((1, 2, 5, 9) if max(lengths) < 128 else (1, 2)))
+    ]
+    block_size = pick.choice(BLOCK_SIZES)
+    case = {
+        "requests": requests,
+        "seed": pick.randrange(1 << 30),
+        "page_seed": pick.randrange(1 << 30),
+        "page": pick.choice((2, 4, 8)),
+        "k_page": block_size,
+        "layout": pick.choice(("dense", "padded")),
+        "norm_dtype": pick.choice((torch.bfloat16, torch.float32)),
+        "padding": pick.choice((0, 0, 1, 6)),
+        **pick.choice(FORMATS),
+    }
+    if pick.random() < 0.4:
+        case |= {"page": block_size // 16, "layout": "ascend"}
+    machine = {"cores": pick.randrange(1, 49), "order": pick.randrange(1 << 30)}
+    return case, machine
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CASES_PER_TEST))
+def test_random_batches_equal_the_reference(ascend_emulation, first):
+    comparison = Comparison()
+    for seed in range(first, first + CASES_PER_TEST):
+        case, machine = random_case(random.Random(seed))
+        batch = make_batch(**case)
+        ascend_emulation.use(product_of(case), **machine)
+        repeat = f"random_case(random.Random({seed})): {case}, {machine}"
+        try:
+            comparison.add(batch.clone().run("ascend"), batch.run("reference"), repeat)
+        except ContractError as error:
+            raise AssertionError(repeat) from error
+    comparison.judge(0.01, 0.01)
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_a_last_bit_in_exp_div_and_sqrt_turns_few_entries(ascend_emulation, options):
+    cases = [{"requests": [(0, 400)], "seed": seed, "k_page": 128, **options} for seed in range(5)]
+    for noise in (1, 2):
+        compare(ascend_emulation, cases, codes=0.1, scales=0.7, noise=noise)  # an fp32 scale is itself a quotient
+
+
+def test_large_gates_and_zeros_equal_the_reference(ascend_emulation):
+    ascend_emulation.use()
+    comparison = Comparison()
+    batch = make_batch([(0, 64), (9, 40)], k_format="int8_hadamard", k_page=32)
+    batch.kv_score[:16] = 0
+    batch.kv_score[20:40] *= 300
+    batch.kv_score[41, :] = -0.0
+    comparison.add(batch.clone().run("ascend"), batch.run("reference"), "large gates and zeros")
+    comparison.judge(0.01, 0.01)
+
+
+def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(ascend_emulation):
+    ascend_emulation.use(cores=3)
+    batch = make_batch([(4, 12)], k_format="int8_hadamard", k_page=32)
+    batch.inner_state_slot_mapping[[2, 6]] = -1
+    assert_close(batch.clone().run("ascend"), batch.run("reference"), scale_rtol=1e-2)
+
+
+def test_page_0_is_not_written_and_a_window_without_a_page_is_pooled_from_its_other_rows(ascend_emulation):
+    """Where the reference refuses, a kernel that must not wait goes on: as if the request had begun after the gap."""
+    ascend_emulation.use(cores=5)
+    batch = make_batch([(8, 4)], k_format="int8_hadamard", k_page=32)
+    fresh = make_batch([(0, 4)], k_format="int8_hadamard", k_page=32)
+    fresh.kv_score[:], fresh.ape[:], fresh.norm_weight[:] = batch.kv_score, batch.ape, batch.norm_weight
+    fresh.cos_sin_cache[0] = fresh.cos_sin_cache[8]
+    batch.inner_state_block_table[0, 1] = 0  # the page of positions 4 to 7
+    batch.inner_state_slot_mapping[:] = torch.arange(4)
+    before = batch.inner_state_cache.view(torch.int32).clone()
+    assert batch.run("ascend").entries() == fresh.run("ascend").entries()
+    assert torch.equal(batch.inner_state_cache.view(torch.int32), before)
+
+
+def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation):
+    """A ring of eight rows: the condition that the kernel's lack of synchronisation rests on, broken."""
+    ascend_emulation.use(cores=4)
+    batch = make_batch([(11, 33)], page=2, ring=8, k_format="int8_hadamard", k_page=32)
+    with pytest.raises(ContractError, match="^(conflict: core|order: two transfers of one core meet)"):
+        batch.run("ascend")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"k_format": "fp8_amax"},
+            "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: int8",
+        ),
+        (
+            {"k_format": "int8_hadamard", "k_page": 16},
+            "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128",
+        ),
+        ({"k_format": "fp8_pow2"}, "k_format 'fp8_pow2' has no kernel for NPUs; there are int8_hadamard, fp8_amax"),
+        ({"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16}, "kv_score has dtype torch.bfloat16; on NPUs"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(ascend_emulation, options, message):
+    ascend_emulation.use()
+    batch = make_batch([(0, 8)], **options)
+    before = batch.clone()
+    with pytest.raises(ContractError, match=message):
+        batch.run("ascend")
+    assert_identical(batch, before)
