@@ -4,16 +4,14 @@ import npu
 import pytest
 import stock
 import torch
-from layer import BLOCKS, Layer, Rows
+from layer import Layer, Rows
 from schedule import Schedule, store
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_ascend import utils
 from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPMetadataBuilder
 from vllm_ascend.attention.dsa_v1 import AscendDSABackend
-from vllm_ascend.device import device_op
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import HEAD_DIM
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
 STEPS = 25
@@ -78,10 +76,11 @@ def test_requests_that_a_graph_adds_store_nothing(config):
 
 
 def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monkeypatch):
-    """State rows and slots the same; int8 codes at most 2 apart, scales within 1 %: stock rounds to bf16 before, in the
-    middle and after its Hadamard product, and its scale to fp16 after the division."""
-    for operator in (stock.compressor_metadata, stock.compressor):
-        monkeypatch.setattr(torch.ops._C_ascend, operator.__name__, npu.counted(operator))
+    """State rows and slots the same; int8 codes at most 2 apart, fp8 values by at most 2 or their last bit, scales within
+    1 %: stock rounds to bf16 before, in the middle and after its Hadamard product, and on A2 and A3 its scale to fp16
+    after the division."""
+    for operator in (stock.compressor_metadata, stock.compressor, stock.indexer_compress_epilog_v2):
+        monkeypatch.setattr(torch.ops._C_ascend, operator.__name__, npu.counted(operator), raising=False)
     ours, theirs = Layer(config, seed=1), Layer(config, ours=False, seed=1)
     schedule = Schedule(1, ours.page, ours.k_page)
     for _ in range(STEPS):
@@ -90,10 +89,13 @@ def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monke
         for layer in (ours, theirs):
             layer.run(x, layer.metadata(rows))
         assert torch.equal(ours.storages[0], theirs.storages[0])
-    _, k, scale = ours.views(ours.storages)
-    _, stock_k, stock_scale = theirs.views(theirs.storages)
-    apart = (k.int() - stock_k.int()).abs()
-    assert apart.max() <= 2 and 0 < (apart > 0).float().mean() < 0.15
+    _, k, scale, *_ = ours.views(ours.storages)
+    _, stock_k, stock_scale, *_ = theirs.views(theirs.storages)
+    differ = k.view(torch.uint8) != stock_k.view(torch.uint8)
+    one, other = k[differ].float(), stock_k[differ].float()
+    last_bit = 0 if k.dtype is torch.int8 else other.abs() / 8
+    assert ((one - other).abs() <= torch.clamp(torch.as_tensor(last_bit), min=2)).all()
+    assert 0 < differ.float().mean() < 0.15
     torch.testing.assert_close(scale, stock_scale, rtol=0.01, atol=0, equal_nan=True)
 
 
@@ -169,24 +171,3 @@ def test_weights_that_are_loaded_again_reach_the_joined_projection(config):
         weight.data.copy_(torch.randint(-3, 4, weight.shape) / 32)
     weights = torch.cat([compressor.wkv.weight, compressor.wgate.weight]).double()
     assert torch.equal(layer.attention.project(x).double(), x.double() @ weights.t())
-
-
-def test_a_page_of_an_a5_goes_to_the_op_whole(config, monkeypatch):
-    """On an A5 the runner makes three views of the K cache: values, scales, and the page that holds both."""
-    layer = Layer(config)
-    x, metadata = two_decodes(layer)
-    bs = layer.k_page
-    storage = torch.zeros(BLOCKS, bs * (HEAD_DIM + 4), dtype=torch.uint8)
-    page = storage.view(torch.float8_e4m3fn).view(BLOCKS, bs, 1, HEAD_DIM + 4)
-    values = page.as_strided((BLOCKS, bs, 1, HEAD_DIM), (bs * (HEAD_DIM + 4), HEAD_DIM, HEAD_DIM, 1))
-    scales = storage.view(torch.float32)[:, bs * HEAD_DIM // 4 :, None, None]
-    asked = {}
-    monkeypatch.setattr(engine, "DeviceOperator", device_op.A5DeviceAdaptor)
-    monkeypatch.setattr(engine.ops, "compress", lambda *args, **kwargs: asked.update(kwargs))
-    kv_cache = (*layer.kv_cache[:4], values, scales, page)
-    step = layer.attention.step(metadata[2].decode, metadata[3].decode, len(x), kv_cache)
-    layer.attention.compress(layer.attention.project(x), kv_cache, step)
-    k_cache = asked["k_cache"]
-    assert (asked["k_format"], "k_scale_cache" in asked) == ("fp8_amax", False)
-    assert (k_cache.dtype, k_cache.shape) == (torch.uint8, (BLOCKS, bs, HEAD_DIM + 4))
-    assert k_cache.data_ptr() == storage.data_ptr() and k_cache.stride(0) == storage.stride(0)

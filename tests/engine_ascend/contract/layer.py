@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+from npu import PRODUCT
 from torch import Tensor
 from vllm import forward_context
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -17,7 +18,7 @@ from vllm_ascend.attention.dsa_v1 import AscendDSABackend
 from vllm_ascend.attention.utils import AscendCommonAttentionMetadata
 from vllm_ascend.models import deepseek_v4
 
-from vllm_dsv4_indexer.contract import HEAD_DIM, ROW_WIDTH
+from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, HEAD_DIM, ROW_WIDTH
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
 INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
@@ -67,8 +68,10 @@ class Layer:
         self.projection = torch.cat([compressor.wkv.weight, compressor.wgate.weight])
         if ours:
             engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
-        self._allocate()
-        self._make_builders()
+        cache = config.cache_config
+        with mock.patch.object(cache, "cache_dtype", cache.cache_dtype):  # an A5's specs change it for layers to come
+            self._allocate()
+            self._make_builders()
 
     def _draw_weights(self) -> None:
         """Random, but for the projection's: multiples of 1/32 that make every sum of products exact in fp32."""
@@ -95,9 +98,9 @@ class Layer:
         nothing = torch.zeros(1, 1, 1, 1)  # the main compressor's caches and the sliding window's
         self.kv_cache = (nothing, nothing, nothing, state, *keys)
 
-    def views(self, storages: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def views(self, storages: list[Tensor]) -> tuple[Tensor, ...]:
         """State, K values and K scales, as vllm-ascend's runner lays them out: pages as long as the specs say, and in a
-        page of the K cache the scales behind the values."""
+        page of the K cache the scales behind the values. For an A5 also the K pages whole."""
         state, keys = self.state_spec, self.k_spec
 
         def paged(storage: Tensor, spec, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
@@ -105,11 +108,12 @@ class Layer:
             shape = (BLOCKS, spec.block_size, 1, width)
             return storage.view(dtype).as_strided(shape, (stride, width, width, 1), offset // dtype.itemsize)
 
-        return (
+        parts = (
             paged(storages[0], state, ROW_WIDTH, state.dtype),
             paged(storages[1], keys, HEAD_DIM, keys.dtype),
             paged(storages[1], keys, 1, keys.scale_dtype, keys.block_size * HEAD_DIM),
         )
+        return parts if PRODUCT == "A2" else (*parts, paged(storages[1], keys, FP8_ENTRY_BYTES, keys.dtype))
 
     def _make_builders(self) -> None:
         """One for each of the layer's caches, in the order in which the layer gets their metadata."""

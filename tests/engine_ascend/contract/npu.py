@@ -8,6 +8,7 @@ stock chain, which stock.py compares with, is added there.
 
 import contextlib
 import importlib.machinery
+import os
 import sys
 import types
 from collections import Counter
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 ABSENT = ("torch_npu", "acl", "torchair")
+PRODUCT = os.environ["TEST_PRODUCT"]  # A2 or A5: vllm-ascend is built for one, and the wheel says which
 calls: Counter[str] = Counter()  # of the operators below, by name
 streams: list[str] = []  # what was launched, and which stream waited for which
 
@@ -86,6 +88,8 @@ def install() -> None:
     torch.npu.is_available = lambda: False  # transformers asks
     Stream.current = Stream("main")
     torch.npu.Stream, torch.npu.stream, torch.npu.current_stream = Stream, on_stream, lambda: Stream.current
+    built_for = sys.modules["vllm_ascend._build_info"] = types.ModuleType("vllm_ascend._build_info")
+    built_for.__device_type__ = PRODUCT
     sys.modules["vllm_ascend.worker.model_runner_v1"] = Stub("vllm_ascend.worker.model_runner_v1")
 
 
@@ -126,6 +130,18 @@ def npu_vllm_quant_lightning_indexer(query: Tensor, **kwargs) -> tuple[Tensor, N
     return torch.zeros(len(query), 1, 512, dtype=torch.int32), None
 
 
+def npu_kv_quant_sparse_attn_sharedkv_metadata(**kwargs) -> Tensor:
+    return torch.zeros(1024, dtype=torch.int32)
+
+
+def npu_kv_quant_sparse_attn_sharedkv(q: Tensor, **kwargs) -> tuple[Tensor]:
+    return (torch.zeros_like(q),)
+
+
+def kv_compress_epilog(**kwargs) -> None:
+    """The main compressor's and the sliding window's, on an A5."""
+
+
 def npu_scatter_nd_update_v2(cache: Tensor, slots: Tensor, values: Tensor) -> None:
     """cache[block, offset] = value for each (block, offset) that is not negative."""
     if slots is not None:
@@ -145,10 +161,10 @@ def compressor(x: Tensor, wkv: Tensor, *args, **kwargs) -> Tensor:
 
 
 def npu_dynamic_quant(x: Tensor, dst_type: torch.dtype) -> tuple[Tensor, Tensor]:
-    """int8 with a scale for each row: its largest magnitude / 127."""
-    scale = x.float().abs().amax(dim=-1) / 127
-    codes = torch.where(scale[..., None] > 0, x.float() / scale[..., None], 0).round()
-    return codes.to(dst_type), scale
+    """int8 or fp8 with a scale for each row: its largest magnitude / 127 or 448."""
+    scale = x.float().abs().amax(dim=-1) / (127 if dst_type is torch.int8 else 448)
+    codes = torch.where(scale[..., None] > 0, x.float() / scale[..., None], 0)
+    return (codes.round() if dst_type is torch.int8 else codes).to(dst_type), scale
 
 
 def mm_with_out_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -158,8 +174,9 @@ def mm_with_out_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 
 STOCK_OPERATORS = (
-    inplace_partial_rotary_mul, npu_sparse_attn_sharedkv_metadata, npu_vllm_quant_lightning_indexer_metadata,
-    npu_sparse_attn_sharedkv, npu_vllm_quant_lightning_indexer, npu_scatter_nd_update_v2,
+    inplace_partial_rotary_mul, npu_vllm_quant_lightning_indexer, npu_vllm_quant_lightning_indexer_metadata,
+    npu_sparse_attn_sharedkv, npu_sparse_attn_sharedkv_metadata, npu_kv_quant_sparse_attn_sharedkv,
+    npu_kv_quant_sparse_attn_sharedkv_metadata, npu_scatter_nd_update_v2, kv_compress_epilog,
     compressor_metadata, compressor,
 )  # fmt: skip
 _aten = torch.library.Library("aten", "IMPL")

@@ -77,7 +77,11 @@ def slots(rows: Rows, page: int, k_page: int) -> tuple[list[int], list[int]]:
 
 def store(layer: Layer, storages: list[Tensor], rows: Rows, x: Tensor) -> None:
     """What the step must do to the storages, by the readable op on arguments that are made here."""
-    state, k, k_scale = layer.views(storages)
+    state, k, k_scale, *page = layer.views(storages)
+    if page:  # an A5's
+        keys = dict(k_cache=page[0].view(torch.uint8)[:, :, 0], k_format="fp8_amax")
+    else:
+        keys = dict(k_cache=k[:, :, 0], k_scale_cache=k_scale[:, :, 0, 0], k_format="int8_hadamard")
     compressor = layer.module.indexer.compressor
     cos, sin = get_full_cos_and_sin_dsa("c4")
     request, positions = zip(*rows.tokens())
@@ -95,8 +99,6 @@ def store(layer: Layer, storages: list[Tensor], rows: Rows, x: Tensor) -> None:
         torch.tensor(table, dtype=torch.int32),
         state[:, :, 0],
         torch.tensor(k_slots),
-        k[:, :, 0],
-        k_scale[:, :, 0, 0],
-        k_format="int8_hadamard",
+        **keys,
         impl="reference",
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 WINDOW = 8
+FLAT = 1  # the format of slots on an A5: block * block_size + offset
 
 
 def compressor_metadata(
@@ -19,10 +20,12 @@ def compressor_metadata(
     entries = [(r, e) for r, first, length in _spans(starts, start_pos)[:requests]
                for e in range(first // ratio, (first + length) // ratio)]  # fmt: skip
     out_cos, out_sin = torch.ones(rows, cos.shape[1]), torch.zeros(rows, sin.shape[1])
-    slots = torch.tensor([[-1, block_size - 1]], dtype=torch.int32).repeat(rows, 1)
+    slots = torch.tensor([[-1, block_size - 1]], dtype=torch.int32).repeat(rows, 1)  # of padding
     for row, (request, entry) in enumerate(entries):
         out_cos[row], out_sin[row] = cos[entry * ratio], sin[entry * ratio]
         slots[row] = torch.tensor([table[request, entry // block_size], entry % block_size])
+    if slot_format == FLAT:
+        slots = slots[:, 0] * block_size + slots[:, 1]  # -1 of padding
     return out_cos, out_sin, slots
 
 
@@ -52,6 +55,21 @@ def compressor(
                 entries[row] = _rope(_normalised(_pooled(rows, position, width), norm, norm_eps), cos[row], sin[row])
                 row += 1
     return entries.bfloat16()
+
+
+def indexer_compress_epilog_v2(*, indexer_compress_cache: Tensor, x: Tensor, slot_mapping: Tensor, layout: int) -> None:
+    """An A5's store: fp8 values and behind them, in the page, fp32 scales: the largest magnitude times 1 / 448."""
+    pages, per_page, _, entry = indexer_compress_cache.shape
+    width = x.shape[-1]
+    scale = x.float().abs().amax(dim=-1, keepdim=True) * torch.tensor(1 / 448, dtype=torch.float32)
+    codes = (x.float() / scale).nan_to_num(0).to(torch.float8_e4m3fn).view(torch.uint8)
+    page = indexer_compress_cache.view(pages, per_page * entry)
+    for row, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            offset = slot % per_page
+            page[slot // per_page, offset * width : (offset + 1) * width] = codes[row]
+            behind = per_page * width + 4 * offset
+            page[slot // per_page, behind : behind + 4] = scale[row].view(torch.uint8)
 
 
 def _spans(starts: Tensor, start_pos: Tensor) -> list[tuple[int, int, int]]:
