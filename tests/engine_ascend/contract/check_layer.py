@@ -76,7 +76,7 @@ def test_requests_that_a_graph_adds_store_nothing(config):
 
 
 def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monkeypatch):
-    """State rows and slots the same; int8 codes at most 2 apart, fp8 values by at most 2 or their last bit, scales within
+    """State rows and slots the same; int8 codes at most 2 apart, fp8 values by 2 or their last bit, scales within
     1 %: stock rounds to bf16 before, in the middle and after its Hadamard product, and on A2 and A3 its scale to fp16
     after the division."""
     for operator in (stock.compressor_metadata, stock.compressor, stock.indexer_compress_epilog_v2):
