@@ -73,7 +73,7 @@ class Compress {
 
   // One group of four positions, or the front halves of the one before a window.
   struct Frame {
-    int64_t token;    // of the first row that is a token's; rows [row, row + rows) are tokens of this core
+    int64_t token;  // of the first row that is a token's; rows [row, row + rows) are tokens of this core
     int row, rows;
     int half;         // where the 128 channels of the other rows begin: kHeadDim in a window's own group, 0 before
     int raw, absent;  // bits: rows that came from kv_score and lack the bias; rows that do not exist
@@ -84,7 +84,7 @@ class Compress {
     GlobalTensor<float> gm;
     gm.SetGlobalBuffer((__gm__ float*)args_.ape, kRatio * kKvWidth);
     DataCopyPad(bias_, gm, DataCopyExtParams(1, kRatio * kKvWidth * sizeof(float), 0, 0, 0),
-                         DataCopyPadExtParams<float>());
+                DataCopyPadExtParams<float>());
     Order<HardEvent::MTE2_V>(pipe);
   }
 
@@ -311,7 +311,7 @@ class Compress {
   int64_t begin_, end_, next_;  // the core's tokens; the first that is in no tile yet
   Frame frames_[kFrames];
   int used_ = 0;
-  bool full_ = false;           // the last frame holds four tokens of this core
+  bool full_ = false;  // the last frame holds four tokens of this core
   Tokens tokens_;
   Pool pool_;
   Finish<kFormat> finish_;

@@ -14,9 +14,9 @@
 
 namespace dsv4 {
 
-constexpr int kBatch = 16;                                // windows
+constexpr int kBatch = 16;  // windows
 constexpr int kPlanes = 2;
-constexpr int kPlane = kHeadDim * kBlockFloats;           // floats
+constexpr int kPlane = kHeadDim * kBlockFloats;  // floats
 constexpr int kBatchFloats = kBatch * kHeadDim;
 
 template <int64_t kFormat>
@@ -161,8 +161,7 @@ class Finish {
     Duplicate(constant_, 1.0f, kBatch);
     Div(factor_, constant_, factor_, kBatch);
     Scale(x_, false);
-    for (int plane = 0; plane < kPlanes; ++plane)
-      Mul(x_[plane * kPlane], x_[plane * kPlane], gamma_, kPlane);
+    for (int plane = 0; plane < kPlanes; ++plane) Mul(x_[plane * kPlane], x_[plane * kPlane], gamma_, kPlane);
   }
 
   // The last 64 channels: a' = a cos - b sin, b' = b cos + a sin, where a and b are neighbouring blocks.

@@ -7,9 +7,9 @@
 
 namespace dsv4 {
 
-constexpr int kLanes = 64;                                  // floats of a repeat
-constexpr int kBlockFloats = 8;                             // and of a block of 32 bytes
-constexpr int kFrameFloats = kRatio * kRowWidth;            // a frame: the rows of one group of four positions
+constexpr int kLanes = 64;                        // floats of a repeat
+constexpr int kBlockFloats = 8;                   // and of a block of 32 bytes
+constexpr int kFrameFloats = kRatio * kRowWidth;  // a frame: the rows of one group of four positions
 constexpr int kRowBlocks = kRowWidth / kBlockFloats;
 constexpr int kHeadBlocks = kHeadDim / kBlockFloats;
 
@@ -38,7 +38,7 @@ class Pool {
     for (int c = 0; c < kHeadDim; c += kLanes) {
       Mul(product_[c], weight_[c], previous[c], kLanes, kRatio, {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
       Mul(product_[kFour + c], weight_[kFour + c], own_kv[c], kLanes, kRatio,
-                   {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
+          {1, 1, 1, kHeadBlocks, kHeadBlocks, kRowBlocks});
     }
     for (int half = kFour; half >= kHeadDim; half /= 2) {
       Add(product_, product_, product_[half], half);

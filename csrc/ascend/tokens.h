@@ -61,7 +61,7 @@ class Tokens {
   static constexpr int64_t kAhead = 4 * kRatio + 1;  // tokens that a tile may look at, and the one after it
 
  private:
-  static constexpr int64_t kBehind = kWindow - 1;    // tokens that a window may look back to
+  static constexpr int64_t kBehind = kWindow - 1;  // tokens that a window may look back to
   static constexpr int64_t kHeld = 512;
 
   template <class T>

@@ -135,6 +135,12 @@ void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_
   launches.clear();
 }
 
+// How the host cuts `tokens` among `vector_cores`: the tokens of a core, and how many cores that takes.
+void emulation_cut(int64_t tokens, int64_t vector_cores, int64_t* tokens_per_core, int64_t* cores) {
+  const Tiling tiling = cut(tokens, vector_cores);
+  *tokens_per_core = tiling.tokens_per_core, *cores = tiling.cores;
+}
+
 // The counts since the last emulation_configure: a list of launches, each a list of cores.
 int64_t emulation_counts(char* out, int64_t size) { return std::snprintf(out, size, "%s", counts_json().c_str()); }
 

@@ -41,6 +41,13 @@ class Emulator:
         self.library.emulation_counts(text, size)
         return json.loads(text.value)
 
+    def cut(self, tokens: int, vector_cores: int) -> tuple[int, int]:
+        """csrc/ascend/tiling.h: the tokens of a core, and how many cores that takes."""
+        per_core, cores = ctypes.c_int64(), ctypes.c_int64()
+        arguments = ctypes.c_int64(tokens), ctypes.c_int64(vector_cores), ctypes.byref(per_core), ctypes.byref(cores)
+        self.library.emulation_cut(*arguments)
+        return per_core.value, cores.value
+
     def broken_rule(self, name: str, cores: int = 2) -> str:
         """Runs a kernel of rules.h; returns what it was refused for, or nothing."""
         message = ctypes.create_string_buffer(500)

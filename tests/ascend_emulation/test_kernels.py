@@ -99,6 +99,16 @@ def test_the_number_and_the_order_of_the_cores_change_no_byte(ascend_emulation, 
         assert_identical(batch.clone().run("ascend"), one, f"{cores} cores")
 
 
+@pytest.mark.parametrize("vector_cores", (1, 7, 40, 48))
+def test_the_host_gives_every_token_to_a_core_and_no_core_is_idle(ascend_emulation, vector_cores):
+    for tokens in (1, 3, 4, 5, 127, 128, 1000, 8192, 49151, 49152, 100001):
+        per_core, cores = ascend_emulation.cut(tokens, vector_cores)
+        assert (cores - 1) * per_core < tokens <= cores * per_core and cores <= vector_cores
+        assert (
+            per_core % (64 if tokens >= 64 * 16 * vector_cores else 4) == 0
+        )  # sixteens of entries where there are many
+
+
 @pytest.mark.parametrize("options", FORMATS[:1], ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_decode_step_for_each_position_in_a_page_equals_the_reference(ascend_emulation, options, block_size):
