@@ -9,10 +9,13 @@ MADE = .venv .cache .pytest_cache build deepseek-v4 serve_and_chat.log vllm_dsv4
 RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
 	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo serve test ascend-test lock clean
+# Debian has it with and without a version in its name.
+AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
+
+.PHONY: help venv demo serve test test-aarch64 ascend-test lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/package.done ## set up .venv: CPU torch, vLLM, this package with its native op
 
@@ -25,6 +28,18 @@ serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001"
 
 test: venv .venv/beside.done ## run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+
+# With tools that the set-up does not install, and so not in `make test`.
+test-aarch64: ## run the native op, cross-built for aarch64, under emulation
+	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool >/dev/null || { echo \
+		"No $$tool found. On Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	@$(MAKE) --no-print-directory venv
+	@$(RUN) cmake -S csrc -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=$(AARCH64_CXX)
+	@$(RUN) cmake --build build/aarch64
+	$(AARCH64_CXX) -std=c++17 tests/op/aarch64.cpp -o build/aarch64/driver \
+		-Lbuild/aarch64 -l:libdsv4_indexer_cpu.so -Wl,-rpath,$(CURDIR)/build/aarch64
+	@$(RUN) pytest tests/op/aarch64.py
 
 ascend-test: ## on a machine with CANN and an NPU: the op and an engine there (PYTHON=..., MODEL=...)
 	@PYTHON="$(or $(PYTHON),python3)" sh tests/npu/run.sh

@@ -140,7 +140,7 @@ void store_fp8_codes(uint8_t* to, const Entry& x, float inverse) {
 
 // fp8 page: the scale is the least power of two that brings the largest magnitude to 448 or less.
 void store_fp8(const Arguments& a, int64_t slot, const Entry& x, int32_t largest) {
-  const int32_t bits = amax_bits(bits_as_bfloat16(largest));
+  const int32_t bits = bits_as_bfloat16(amax_bits(largest));
   const int32_t exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7fffff) > 0x600000);  // 448 = 1.75 * 2^8
   const float scale = float_of((127 + exponent) << 23), inverse = float_of((127 - exponent) << 23);
   uint8_t* page = static_cast<uint8_t*>(a.k_cache) + slot / kFp8PageEntries * a.k_page_stride;

@@ -42,6 +42,8 @@ inline Floats load(const bfloat16* p) {
   return widened(h, std::make_integer_sequence<int, 2 * kLanes>());
 }
 
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
 // Around the caches, to a p that is aligned to a vector.
 #if defined(__AVX512F__)
 inline void store_past_cache(float* p, Floats v) { _mm512_stream_ps(p, (__m512)v); }
@@ -71,8 +73,6 @@ inline Pairs pairs(Floats low, Floats high, std::integer_sequence<int, i...>) {
 }
 
 inline Pairs pairs(Floats low, Floats high) { return pairs(low, high, std::make_integer_sequence<int, kLanes>()); }
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // Stores the low byte of each of `even` and `odd`, alternately.
 inline void store_bytes(void* p, Ints even, Ints odd) {

@@ -4,6 +4,7 @@ A request is (start, length): its history, the state rows of the last eight posi
 already. The same seed gives the same projections at the same positions, however the requests are cut into calls.
 """
 
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -183,6 +184,19 @@ def make_batch(
         k_format=k_format,
         storages=storages,
     )
+
+
+def random_case(pick: random.Random) -> dict:
+    """Arguments of `make_batch`."""
+    return {
+        "requests": [(pick.randrange(140), pick.randrange(1, 40)) for _ in range(pick.randrange(1, 8))],
+        "seed": pick.randrange(2**32),
+        "page": pick.choice((2, 4, 8)),
+        "layout": pick.choice(("dense", "padded", "engine")),
+        "kv_dtype": pick.choice((torch.float32, torch.bfloat16)),
+        "padding": pick.randrange(4),
+        "ring": pick.choice((None, None, 8, 16, 64)),
+    }
 
 
 def assert_identical(a: Batch, b: Batch, case: object = "") -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batches import IMPLS, IMPLS_WHERE_ROWS_ARE_UNIQUE, Batch, assert_close, assert_identical, make_batch
+from batches import IMPLS, IMPLS_WHERE_ROWS_ARE_UNIQUE, Batch, assert_close, assert_identical, make_batch, random_case
 from vllm_dsv4_indexer.contract import KV_WIDTH, RATIO, WINDOW
 
 STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
@@ -206,6 +206,13 @@ def test_extreme_values_equal_the_reference():
     assert_close(batch.clone().run("cpu"), batch.clone().run("reference"))
 
 
+@pytest.mark.parametrize("bits", (0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1))
+def test_a_nan_of_any_bits_counts_as_infinity(bits):
+    batch = make_batch([(0, 64)])
+    batch.kv_score.view(torch.int32)[9, :KV_WIDTH] = bits
+    assert_close(batch.clone().run("cpu"), batch.clone().run("reference"))
+
+
 @pytest.mark.parametrize("magnitude", (1e-6, 1e6))
 def test_int8_scales_of_tiny_and_huge_entries_equal_the_reference(magnitude):
     for options in INT8:
@@ -216,14 +223,4 @@ def test_int8_scales_of_tiny_and_huge_entries_equal_the_reference(magnitude):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_batches_equal_the_reference(seed):
-    pick = random.Random(seed)
-    case = {
-        "requests": [(pick.randrange(140), pick.randrange(1, 40)) for _ in range(pick.randrange(1, 8))],
-        "seed": seed,
-        "page": pick.choice((2, 4, 8)),
-        "layout": pick.choice(("dense", "padded", "engine")),
-        "kv_dtype": pick.choice((torch.float32, torch.bfloat16)),
-        "padding": pick.randrange(4),
-        "ring": pick.choice((None, None, 8, 16, 64)),
-    }
-    compare_with_reference([case], differing=1e-3)
+    compare_with_reference([random_case(random.Random(seed))], differing=1e-3)

@@ -1,0 +1,88 @@
+"""The op built for aarch64 and run under emulation stores the bytes that it stores on this CPU.
+
+`make test-aarch64` builds what this needs and runs it. Its name keeps it out of `pytest tests`, where it could only be
+skipped on machines without a cross compiler and an emulator.
+"""
+
+import operator
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from batches import Batch, make_batch, random_case
+from vllm_dsv4_indexer.contract import K_FORMATS, KV_WIDTH
+from vllm_dsv4_indexer.ops import cpu
+
+DRIVER = Path(__file__).parents[2] / "build/aarch64/driver"
+EMULATED = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", DRIVER)
+EPS = 1e-6
+# The addresses in cpu.Arguments, in the order of the op's tensors.
+ADDRESSES = (
+    "kv_score ape norm_weight cos_sin positions token_to_req state_slots block_table state k_slots k_cache k_scale"
+).split()
+
+
+def arbitrary_batch(seed: int) -> Batch:
+    """A random batch, some of whose rows hold NaN, infinity or gates that underflow, have no slot, or share one."""
+    pick = random.Random(seed)
+    batch = make_batch(
+        **random_case(pick),
+        norm_dtype=pick.choice((torch.float32, torch.bfloat16)),
+        k_format=pick.choice(tuple(K_FORMATS)),
+        scale_dtype=pick.choice((torch.float32, torch.float16)),
+    )
+    tokens = int((batch.inner_state_slot_mapping >= 0).sum())  # the rest is padding
+
+    def some() -> list[int]:
+        return pick.sample(range(tokens), pick.randrange(min(tokens, 4)))
+
+    batch.kv_score[some()] = torch.nan
+    batch.kv_score[some(), :KV_WIDTH] = torch.inf
+    batch.kv_score[some(), KV_WIDTH:] *= 300
+    for slots in (batch.inner_state_slot_mapping, batch.k_slot_mapping):
+        slots[some()] = -1
+        if pick.random() < 0.2:
+            slots[some()] = slots[pick.randrange(tokens)].clone()
+    return batch
+
+
+def image(batch: Batch) -> tuple[cpu.Arguments, bytes]:
+    """The batch's arguments, with offsets where addresses belong, and the memory that they are offsets into."""
+    arguments = cpu.arguments_of(*batch.tensors(), eps=EPS, k_format=batch.k_format)
+    memory, offsets = bytearray(), {}
+    for name, tensor in zip(ADDRESSES, batch.tensors()):
+        if tensor is None:
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in offsets:
+            offsets[storage.data_ptr()] = len(memory)
+            memory += torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+            memory += bytes(-len(memory) % 64)
+        setattr(arguments, name, offsets[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr())
+    return arguments, bytes(memory)
+
+
+def assert_stores_the_same_emulated(batch: Batch, algorithm: str, case: str) -> None:
+    arguments, memory = image(batch)
+    command = (*EMULATED, algorithm, str(len(memory)))
+    stored = subprocess.run(command, input=bytes(arguments) + memory, stdout=subprocess.PIPE, check=True).stdout
+    entries = cpu.compress(*batch.tensors(), eps=EPS, k_format=batch.k_format, algorithm=algorithm)
+    expected = entries.to_bytes(8, "little") + image(batch)[1]
+    same = stored == expected  # not in the assertion: pytest would write out what differs in megabytes
+    assert same, f"{sum(map(operator.ne, stored, expected))} bytes differ: {case}, {algorithm}"
+
+
+@pytest.mark.parametrize("algorithm", cpu.ALGORITHMS)
+@pytest.mark.parametrize("seed", range(100))
+def test_random_calls_store_the_same_bytes_on_aarch64(seed, algorithm):
+    assert_stores_the_same_emulated(arbitrary_batch(seed), algorithm, f"arbitrary_batch({seed})")
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_no_last_bit_of_the_arithmetic_differs_on_aarch64(seed):
+    """Such a bit shows once in thousands of entries, where it turns a rounding to bfloat16 and so an int8 scale."""
+    batch = make_batch([(0, 500)] * 32, k_format="int8_hadamard", seed=seed)
+    assert_stores_the_same_emulated(batch, cpu.ALGORITHMS[seed % 3], f"seed {seed}")
