@@ -37,13 +37,16 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def methods() -> tuple[str, ...]:
     """The methods that this CPU has, the fastest first."""
-    return {0: ("fp32",), 1: ("fp32", "bf16_dot"), 2: ("bf16_dot", "fp32")}[cpu.native().library.dsv4_indexer_bf16_dot()]
+    native = cpu.native()
+    rank = native.library.dsv4_indexer_bf16_dot() if native.isa == "avx512" else 0
+    return {0: ("fp32",), 1: ("fp32", "bf16_dot"), 2: ("bf16_dot", "fp32")}[rank]
 
 
 def prepare_weight(weight: Tensor, method: str | None = None) -> Tensor:
     """The weight [512, hidden], rows 0..255 wkv and 256..511 wgate, as `project` wants it.
 
-    method: one of `methods()`; by default the fastest that can do it: bf16_dot wants bfloat16 and an even hidden size.
+    method: one of `methods()`, by default the first. bf16_dot wants bfloat16 and an even hidden size; any other weight
+    is for fp32.
     """
     rows, hidden = weight.shape
     if rows != ROW_WIDTH:
