@@ -15,6 +15,7 @@ from vllm_dsv4_indexer.ops import ascend
 
 HERE = Path(__file__).parent
 PRODUCTS = ("Ascend910B", "Ascend910_93", "Ascend950")  # emulation::kProducts
+COMPILER = os.environ.get("CXX", "c++")
 FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".split()
 
 
@@ -23,8 +24,7 @@ class Emulator:
 
     def __init__(self, folder: Path):
         path = folder / "libdsv4_indexer_ascend_emulation.so"
-        compiler = os.environ.get("CXX", "c++")
-        subprocess.run([compiler, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
+        subprocess.run([COMPILER, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_configure.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2
         self.use()
