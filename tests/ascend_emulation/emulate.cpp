@@ -17,6 +17,7 @@ struct Machine {
   const emulation::Product* product = emulation::kProducts;
   int64_t cores = 48;
   uint64_t noise = 0, order = 0;
+  int64_t built_for = 2201;
 } machine;
 
 std::vector<std::vector<emulation::Counts>> launches;  // counts of each core of each launch
@@ -121,7 +122,7 @@ int64_t dsv4_indexer_ascend_arguments_size() { return sizeof(Arguments); }
 
 int64_t dsv4_indexer_ascend_compress(const char* algorithm, const Arguments* arguments, void*, char* message,
                                      int64_t size) {
-  if (unsupported(*arguments, machine.product->name, message, size)) return 1;
+  if (unsupported(*arguments, machine.product->name, machine.built_for, message, size)) return 1;
   emulation::memory.regions = regions_of(*arguments);
   return reporting(message, size, [&] {
     const bool known = for_each_launch(algorithm, [&](auto kernel) { launch_compress<kernel.kAlgorithm>(*arguments); });
@@ -130,8 +131,8 @@ int64_t dsv4_indexer_ascend_compress(const char* algorithm, const Arguments* arg
 }
 
 // `product` by its place in emulation::kProducts. `noise` and `order`: see machine.h and launch().
-void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_t order) {
-  machine = {&emulation::kProducts[product], cores, noise, order};
+void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_t order, int64_t built_for) {
+  machine = {&emulation::kProducts[product], cores, noise, order, built_for};
   launches.clear();
 }
 

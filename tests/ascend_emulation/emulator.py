@@ -15,6 +15,8 @@ from vllm_dsv4_indexer.ops import ascend
 
 HERE = Path(__file__).parent
 PRODUCTS = ("Ascend910B", "Ascend910_93", "Ascend950")  # emulation::kProducts
+A5 = 3510  # architectures
+A2 = 2201
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".split()
 
@@ -26,13 +28,17 @@ class Emulator:
         path = folder / "libdsv4_indexer_ascend_emulation.so"
         subprocess.run([COMPILER, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
-        self.library.emulation_configure.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2
+        self.library.emulation_configure.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]
         self.use()
 
-    def use(self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0) -> None:
+    def use(
+        self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0, built_for: int | None = None
+    ) -> None:
         """The machine of the next calls. `noise`, if not 0, is the seed of the last-bit errors of Exp, Div and Sqrt,
-        `order` that of the order in which the cores run. Forgets the counts."""
-        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order)
+        `order` that of the order in which the cores run, `built_for` the architecture of the library, by default the
+        product's. Forgets the counts."""
+        built_for = built_for or (A5 if product == "Ascend950" else A2)
+        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order, built_for)
 
     def counts(self) -> list[list[dict]]:
         """What each core of each launch since `use` has done; see `Counts` in machine.h."""

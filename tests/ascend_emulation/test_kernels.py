@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from batches import assert_close, assert_identical, make_batch, ordered
+from emulator import A2, A5
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError
 from vllm_dsv4_indexer.ops import ascend
@@ -260,3 +261,18 @@ def test_what_is_not_supported_is_refused_by_name(ascend_emulation, options, mes
     with pytest.raises(ContractError, match=message):
         batch.run("ascend")
     assert_identical(batch, before)
+
+
+@pytest.mark.parametrize("product, built_for", [("Ascend950", A2), ("Ascend910B", A5)])
+def test_a_library_for_another_architecture_is_refused(ascend_emulation, product, built_for):
+    ascend_emulation.use(product, built_for=built_for)
+    with pytest.raises(ContractError, match=f"{product}: a library built for architecture {built_for} is not supported"):
+        make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
+
+
+def test_rows_that_lie_in_each_other_are_refused(ascend_emulation):
+    ascend_emulation.use()
+    batch = make_batch([(0, 8)], k_format="int8_hadamard", k_page=32)
+    batch = replace(batch, kv_score=batch.kv_score[:1].expand(8, -1))
+    with pytest.raises(ContractError, match="a row stride of kv_score of 0 is not supported; supported: 512 to 2\\^20"):
+        batch.run("ascend")

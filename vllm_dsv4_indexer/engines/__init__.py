@@ -22,6 +22,12 @@ def require_indexer(vllm_config: Any) -> None:
             refuse(f"{option} is {size}", "1", "use tensor or pipeline parallelism")
 
 
+def require_impl(impl: str, *supported: str) -> None:
+    """Refuse the setting `impl` of another engine."""
+    if impl not in supported:
+        refuse(f"dsv4_indexer.impl is {impl!r}", f"{', '.join(supported)} on this device", "set one of these")
+
+
 def indexers_of_stage(vllm_config: Any) -> int:
     """How many layers of this worker's pipeline stage have an indexer."""
     model = vllm_config.model_config

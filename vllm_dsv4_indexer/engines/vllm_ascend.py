@@ -23,7 +23,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm_ascend.ascend_config import get_ascend_config
 
-from vllm_dsv4_indexer.engines import refuse, require_indexer
+from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.settings import Settings
 
 STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
@@ -46,7 +46,7 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     if vllm_config.model_config is None:  # vLLM also makes configurations without a model, for its own tools
         return check_and_update_config(vllm_config)
     require_indexer(vllm_config)
-    _refuse_settings_of_other_engines(Settings.read(vllm_config.additional_config))
+    _check_settings(Settings.read(vllm_config.additional_config).on("ascend"), vllm_config.model_config.enforce_eager)
     check_and_update_config(vllm_config)
 
     parallel = vllm_config.parallel_config
@@ -58,7 +58,10 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     logger.info("DSV4_INDEXER: vllm-ascend has reset the attention backend; %s honours it all the same", WORKER)
 
 
-def _refuse_settings_of_other_engines(settings: Settings) -> None:
+def _check_settings(settings: Settings, eager: bool) -> None:
+    require_impl(settings.impl, "ascend", "reference", "stock")
+    if settings.impl == "reference" and not eager:
+        refuse("dsv4_indexer.impl is 'reference', which reads values on the host", "it without graphs", "pass --enforce-eager")
     if settings.state_save != "full":
         refuse(f"state_save is {settings.state_save!r}", "'full' with vllm-ascend", "leave it out")
     if settings.projection == "engine":

@@ -39,7 +39,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import ROW_WIDTH
-from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_indexer
+from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.ops import projection
 from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
@@ -63,7 +63,9 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     if vllm_config.model_config is None:  # vLLM also makes configurations without a model, for its own tools
         return check_and_update_config(vllm_config)
     _refuse_unsupported(vllm_config)
-    if Settings.read(vllm_config.additional_config).state_save == "tail":
+    settings = Settings.read(vllm_config.additional_config).on("cpu")
+    require_impl(settings.impl, "cpu", "reference", "stock")
+    if settings.state_save == "tail":
         _refuse_unsafe_tail(vllm_config)
 
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
