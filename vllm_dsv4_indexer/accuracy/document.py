@@ -1,0 +1,83 @@
+"""Haystacks for the needle checkpoint (checkpoint/needle.py, which says what the tokens mean).
+
+Every entry of a document hosts a pair: thousands of near misses, and here and there a needle between two decoys, which
+erase it if the windows of the indexer are wrong.
+"""
+
+import random
+from dataclasses import dataclass
+
+from ..checkpoint.needle import DECOYS, DISTANCES, FILLERS, KEYS, QUESTIONS, VALUES
+
+GROUP = 4  # tokens of an entry
+PAGE = 64  # entries of a page of the indexer's cache
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A pair that a question can ask for.
+
+    entry: the index of its entry. position: of its key; its value is the next token. key: of KEYS, counted from 0.
+    value: the token that answers the question."""
+
+    entry: int
+    position: int
+    key: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Document:
+    tokens: list[int]
+    needles: list[Needle]
+
+    def ask_by_key(self, needle: Needle) -> list[int]:
+        """The prompt whose next token is the needle's value."""
+        return [*self.tokens, QUESTIONS[needle.key]]
+
+    def ask_by_distance(self, needle: Needle) -> list[int]:
+        """The same, where only the distance between question and needle says which pair is meant."""
+        return [*self.tokens, DISTANCES[len(self.tokens) // GROUP - needle.entry]]
+
+
+def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing: int = 8) -> Document:
+    """A document of `length` tokens, a multiple of 4, of which about one entry in `spacing` hosts a needle.
+
+    So do the first and the last entry, those at the borders of pages, and, if the engine prefills in steps of `chunk`
+    tokens, those whose windows lie across a border, with the key before it. Keys stand at all four offsets.
+    """
+    draw = random.Random(f"{length} {seed}")
+    entries = length // GROUP
+    latest = {0: 2, entries - 1: 2}  # entry: the latest offset of its key; offsets are -1 to 2
+    for border in range(chunk or length, length, chunk or length):
+        latest[border // GROUP] = border % GROUP - 1
+    for border in range(PAGE, entries, PAGE):
+        latest.setdefault(border - draw.randint(0, 1), 2)
+    for start in range(0, entries, spacing):
+        latest.setdefault(start + draw.randrange(spacing), 2)
+    hosts = _apart(latest, entries)
+
+    tokens = draw.choices(FILLERS, k=length)
+    needles, keys, decoys = [], draw.sample(range(len(KEYS)), entries), iter(draw.sample(DECOYS, entries))
+    free = 0  # the first position that no pair holds
+    for entry in range(entries):
+        offsets = range(max(-1, free - GROUP * entry), 3)
+        near_needle = not hosts.isdisjoint((entry - 1, entry + 1))
+        if entry in hosts:
+            offsets = range(offsets.start, max(offsets.start, latest[entry]) + 1)
+        position = GROUP * entry + draw.choice(offsets)
+        value = draw.choice(VALUES)
+        tokens[position : position + 2] = [next(decoys) if near_needle else KEYS[keys[entry]], value]
+        if entry in hosts:
+            needles.append(Needle(entry, position, keys[entry], value))
+        free = position + 2
+    return Document(tokens, needles)
+
+
+def _apart(wanted: dict[int, int], entries: int) -> set[int]:
+    """Of the entries wanted, the first ones first, those that have no other beside them."""
+    chosen = set()
+    for entry in wanted:
+        if entry < entries and chosen.isdisjoint((entry - 1, entry + 1)):
+            chosen.add(entry)
+    return chosen
