@@ -6,7 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from vllm_dsv4_indexer.checkpoint import RECORD, compress_ratios, make_checkpoint
+from vllm_dsv4_indexer.checkpoint import RECORD, make_checkpoint
+from vllm_dsv4_indexer.checkpoint.config import compress_ratios
 
 
 def digests(directory):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
-from vllm_dsv4_indexer.checkpoint import VOCABULARY
+from vllm_dsv4_indexer.checkpoint.config import VOCABULARY
 
 PROMPT = torch.arange(1000, 1064)[None] * 7
 

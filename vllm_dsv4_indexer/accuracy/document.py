@@ -37,7 +37,22 @@ class Document:
 
     def ask_by_distance(self, needle: Needle) -> list[int]:
         """The same, where only the distance between question and needle says which pair is meant."""
-        return [*self.tokens, DISTANCES[len(self.tokens) // GROUP - needle.entry]]
+        return [*self.tokens, _distance(needle, len(self.tokens))]
+
+    def all_questions(self) -> list[int]:
+        """Four tokens for each needle, to follow the document: by distance, by key, two of filler. A question is no key and
+        no value, so those before it are nothing but a longer document."""
+        end = len(self.tokens)
+        questions = [
+            (_distance(needle, end + GROUP * index), QUESTIONS[needle.key], FILLERS[0], FILLERS[0])
+            for index, needle in enumerate(self.needles)
+        ]
+        return [token for group in questions for token in group]
+
+
+def _distance(needle: Needle, position: int) -> int:
+    """The question at `position`, a multiple of 4, that means the needle."""
+    return DISTANCES[position // GROUP - needle.entry]
 
 
 def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing: int = 8) -> Document:
@@ -61,11 +76,9 @@ def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing:
     needles, keys, decoys = [], draw.sample(range(len(KEYS)), entries), iter(draw.sample(DECOYS, entries))
     free = 0  # the first position that no pair holds
     for entry in range(entries):
-        offsets = range(max(-1, free - GROUP * entry), 3)
         near_needle = not hosts.isdisjoint((entry - 1, entry + 1))
-        if entry in hosts:
-            offsets = range(offsets.start, max(offsets.start, latest[entry]) + 1)
-        position = GROUP * entry + draw.choice(offsets)
+        last = latest[entry] if entry in hosts else 1 if entry + 1 in hosts else 2  # leaves room for any needle
+        position = draw.randint(max(free, GROUP * entry - 1), GROUP * entry + last)
         value = draw.choice(VALUES)
         tokens[position : position + 2] = [next(decoys) if near_needle else KEYS[keys[entry]], value]
         if entry in hosts:

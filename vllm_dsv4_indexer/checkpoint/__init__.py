@@ -49,9 +49,9 @@ def make_checkpoint(
 def make_needle_checkpoint(
     directory: str | Path, seed: int = 0, report: Callable[[str], None] = lambda message: None
 ) -> Path:
-    """Write the checkpoint of needle.py (bf16, 250 MB), which finds needles in haystacks by its indexer; otherwise as
+    """Write the checkpoint of needle.py (bf16, 162 MB), which finds needles in haystacks by its indexer; otherwise as
     `make_checkpoint`. `seed` draws the codes of the keys."""
-    config = make_config(needle.LAYERS, needle.HIDDEN)
+    config = needle.needle_config()
     _check_arguments(needle.LAYERS, needle.HIDDEN, seed)
     report(f"constructing the needle task, seed {seed}")
     record = {"task": "needle", "seed": seed}

@@ -21,10 +21,11 @@ Tokens that are not named here are filler.
 
 import torch
 
-from .config import ATTENTION_HEAD_DIM, COMPRESS_ROPE_THETA, INDEX_HEAD_DIM, OUTPUT_RANK, ROPE_DIM
+from .config import ATTENTION_HEAD_DIM, COMPRESS_ROPE_THETA, INDEX_HEAD_DIM, OUTPUT_RANK, ROPE_DIM, make_config
 from .weights import Zeros, tensors
 
 LAYERS, HIDDEN = 3, 256  # of compress ratios 0, 4 and 128
+LEAST = dict(num_attention_heads=2, o_groups=2, index_n_heads=2, moe_intermediate_size=32)  # for two workers, and fast
 ATTENTION = "layers.1.attn."
 INDEXER = f"{ATTENTION}indexer."
 
@@ -52,6 +53,11 @@ OPEN, SHUT = 16.0, -48.0  # gate of a key in the channels of keys; positional bi
 KEY_SHARPNESS, DISTANCE_SHARPNESS = 4.0, 8.0  # of attention: the needle stands 50 and 70 nats above nothing
 NEARNESS = 3.0  # weight of the distance against the common part of the keys, in the indexer's score
 LOGIT = 2.0  # the value that was found stands 22 above all other tokens
+
+
+def needle_config() -> dict:
+    """The contents of config.json."""
+    return make_config(LAYERS, HIDDEN) | LEAST
 
 
 def needle_tensors(config: dict, seed: int) -> dict[str, torch.Tensor]:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from .config import (
-    ATTENTION_HEAD_DIM, EXPERT_WIDTH, EXPERTS, EXPERTS_PER_TOKEN, HEADS, INDEX_HEAD_DIM, INDEX_HEADS, OUTPUT_GROUPS,
-    OUTPUT_RANK, QUERY_RANK, STREAMS, VOCABULARY,
+    ATTENTION_HEAD_DIM, EXPERTS, EXPERTS_PER_TOKEN, INDEX_HEAD_DIM, OUTPUT_RANK, QUERY_RANK, STREAMS, VOCABULARY,
 )  # fmt: skip
 
 # Scales. A linear layer of gain g has weights of deviation g / sqrt(inputs), so it turns unit-size inputs into outputs
@@ -68,10 +67,10 @@ def tensors(config: dict, draw: Draw) -> Tensors:
         prefix = f"layers.{layer}."
         yield from _hyper_connection(draw, f"{prefix}hc_attn_", hidden)
         yield f"{prefix}attn_norm.weight", draw.gamma(hidden)
-        yield from _attention(draw, f"{prefix}attn.", hidden, ratio)
+        yield from _attention(draw, f"{prefix}attn.", config, ratio)
         yield from _hyper_connection(draw, f"{prefix}hc_ffn_", hidden)
         yield f"{prefix}ffn_norm.weight", draw.gamma(hidden)
-        yield from _experts(draw, f"{prefix}ffn.", hidden, hashed=layer < config["num_hash_layers"])
+        yield from _experts(draw, f"{prefix}ffn.", config, hashed=layer < config["num_hash_layers"])
     yield from _mixing(draw, "hc_head_", hidden, outputs=STREAMS, scales=1)
     yield "norm.weight", draw.gamma(hidden)
     yield "head.weight", draw.linear(VOCABULARY, hidden, LOGIT_GAIN)
@@ -89,20 +88,22 @@ def _mixing(draw: Draw, prefix: str, hidden: int, outputs: int, scales: int) -> 
     yield f"{prefix}scale", draw.normal(scales, mean=0.5, std=0.1)
 
 
-def _attention(draw: Draw, prefix: str, hidden: int, ratio: int) -> Tensors:
+def _attention(draw: Draw, prefix: str, config: dict, ratio: int) -> Tensors:
+    hidden, heads, groups = (config[name] for name in ("hidden_size", "num_attention_heads", "o_groups"))
     yield f"{prefix}wq_a.weight", draw.linear(QUERY_RANK, hidden)
     yield f"{prefix}q_norm.weight", draw.gamma(QUERY_RANK)
-    yield f"{prefix}wq_b.weight", draw.linear(HEADS * ATTENTION_HEAD_DIM, QUERY_RANK)
+    yield f"{prefix}wq_b.weight", draw.linear(heads * ATTENTION_HEAD_DIM, QUERY_RANK)
     yield f"{prefix}wkv.weight", draw.linear(ATTENTION_HEAD_DIM, hidden)
     yield f"{prefix}kv_norm.weight", draw.gamma(ATTENTION_HEAD_DIM, ATTENTION_GAMMA)
-    yield f"{prefix}attn_sink", draw.normal(HEADS)
-    yield f"{prefix}wo_a.weight", draw.linear(OUTPUT_GROUPS * OUTPUT_RANK, HEADS // OUTPUT_GROUPS * ATTENTION_HEAD_DIM)
-    yield f"{prefix}wo_b.weight", draw.linear(hidden, OUTPUT_GROUPS * OUTPUT_RANK, OUTPUT_GAIN)
+    yield f"{prefix}attn_sink", draw.normal(heads)
+    yield f"{prefix}wo_a.weight", draw.linear(groups * OUTPUT_RANK, heads // groups * ATTENTION_HEAD_DIM)
+    yield f"{prefix}wo_b.weight", draw.linear(hidden, groups * OUTPUT_RANK, OUTPUT_GAIN)
     if ratio:
         yield from _compressor(draw, f"{prefix}compressor.", hidden, ratio, ATTENTION_HEAD_DIM, ATTENTION_GAMMA)
     if ratio == 4:
-        yield f"{prefix}indexer.wq_b.weight", draw.linear(INDEX_HEADS * INDEX_HEAD_DIM, QUERY_RANK)
-        yield f"{prefix}indexer.weights_proj.weight", draw.linear(INDEX_HEADS, hidden)
+        index_heads = config["index_n_heads"]
+        yield f"{prefix}indexer.wq_b.weight", draw.linear(index_heads * INDEX_HEAD_DIM, QUERY_RANK)
+        yield f"{prefix}indexer.weights_proj.weight", draw.linear(index_heads, hidden)
         yield from _compressor(draw, f"{prefix}indexer.compressor.", hidden, ratio, INDEX_HEAD_DIM, POOL_GAMMA)
 
 
@@ -115,7 +116,8 @@ def _compressor(draw: Draw, prefix: str, hidden: int, ratio: int, head_dim: int,
     yield f"{prefix}norm.weight", draw.gamma(head_dim, gamma)
 
 
-def _experts(draw: Draw, prefix: str, hidden: int, hashed: bool) -> Tensors:
+def _experts(draw: Draw, prefix: str, config: dict, hashed: bool) -> Tensors:
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
     yield f"{prefix}gate.weight", draw.linear(EXPERTS, hidden)
     if hashed:
         yield f"{prefix}gate.tid2eid", draw.experts_of_tokens()
@@ -123,6 +125,6 @@ def _experts(draw: Draw, prefix: str, hidden: int, hashed: bool) -> Tensors:
         yield f"{prefix}gate.bias", draw.normal(EXPERTS, std=0.1)
     for expert in [*(f"experts.{index}" for index in range(EXPERTS)), "shared_experts"]:
         gain = SHARED_GAIN if expert == "shared_experts" else ROUTED_GAIN
-        yield f"{prefix}{expert}.w1.weight", draw.linear(EXPERT_WIDTH, hidden)
-        yield f"{prefix}{expert}.w3.weight", draw.linear(EXPERT_WIDTH, hidden)
-        yield f"{prefix}{expert}.w2.weight", draw.linear(hidden, EXPERT_WIDTH, gain)
+        yield f"{prefix}{expert}.w1.weight", draw.linear(width, hidden)
+        yield f"{prefix}{expert}.w3.weight", draw.linear(width, hidden)
+        yield f"{prefix}{expert}.w2.weight", draw.linear(hidden, width, gain)

@@ -1,0 +1,62 @@
+"""What is asked for needles: vLLM with our backend, or transformers.
+
+Each has a method `found(document)`, which returns for each needle of the document whether the model says its value, asked
+for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
+"""
+
+from typing import Any
+
+from .document import Document
+
+Found = dict[str, list[bool]]
+
+
+class VllmEngine:
+    """An engine in this process, if VLLM_ENABLE_V1_MULTIPROCESSING is 0, else beside it."""
+
+    def __init__(self, model: str, impl: str, longest: int, chunk: int, **options: Any):
+        """impl: of our backend. longest: tokens of the longest document. chunk: tokens of a prefill step."""
+        from vllm import LLM, SamplingParams
+
+        self.answer = SamplingParams(temperature=0, max_tokens=1)
+        options = dict(max_num_batched_tokens=chunk, kv_cache_memory_bytes=1 << 30, enforce_eager=True) | options
+        self.llm = LLM(
+            model,
+            attention_backend="dsv4_indexer",
+            additional_config={"dsv4_indexer": {"impl": impl}},
+            max_model_len=longest + 2,  # with a question and its answer
+            **options,
+        )
+
+    def answers(self, prompts: list[list[int]]) -> list[int]:
+        """The token that the model says after each prompt."""
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(requests, self.answer, use_tqdm=False)
+        return [output.outputs[0].token_ids[0] for output in outputs]
+
+    def found(self, document: Document) -> Found:
+        self.answers([document.tokens])  # from now on it comes from the prefix cache
+        needles = document.needles
+        prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
+        hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
+        return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
+
+
+class Transformers:
+    """transformers' own implementation in fp32, which computes a document and all its questions at once: about 4K tokens."""
+
+    def __init__(self, model: str):
+        import torch
+        from transformers import DeepseekV4ForCausalLM
+
+        self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def found(self, document: Document) -> Found:
+        import torch
+
+        questions = document.all_questions()
+        with torch.inference_mode():
+            tokens = torch.tensor([[*document.tokens, *questions]])
+            answers = self.model(tokens, use_cache=False, logits_to_keep=len(questions)).logits[0].argmax(dim=-1)
+        values = torch.tensor([needle.value for needle in document.needles])
+        return {how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))}
