@@ -1,0 +1,57 @@
+"""`vllm-dsv4-indexer accuracy`: vLLM's own compressor, under our metadata, finds every needle too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_dsv4_indexer import cli
+from vllm_dsv4_indexer.accuracy import report
+
+
+@pytest.fixture(scope="module")
+def stock(needle_checkpoint, tmp_path_factory) -> tuple[Path, str]:
+    """The folder that the command wrote to, and what it printed."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(needle_checkpoint), "--engine", "stock"]
+    command += ["--lengths", "2048,8192", "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done.stdout
+
+
+def test_the_stock_compressor_finds_every_needle(stock):
+    for document in json.loads((stock[0] / "accuracy.json").read_text())["documents"]:
+        assert len(document["key"]) == len(document["distance"]) >= 60
+        assert all(document["key"]) and all(document["distance"]), document["length"]
+
+
+def test_the_command_prints_a_row_for_each_length_and_draws_the_heat_map(stock):
+    folder, out = stock
+    assert "| 8192 | " in out and "| 2048 | " in out
+    assert (folder / "accuracy.svg").read_text().count("100 %</text>") == 2 * report.DEPTHS + 1
+
+
+def test_table_and_picture_show_where_needles_were_missed():
+    document = {"length": 400, "entries": [0, 5, 95], "key": [True, False, False], "distance": [True, True, True]}
+    result = {"engine": "cpu", "documents": [document]}
+    assert report.shares(result)[400] == [(3, 4), *[(0, 0)] * 8, (1, 2)]
+    assert "| 400 | 3 | 33 % | 100 % | 75 % |" in report.table(result)
+    assert report.svg(result).count(">75 %</text>") == report.svg(result).count(">50 %</text>") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["accuracy", "{babble}"], "is no needle checkpoint: make one with"),
+        (["accuracy", "{needle}", "--lengths", "2048,4097"], "--lengths: 4097 is not a multiple of 4"),
+        (["accuracy", "{needle}", "--lengths", "65536"], "--lengths: 65536 is not"),
+        (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "leave --layers out"),
+    ],
+)
+def test_mistakes_are_one_line(needle_checkpoint, tmp_path, capsys, arguments, message):
+    places = {"{babble}": str(tmp_path), "{needle}": str(needle_checkpoint)}
+    assert cli.main([places.get(argument, argument) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
