@@ -8,11 +8,8 @@ give for each fault how many needles were found, of how many, by the place of th
 """
 
 import json
-import os
 import sys
 from pathlib import Path
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where the faults are
 
 import faults
 
@@ -36,7 +33,7 @@ def main(model: str, result_file: str, length: int = 8192, documents: int = 2) -
     now = faults.right
     now = faults.right
     cpu.compress = lambda *tensors, **options: now(*tensors, **options)  # before the engine looks it up
-    engine = VllmEngine(model, "cpu", length, 2 * CHUNK, long_prefill_token_threshold=CHUNK)
+    engine = VllmEngine(model, {}, length, 2 * CHUNK, long_prefill_token_threshold=CHUNK)
     haystacks = [make_document(length, seed, CHUNK, spacing=32) for seed in range(documents)]
     result = {}
     print(f"| planted fault | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")

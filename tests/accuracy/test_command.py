@@ -15,8 +15,8 @@ from vllm_dsv4_indexer.accuracy import report
 def stock(needle_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     """The folder that the command wrote to, and what it printed."""
     folder = tmp_path_factory.mktemp("accuracy")
-    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(needle_checkpoint), "--engine", "stock"]
-    command += ["--lengths", "2048,8192", "--output", str(folder)]
+    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(needle_checkpoint)]
+    command += ["--settings", '{"impl": "stock"}', "--lengths", "2048,8192", "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, done.stdout
@@ -38,14 +38,15 @@ def test_table_and_picture_show_where_needles_were_missed():
     document = {"length": 400, "entries": [0, 5, 95], "key": [True, False, False], "distance": [True, True, True]}
     result = {"engine": "cpu", "documents": [document]}
     assert report.shares(result)[400] == [(3, 4), *[(0, 0)] * 8, (1, 2)]
-    assert "| 400 | 3 | 33 % | 100 % | 75 % |" in report.table(result)
-    assert report.svg(result).count(">75 %</text>") == report.svg(result).count(">50 %</text>") == 1
+    assert "| 400 | 3 | 33 % | 100 % | 75 % |" in report.needle_table(result)
+    assert report.heat_map(result).count(">75 %</text>") == report.heat_map(result).count(">50 %</text>") == 1
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["accuracy", "{babble}"], "is no needle checkpoint: make one with"),
+        (["accuracy", "{babble}", "--engine", "transformers"], "is no needle checkpoint"),
+        (["accuracy", "{needle}", "--settings", '{"impl": "stok"}'], "impl is 'stok'"),
         (["accuracy", "{needle}", "--lengths", "2048,4097"], "--lengths: 4097 is not a multiple of 4"),
         (["accuracy", "{needle}", "--lengths", "65536"], "--lengths: 65536 is not"),
         (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "leave --layers out"),

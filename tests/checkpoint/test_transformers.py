@@ -25,7 +25,7 @@ def logprobs(model, tokens, keep):
     return model(tokens, use_cache=False, logits_to_keep=keep).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("directory", ["small", "checkpoint"])
+@pytest.mark.parametrize("directory", ["small", "checkpoint", "needle"])
 def test_loads_with_no_missing_or_unexpected_key(directory, request):
     _, info = load(request.getfixturevalue(directory))
     assert not any(info.values()), info

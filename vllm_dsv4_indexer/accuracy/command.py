@@ -5,25 +5,25 @@ import json
 import time
 from pathlib import Path
 
-ENGINES = ("cpu", "reference", "stock", "transformers")
+from ..settings import NAMESPACE, Settings
 
 
 def add_to(commands) -> None:
     """Adds `accuracy` to the subcommands."""
     accuracy = commands.add_parser(
-        "accuracy", help="find needles in haystacks, by length and depth, with a checkpoint of make-checkpoint --task needle"
+        "accuracy",
+        help="what the indexer finds, by context length: needles in haystacks, if MODEL is a checkpoint of make-checkpoint "
+        "--task needle, else the share of the exact top-k that it selects",
     )
-    accuracy.add_argument("model", metavar="MODEL", help="the checkpoint")
-    accuracy.add_argument(
-        "--engine", choices=ENGINES, default="cpu",
-        help="vLLM with an implementation of ours, with its own compressor (stock), or transformers (default: %(default)s)",
-    )  # fmt: skip
-    accuracy.add_argument(
-        "--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 4096, 8192, 16384, 32768],
-        metavar="N,M", help="tokens of the documents, multiples of 4 (default: 2048 to 32768)",
-    )  # fmt: skip
+    accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
+    accuracy.add_argument("--engine", choices=("vllm", "transformers"), default="vllm",
+                          help="transformers: needles only, to about 4K tokens (default: %(default)s)")
+    accuracy.add_argument("--settings", type=json.loads, default={}, metavar="JSON",
+                          help="of our backend in vLLM; '{\"impl\": \"stock\"}' is vLLM's own compressor (default: none)")
+    accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), metavar="N,M",
+                          default=[2048, 4096, 8192, 16384, 32768], help="in tokens, multiples of 4 (default: 2048 to 32768)")
     accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s, a prime)")
-    accuracy.add_argument("--seed", type=int, default=0, help="of the documents (default: %(default)s)")
+    accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
                           help="for accuracy.json and accuracy.svg (default: %(default)s)")  # fmt: skip
     accuracy.set_defaults(run=_accuracy)
@@ -31,43 +31,67 @@ def add_to(commands) -> None:
 
 def _accuracy(arguments: argparse.Namespace) -> None:
     from . import report
-    from .document import make_document
 
     _check(arguments)
-    engine = _engine(arguments)
-    result = {"model": arguments.model, "engine": arguments.engine, "chunk": arguments.chunk, "documents": []}
-    for length in arguments.lengths:
-        start = time.monotonic()
-        document = make_document(length, arguments.seed, arguments.chunk, spacing=max(8, length // 256))
-        found = engine.found(document)
-        entries = [needle.entry for needle in document.needles]
-        result["documents"].append({"length": length, "entries": entries} | found)
-        print(f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True)
-
-    print(report.table(result))
+    who = arguments.engine if arguments.engine == "transformers" else f"vLLM {json.dumps(arguments.settings)}"
+    result = {"model": arguments.model, "engine": who, "chunk": arguments.chunk, "seed": arguments.seed}
+    if _finds_needles(arguments.model):
+        result["documents"] = _find_needles(arguments)
+        print(report.needle_table(result))
+        files = {"accuracy.svg": report.heat_map(result)}
+    else:
+        result["recall"] = _measure_recall(arguments)
+        print(report.recall_table(result, arguments.lengths))
+        files = {}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, text in {"accuracy.json": json.dumps(result), "accuracy.svg": report.svg(result)}.items():
+    for name, text in {"accuracy.json": json.dumps(result), **files}.items():
         (arguments.output / name).write_text(text)
         print(f"wrote {arguments.output / name}")
 
 
+def _find_needles(arguments: argparse.Namespace) -> list[dict]:
+    from .document import make_document
+    from .engines import Transformers
+
+    engine = Transformers(arguments.model) if arguments.engine == "transformers" else _vllm(arguments)
+    documents = []
+    for length in arguments.lengths:
+        start = time.monotonic()
+        document = make_document(length, arguments.seed, arguments.chunk, spacing=max(8, length // 256))
+        entries = [needle.entry for needle in document.needles]
+        documents.append({"length": length, "entries": entries} | engine.found(document))
+        print(f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True)
+    return documents
+
+
+def _measure_recall(arguments: argparse.Namespace) -> dict[int, list[tuple[int, float]]]:
+    from .recall import recall
+
+    return recall(_vllm(arguments), arguments.model, arguments.lengths[-1], arguments.seed)
+
+
+def _vllm(arguments: argparse.Namespace):
+    from .engines import VllmEngine
+
+    return VllmEngine(arguments.model, arguments.settings, arguments.lengths[-1], arguments.chunk)
+
+
 def _check(arguments: argparse.Namespace) -> None:
-    from ..checkpoint import RECORD
     from ..checkpoint.config import MAX_POSITIONS
 
-    record = Path(arguments.model, RECORD)
-    if not record.is_file() or json.loads(record.read_text()).get("task") != "needle":
-        raise ValueError(
-            f"{arguments.model} is no needle checkpoint: make one with `vllm-dsv4-indexer make-checkpoint DIR --task needle`"
-        )
+    Settings.read({NAMESPACE: arguments.settings})
     for length in arguments.lengths:
         if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
+    if arguments.engine == "transformers" and not _finds_needles(arguments.model):
+        raise ValueError(
+            f"--engine transformers: {arguments.model} is no needle checkpoint, and recall is measured in vLLM; make one with "
+            "`vllm-dsv4-indexer make-checkpoint DIR --task needle`, or leave the option out"
+        )
 
 
-def _engine(arguments: argparse.Namespace):
-    from .engines import Transformers, VllmEngine
+def _finds_needles(model: str) -> bool:
+    from ..checkpoint import RECORD
 
-    if arguments.engine == "transformers":
-        return Transformers(arguments.model)
-    return VllmEngine(arguments.model, arguments.engine, max(arguments.lengths), arguments.chunk)
+    record = Path(model, RECORD)
+    return record.is_file() and json.loads(record.read_text()).get("task") == "needle"

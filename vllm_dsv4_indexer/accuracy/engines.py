@@ -4,18 +4,21 @@ Each has a method `found(document)`, which returns for each needle of the docume
 for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
 """
 
+import os
 from typing import Any
 
+from ..settings import NAMESPACE
 from .document import Document
 
 Found = dict[str, list[bool]]
 
 
 class VllmEngine:
-    """An engine in this process, if VLLM_ENABLE_V1_MULTIPROCESSING is 0, else beside it."""
+    """An engine in this process, with our backend."""
 
-    def __init__(self, model: str, impl: str, longest: int, chunk: int, **options: Any):
-        """impl: of our backend. longest: tokens of the longest document. chunk: tokens of a prefill step."""
+    def __init__(self, model: str, settings: dict, longest: int, chunk: int, **options: Any):
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens of a prefill step."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM, SamplingParams
 
         self.answer = SamplingParams(temperature=0, max_tokens=1)
@@ -23,7 +26,7 @@ class VllmEngine:
         self.llm = LLM(
             model,
             attention_backend="dsv4_indexer",
-            additional_config={"dsv4_indexer": {"impl": impl}},
+            additional_config={NAMESPACE: settings},
             max_model_len=longest + 2,  # with a question and its answer
             **options,
         )
@@ -40,6 +43,12 @@ class VllmEngine:
         prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
         hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
         return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
+
+    def indexed_layers(self) -> dict:
+        """The attention modules that have an indexer, by the number of their layer."""
+        model = self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        attention = {name.split(".")[-2]: module for name, module in model.named_modules() if name.endswith(".attn")}
+        return {int(number): module for number, module in attention.items() if module.indexer is not None}
 
 
 class Transformers:

@@ -1,7 +1,8 @@
-"""The result of `accuracy` as a table and as a picture: length by depth, the share of the needles that were found."""
+"""The result of `accuracy`: needles as a table and a picture of length by depth, recall as a table."""
 
 from collections import defaultdict
 from html import escape
+from statistics import fmean
 
 DEPTHS = 10  # parts of a document
 CELL, MARGIN = 56, 70
@@ -20,7 +21,7 @@ def shares(result: dict) -> dict[int, list[tuple[int, int]]]:
     return by_length
 
 
-def table(result: dict) -> str:
+def needle_table(result: dict) -> str:
     """A row for each length, a column for each depth, in Markdown."""
     depths = [f"to {100 * (depth + 1) // DEPTHS} %" for depth in range(DEPTHS)]
     lines = [f"| tokens | needles | found by key | by distance | {' | '.join(depths)} |", "|---" * (DEPTHS + 4) + "|"]
@@ -33,7 +34,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def svg(result: dict) -> str:
+def heat_map(result: dict) -> str:
     """The heat map, written by hand, so that nothing need be installed."""
     rows = shares(result)
     width, height = 2 * MARGIN + DEPTHS * CELL, MARGIN + (len(rows) + 1) * CELL
@@ -56,6 +57,17 @@ def svg(result: dict) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">'
         f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
+
+
+def recall_table(result: dict, lengths: list[int]) -> str:
+    """A row for each range between two lengths, a column for each layer with an indexer, in Markdown."""
+    layers = result["recall"]
+    lines = [f"| tokens |{'|'.join(f' layer {layer} ' for layer in layers)}|", "|---" * (len(layers) + 1) + "|"]
+    for low, high in zip([0, *lengths], lengths):
+        inside = [[share for entries, share in layer if low < 4 * entries <= high] for layer in layers.values()]
+        if all(inside):
+            lines.append(f"| to {high} |{'|'.join(f' {100 * fmean(shares):.2f} % ' for shares in inside)}|")
+    return "\n".join(lines)
 
 
 def _percent(found: int, of: int) -> str:
