@@ -9,10 +9,10 @@ MADE = .venv .cache .pytest_cache build deepseek-v4 serve_and_chat.log vllm_dsv4
 RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
 	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo serve test lock clean
+.PHONY: help venv demo serve test accuracy lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/package.done ## set up .venv: CPU torch, vLLM, this package with its native op
 
@@ -25,6 +25,11 @@ serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001"
 
 test: venv .venv/old-vllm.done ## run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+
+accuracy: venv ## find needles by length and depth, then with faults planted (10 minutes; ARGS="--lengths 65280")
+	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle
+	@$(RUN) vllm-dsv4-indexer accuracy build/needle $(ARGS)
+	@$(RUN) python tests/accuracy/run_faults.py build/needle build/accuracy/faults.json
 
 lock: ## resolve requirements/cpu.in again into requirements/cpu.lock (PYTHON=python3.11)
 	@sh requirements/install.sh lock

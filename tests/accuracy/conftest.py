@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_faults import LENGTH
 
 from vllm_dsv4_indexer.checkpoint.config import INDEX_TOPK
 from vllm_dsv4_indexer.checkpoint.needle import VALUES
-
-LENGTH = 6144  # tokens: 1536 entries, three times the indexer's top-k
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +25,7 @@ def counts(needle_checkpoint, tmp_path_factory) -> dict[str, dict[str, list[int]
     """By planted fault and column, how many needles were found, of how many: see run_faults.py."""
     folder = tmp_path_factory.mktemp("faults")
     script = Path(__file__).with_name("run_faults.py")
-    run(folder / "log", str(script), str(needle_checkpoint), str(folder / "result.json"), str(LENGTH))
+    run(folder / "log", str(script), str(needle_checkpoint), str(folder / "result.json"))
     return json.loads((folder / "result.json").read_text())
 
 

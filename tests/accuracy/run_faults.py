@@ -17,6 +17,7 @@ from vllm_dsv4_indexer.accuracy.document import Document, Needle, make_document
 from vllm_dsv4_indexer.accuracy.engines import VllmEngine
 from vllm_dsv4_indexer.ops import cpu
 
+LENGTH = 6144  # tokens of a document: 1536 entries, three times the indexer's top-k
 CHUNK = 509  # tokens
 RIGHT = "(none)"
 PLACES = {
@@ -29,11 +30,11 @@ COLUMNS = [*PLACES, "by distance"]
 Counts = dict[str, list[int]]
 
 
-def main(model: str, result_file: str, length: int = 8192, documents: int = 2) -> None:
+def main(model: str, result_file: str, length: int = LENGTH, documents: int = 2) -> None:
     now = faults.right
     now = faults.right
     cpu.compress = lambda *tensors, **options: now(*tensors, **options)  # before the engine looks it up
-    engine = VllmEngine(model, {}, length, 2 * CHUNK, long_prefill_token_threshold=CHUNK)
+    engine = VllmEngine(model, {}, length, CHUNK)
     haystacks = [make_document(length, seed, CHUNK, spacing=32) for seed in range(documents)]
     result = {}
     print(f"| planted fault | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")

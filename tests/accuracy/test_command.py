@@ -1,4 +1,4 @@
-"""`vllm-dsv4-indexer accuracy`: vLLM's own compressor, under our metadata, finds every needle too."""
+"""`vllm-dsv4-indexer accuracy`: vLLM's own compressor, under our metadata, and a server find every needle too."""
 
 import json
 import subprocess
@@ -10,20 +10,37 @@ import pytest
 from vllm_dsv4_indexer import cli
 from vllm_dsv4_indexer.accuracy import report
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import serve_and_chat  # noqa: E402  (the example's own way of starting and stopping a server)
+
 
 @pytest.fixture(scope="module")
 def stock(needle_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     """The folder that the command wrote to, and what it printed."""
     folder = tmp_path_factory.mktemp("accuracy")
-    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(needle_checkpoint)]
-    command += ["--settings", '{"impl": "stock"}', "--lengths", "2048,8192", "--output", str(folder)]
+    options = ["--settings", '{"impl": "stock"}', "--lengths", "2048,8192", "--output", str(folder)]
+    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(needle_checkpoint), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, done.stdout
 
 
 def test_the_stock_compressor_finds_every_needle(stock):
-    for document in json.loads((stock[0] / "accuracy.json").read_text())["documents"]:
+    assert_all_found(stock[0], [2048, 8192])
+
+
+def test_a_server_finds_every_needle(needle_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve_and_chat, "LOG", tmp_path / "log")
+    with serve_and_chat.server(str(needle_checkpoint)) as url:
+        options = ["--url", url, "--lengths", "4096", "--output", str(tmp_path)]
+        assert cli.main(["accuracy", str(needle_checkpoint), *options]) == 0
+    assert_all_found(tmp_path, [4096])
+
+
+def assert_all_found(folder: Path, lengths: list[int]) -> None:
+    documents = json.loads((folder / "accuracy.json").read_text())["documents"]
+    assert [document["length"] for document in documents] == lengths
+    for document in documents:
         assert len(document["key"]) == len(document["distance"]) >= 60
         assert all(document["key"]) and all(document["distance"]), document["length"]
 
@@ -46,6 +63,7 @@ def test_table_and_picture_show_where_needles_were_missed():
     "arguments, message",
     [
         (["accuracy", "{babble}", "--engine", "transformers"], "is no needle checkpoint"),
+        (["accuracy", "{needle}", "--url", "http://127.0.0.1:9"], "Connection refused"),
         (["accuracy", "{needle}", "--settings", '{"impl": "stok"}'], "impl is 'stok'"),
         (["accuracy", "{needle}", "--lengths", "2048,4097"], "--lengths: 4097 is not a multiple of 4"),
         (["accuracy", "{needle}", "--lengths", "65536"], "--lengths: 65536 is not"),

@@ -18,11 +18,12 @@ def add_to(commands) -> None:
     accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
     accuracy.add_argument("--engine", choices=("vllm", "transformers"), default="vllm",
                           help="transformers: needles only, to about 4K tokens (default: %(default)s)")
+    accuracy.add_argument("--url", help="needles only: a server that runs MODEL, e.g. http://localhost:8000")
     accuracy.add_argument("--settings", type=json.loads, default={}, metavar="JSON",
                           help="of our backend in vLLM; '{\"impl\": \"stock\"}' is vLLM's own compressor (default: none)")
     accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), metavar="N,M",
                           default=[2048, 4096, 8192, 16384, 32768], help="in tokens, multiples of 4 (default: 2048 to 32768)")
-    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s, a prime)")
+    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prompt in one step (default: %(default)s, a prime)")
     accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
                           help="for accuracy.json and accuracy.svg (default: %(default)s)")  # fmt: skip
@@ -33,7 +34,8 @@ def _accuracy(arguments: argparse.Namespace) -> None:
     from . import report
 
     _check(arguments)
-    who = arguments.engine if arguments.engine == "transformers" else f"vLLM {json.dumps(arguments.settings)}"
+    settings = f"vLLM {json.dumps(arguments.settings)}"
+    who = arguments.url or {"vllm": settings, "transformers": "transformers"}[arguments.engine]
     result = {"model": arguments.model, "engine": who, "chunk": arguments.chunk, "seed": arguments.seed}
     if _finds_needles(arguments.model):
         result["documents"] = _find_needles(arguments)
@@ -51,9 +53,8 @@ def _accuracy(arguments: argparse.Namespace) -> None:
 
 def _find_needles(arguments: argparse.Namespace) -> list[dict]:
     from .document import make_document
-    from .engines import Transformers
 
-    engine = Transformers(arguments.model) if arguments.engine == "transformers" else _vllm(arguments)
+    engine = _engine(arguments)
     documents = []
     for length in arguments.lengths:
         start = time.monotonic()
@@ -67,12 +68,16 @@ def _find_needles(arguments: argparse.Namespace) -> list[dict]:
 def _measure_recall(arguments: argparse.Namespace) -> dict[int, list[tuple[int, float]]]:
     from .recall import recall
 
-    return recall(_vllm(arguments), arguments.model, arguments.lengths[-1], arguments.seed)
+    return recall(_engine(arguments), arguments.model, arguments.lengths[-1], arguments.seed)
 
 
-def _vllm(arguments: argparse.Namespace):
-    from .engines import VllmEngine
+def _engine(arguments: argparse.Namespace):
+    from .engines import Server, Transformers, VllmEngine
 
+    if arguments.url:
+        return Server(arguments.url)
+    if arguments.engine == "transformers":
+        return Transformers(arguments.model)
     return VllmEngine(arguments.model, arguments.settings, arguments.lengths[-1], arguments.chunk)
 
 
@@ -83,10 +88,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for length in arguments.lengths:
         if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
-    if arguments.engine == "transformers" and not _finds_needles(arguments.model):
+    if (arguments.url or arguments.engine == "transformers") and not _finds_needles(arguments.model):
         raise ValueError(
-            f"--engine transformers: {arguments.model} is no needle checkpoint, and recall is measured in vLLM; make one with "
-            "`vllm-dsv4-indexer make-checkpoint DIR --task needle`, or leave the option out"
+            f"{arguments.model} is no needle checkpoint, and recall is measured inside vLLM: leave --url and --engine out, or "
+            "make one with `vllm-dsv4-indexer make-checkpoint DIR --task needle`"
         )
 
 

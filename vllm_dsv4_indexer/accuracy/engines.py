@@ -1,11 +1,13 @@
-"""What is asked for needles: vLLM with our backend, or transformers.
+"""What is asked for needles: vLLM in this process, a server, or transformers.
 
 Each has a method `found(document)`, which returns for each needle of the document whether the model says its value, asked
 for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
 """
 
+import json
 import os
-from typing import Any
+import urllib.request
+from abc import ABC, abstractmethod
 
 from ..settings import NAMESPACE
 from .document import Document
@@ -13,29 +15,12 @@ from .document import Document
 Found = dict[str, list[bool]]
 
 
-class VllmEngine:
-    """An engine in this process, with our backend."""
+class Engine(ABC):
+    """One that takes prompts of tokens, and computes a document that it knows but once."""
 
-    def __init__(self, model: str, settings: dict, longest: int, chunk: int, **options: Any):
-        """settings: of our backend. longest: tokens of the longest document. chunk: tokens of a prefill step."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM, SamplingParams
-
-        self.answer = SamplingParams(temperature=0, max_tokens=1)
-        options = dict(max_num_batched_tokens=chunk, kv_cache_memory_bytes=1 << 30, enforce_eager=True) | options
-        self.llm = LLM(
-            model,
-            attention_backend="dsv4_indexer",
-            additional_config={NAMESPACE: settings},
-            max_model_len=longest + 2,  # with a question and its answer
-            **options,
-        )
-
+    @abstractmethod
     def answers(self, prompts: list[list[int]]) -> list[int]:
-        """The token that the model says after each prompt."""
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(requests, self.answer, use_tqdm=False)
-        return [output.outputs[0].token_ids[0] for output in outputs]
+        """The most likely token after each prompt."""
 
     def found(self, document: Document) -> Found:
         self.answers([document.tokens])  # from now on it comes from the prefix cache
@@ -43,6 +28,58 @@ class VllmEngine:
         prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
         hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
         return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
+
+
+class Server(Engine):
+    """The OpenAI API of `vllm serve`, which also takes and returns tokens."""
+
+    AT_ONCE = 16  # prompts in a request
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.model = self._json("/v1/models")["data"][0]["id"]
+
+    def answers(self, prompts: list[list[int]]) -> list[int]:
+        answers = []
+        for start in range(0, len(prompts), self.AT_ONCE):
+            asked = {"model": self.model, "prompt": prompts[start : start + self.AT_ONCE], "return_token_ids": True}
+            choices = self._json("/v1/completions", asked | {"max_tokens": 1, "temperature": 0})["choices"]
+            answers += [choice["token_ids"][0] for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return answers
+
+    def _json(self, path: str, asked: dict | None = None) -> dict:
+        data = None if asked is None else json.dumps(asked).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+
+class VllmEngine(Engine):
+    """An engine in this process, with our backend."""
+
+    def __init__(self, model: str, settings: dict, longest: int, chunk: int):
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a prompt;
+        it takes two prompts' at least."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
+        from vllm import LLM, SamplingParams
+
+        self.answer = SamplingParams(temperature=0, max_tokens=1)
+        self.llm = LLM(
+            model,
+            attention_backend="dsv4_indexer",
+            additional_config={NAMESPACE: settings},
+            max_model_len=longest + 2,  # with a question and its answer
+            max_num_batched_tokens=max(2 * chunk, 512),
+            long_prefill_token_threshold=chunk,
+            kv_cache_memory_bytes=1 << 30,
+            enforce_eager=True,
+        )
+
+    def answers(self, prompts: list[list[int]]) -> list[int]:
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(requests, self.answer, use_tqdm=False)
+        return [output.outputs[0].token_ids[0] for output in outputs]
 
     def indexed_layers(self) -> dict:
         """The attention modules that have an indexer, by the number of their layer."""
