@@ -1,4 +1,5 @@
-"""Indexer recall: what exact arithmetic is, and how much of its selection the engine makes on the demo checkpoint."""
+"""Indexer recall on the demo checkpoint: what exact arithmetic is, and how much of its selection the engine makes; and
+whether the engine agrees with itself under other schedules."""
 
 import json
 import subprocess
@@ -38,19 +39,20 @@ def test_exact_keys_are_those_of_the_op_but_for_the_rounding_to_fp8():
 
 @pytest.fixture(scope="module")
 def measured(checkpoint, tmp_path_factory) -> tuple[dict, str]:
-    """The recall of vLLM with our backend by layer, and what the command printed."""
+    """What the command measured of vLLM with our backend, and what it printed."""
     folder = tmp_path_factory.mktemp("recall")
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint)]
-    command += ["--lengths", "3072,4096", "--output", str(folder)]
+    command += ["--lengths", "3072,4096", "--schedules", "600", "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "accuracy.json").read_text())["recall"], done.stdout
+    return json.loads((folder / "accuracy.json").read_text()), done.stdout
 
 
 def test_the_engine_selects_nearly_all_of_the_exact_top_k(measured):
     """Seen: 98.8 % and more. A random selection would have 50 % at 4096 tokens."""
-    assert measured[0].keys() == {"1", "3"}
-    for layer in measured[0].values():
+    recall = measured[0]["recall"]
+    assert recall.keys() == {"1", "3"}
+    for layer in recall.values():
         assert [entries for entries, _ in layer] == list(range(528, 1025, 16))
         assert min(share for _, share in layer) >= 0.96
 
@@ -58,6 +60,15 @@ def test_the_engine_selects_nearly_all_of_the_exact_top_k(measured):
 def test_recall_is_a_table_by_length_and_layer(measured):
     assert "| tokens | layer 1 | layer 3 |" in measured[1]
     assert "| to 3072 | " in measured[1] and "| to 4096 | " in measured[1]
+
+
+def test_log_probabilities_hardly_depend_on_the_schedule(measured):
+    """A bfloat16 logit has steps of 1/16 here, and a step of one token takes other matrix products."""
+    schedules = measured[0]["agreement"]
+    assert [positions for _, positions, *_ in schedules] == [599, 599, 75, 75]
+    for schedule, _, mean, largest, same in schedules:
+        assert mean <= 0.05 and largest <= 0.5 and same >= 0.9, schedule
+        assert f"| {schedule} | " in measured[1]
 
 
 def test_the_table_has_the_mean_of_each_range_of_lengths():

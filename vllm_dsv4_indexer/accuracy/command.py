@@ -23,7 +23,9 @@ def add_to(commands) -> None:
                           help="of our backend in vLLM; '{\"impl\": \"stock\"}' is vLLM's own compressor (default: none)")
     accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), metavar="N,M",
                           default=[2048, 4096, 8192, 16384, 32768], help="in tokens, multiples of 4 (default: 2048 to 32768)")
-    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prompt in one step (default: %(default)s, a prime)")
+    accuracy.add_argument("--schedules", type=int, metavar="N", help="with recall: also compare the log-probabilities of a "
+                          "prompt of N tokens when it is prefilled in other chunks, in a batch, decoded, from the prefix cache")
+    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s, a prime)")
     accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
                           help="for accuracy.json and accuracy.svg (default: %(default)s)")  # fmt: skip
@@ -42,8 +44,10 @@ def _accuracy(arguments: argparse.Namespace) -> None:
         print(report.needle_table(result))
         files = {"accuracy.svg": report.heat_map(result)}
     else:
-        result["recall"] = _measure_recall(arguments)
+        result |= _measure_recall(arguments)
         print(report.recall_table(result, arguments.lengths))
+        if "agreement" in result:
+            print(report.agreement_table(result))
         files = {}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, text in {"accuracy.json": json.dumps(result), **files}.items():
@@ -65,10 +69,15 @@ def _find_needles(arguments: argparse.Namespace) -> list[dict]:
     return documents
 
 
-def _measure_recall(arguments: argparse.Namespace) -> dict[int, list[tuple[int, float]]]:
+def _measure_recall(arguments: argparse.Namespace) -> dict:
+    from .agreement import agreement
     from .recall import recall
 
-    return recall(_engine(arguments), arguments.model, arguments.lengths[-1], arguments.seed)
+    engine = _engine(arguments)
+    measured = {"recall": recall(engine, arguments.model, arguments.lengths[-1], arguments.seed)}
+    if arguments.schedules:
+        measured["agreement"] = agreement(engine, arguments.schedules, arguments.seed)
+    return measured
 
 
 def _engine(arguments: argparse.Namespace):
@@ -85,6 +94,8 @@ def _check(arguments: argparse.Namespace) -> None:
     from ..checkpoint.config import MAX_POSITIONS
 
     Settings.read({NAMESPACE: arguments.settings})
+    if arguments.schedules is not None and not 16 <= arguments.schedules <= arguments.lengths[-1]:
+        raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest of --lengths")
     for length in arguments.lengths:
         if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")

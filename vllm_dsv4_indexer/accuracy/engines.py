@@ -57,35 +57,57 @@ class Server(Engine):
 class VllmEngine(Engine):
     """An engine in this process, with our backend."""
 
-    def __init__(self, model: str, settings: dict, longest: int, chunk: int):
-        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a prompt;
-        it takes two prompts' at least."""
+    def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a prompt.
+        abreast: how many prompts it takes so many tokens of."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
 
-        self.answer = SamplingParams(temperature=0, max_tokens=1)
         self.llm = LLM(
             model,
             attention_backend="dsv4_indexer",
             additional_config={NAMESPACE: settings},
             max_model_len=longest + 2,  # with a question and its answer
-            max_num_batched_tokens=max(2 * chunk, 512),
-            long_prefill_token_threshold=chunk,
+            max_num_batched_tokens=max(abreast * chunk, 512),
             kv_cache_memory_bytes=1 << 30,
             enforce_eager=True,
         )
+        self.set_chunk(chunk, abreast)
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
+        return [output.outputs[0].token_ids[0] for output in self._generate(prompts, max_tokens=1)]
+
+    def set_chunk(self, chunk: int, abreast: int = 1) -> None:
+        """Both as above, from now on; not more tokens together than the engine was made for."""
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.scheduler_config.long_prefill_token_threshold = chunk  # vLLM looks at it if there are several prompts
+        scheduler.max_num_scheduled_tokens = abreast * chunk
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[dict[int, float]]]:
+        """By prompt, for each token but the first, the log-probabilities of it and of the most likely one."""
+        outputs = self._generate(prompts, max_tokens=1, prompt_logprobs=1)
+        return [[_values(position) for position in output.prompt_logprobs[1:]] for output in outputs]
+
+    def decoded_logprobs(self, prompt: list[int], tokens: int) -> list[dict[int, float]]:
+        """The log-probabilities of the most likely tokens of a continuation; the likeliest of each is the next one."""
+        (output,) = self._generate([prompt], max_tokens=tokens, logprobs=1, ignore_eos=True)
+        return [_values(position) for position in output.outputs[0].logprobs]
+
+    def _generate(self, prompts: list[list[int]], **sampling) -> list:
+        from vllm import SamplingParams
+
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(requests, self.answer, use_tqdm=False)
-        return [output.outputs[0].token_ids[0] for output in outputs]
+        return self.llm.generate(requests, SamplingParams(temperature=0, **sampling), use_tqdm=False)
 
     def indexed_layers(self) -> dict:
         """The attention modules that have an indexer, by the number of their layer."""
         model = self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
         attention = {name.split(".")[-2]: module for name, module in model.named_modules() if name.endswith(".attn")}
         return {int(number): module for number, module in attention.items() if module.indexer is not None}
+
+def _values(position: dict) -> dict[int, float]:
+    return {token: entry.logprob for token, entry in position.items()}
 
 
 class Transformers:

@@ -25,10 +25,14 @@ def recall(engine: VllmEngine, model: str, length: int, seed: int) -> dict[int, 
 
     The engine runs in this process. Positions with 512 entries or fewer are left out: there all are selected.
     """
-    prompt = random.Random(f"{length} {seed}").choices(range(VOCABULARY), k=length)
+    prompt = random_prompt(length, seed)
     layers = {number: Recorder(attention) for number, attention in engine.indexed_layers().items()}
     engine.answers([prompt])
     return {number: _recall_of_layer(recorder, model, number) for number, recorder in layers.items()}
+
+
+def random_prompt(length: int, seed: int | str) -> list[int]:
+    return random.Random(f"{length} {seed}").choices(range(VOCABULARY), k=length)
 
 
 class Recorder:

@@ -70,6 +70,14 @@ def recall_table(result: dict, lengths: list[int]) -> str:
     return "\n".join(lines)
 
 
+def agreement_table(result: dict) -> str:
+    """A row for each schedule, in Markdown."""
+    lines = ["| schedule | positions | log-probability differs by, mean | at most | same most likely token |", "|---" * 5 + "|"]
+    for schedule, positions, mean, largest, same in result["agreement"]:
+        lines.append(f"| {schedule} | {positions} | {mean:.4f} | {largest:.3f} | {100 * same:.1f} % |")
+    return "\n".join(lines)
+
+
 def _percent(found: int, of: int) -> str:
     return f"{100 * found / of:.0f} %" if of else ""
 
