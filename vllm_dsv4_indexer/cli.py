@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description="Tools around the dsv4_indexer backend of vLLM.")
+    about = "Tools around the dsv4_indexer backend of vLLM."
+    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make-checkpoint", help="write a small DeepSeek-V4 checkpoint, to try the machinery on")

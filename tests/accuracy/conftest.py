@@ -1,7 +1,6 @@
 """The needle checkpoint, and one engine with every fault in turn."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +37,8 @@ def chance() -> float:
 
 def run(log: Path, *arguments: str) -> None:
     """Run Python in a process of its own, with its output in `log`."""
+    command = [sys.executable, *arguments]
     with log.open("w+") as file:
-        done = subprocess.run([sys.executable, *arguments], env=os.environ, stdout=file, stderr=subprocess.STDOUT, timeout=600)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=600)
         file.seek(0)
         assert done.returncode == 0, f"{log}: {file.read()[-4000:]}"

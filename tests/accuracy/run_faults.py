@@ -2,9 +2,10 @@
 
     python tests/accuracy/run_faults.py MODEL RESULT.json [LENGTH [DOCUMENTS]]
 
-MODEL is a needle checkpoint. Two documents at a time are prefilled side by side in chunks of a prime number of tokens, so
-that windows cross chunks everywhere and another request's state is there to be taken. RESULT and the table that is printed
-give for each fault how many needles were found, of how many, by the place of the needle and by how it was asked for.
+MODEL is a needle checkpoint. Two documents at a time are prefilled side by side in chunks of a prime number of
+tokens, so that windows cross chunks everywhere and another request's state is there to be taken. RESULT and the table
+that is printed give for each fault how many needles were found, of how many, by the place of the needle and by how it
+was asked for.
 """
 
 import json

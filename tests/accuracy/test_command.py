@@ -67,6 +67,7 @@ def test_table_and_picture_show_where_needles_were_missed():
         (["accuracy", "{needle}", "--settings", '{"impl": "stok"}'], "impl is 'stok'"),
         (["accuracy", "{needle}", "--lengths", "2048,4097"], "--lengths: 4097 is not a multiple of 4"),
         (["accuracy", "{needle}", "--lengths", "65536"], "--lengths: 65536 is not"),
+        (["accuracy", "{babble}", "--schedules", "9"], "--schedules is 9; it goes from 16"),
         (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "leave --layers out"),
     ],
 )

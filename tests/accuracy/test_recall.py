@@ -9,20 +9,21 @@ import pytest
 import torch
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.accuracy import recall, report
+from vllm_dsv4_indexer.accuracy import agreement, recall, report
 
 
 def test_exact_keys_are_those_of_the_op_but_for_the_rounding_to_fp8():
     generator = torch.Generator().manual_seed(0)
     tokens, hidden = 256, torch.randn(256, 64, generator=generator, dtype=torch.float64)
-    weights = {f"compressor.{name}.weight": torch.randn(256, 64, generator=generator).double() for name in ("wkv", "wgate")}
+    names = [f"compressor.{name}.weight" for name in ("wkv", "wgate")]
+    weights = {name: torch.randn(256, 64, generator=generator).double() for name in names}
     weights["compressor.ape"] = torch.randn(4, 256, generator=generator).double()
     weights["compressor.norm.weight"] = torch.rand(128, generator=generator).double()
     angles = torch.arange(tokens)[:, None] / 10 ** torch.arange(32)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float()
     expected = recall._keys(hidden, weights, cos_sin.double())
 
-    kv_score = torch.cat([hidden @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate")], dim=1).float()
+    kv_score = torch.cat([hidden @ weights[name].T for name in names], dim=1).float()
     k_cache = torch.zeros(1, 64, 132, dtype=torch.uint8)
     ape, norm = (weights[f"compressor.{name}"].float() for name in ("ape", "norm.weight"))
     positions = torch.arange(tokens)
@@ -50,9 +51,9 @@ def measured(checkpoint, tmp_path_factory) -> tuple[dict, str]:
 
 def test_the_engine_selects_nearly_all_of_the_exact_top_k(measured):
     """Seen: 98.8 % and more. A random selection would have 50 % at 4096 tokens."""
-    recall = measured[0]["recall"]
-    assert recall.keys() == {"1", "3"}
-    for layer in recall.values():
+    layers = measured[0]["recall"]
+    assert layers.keys() == {"1", "3"}
+    for layer in layers.values():
         assert [entries for entries, _ in layer] == list(range(528, 1025, 16))
         assert min(share for _, share in layer) >= 0.96
 
@@ -71,6 +72,13 @@ def test_log_probabilities_hardly_depend_on_the_schedule(measured):
         assert f"| {schedule} | " in measured[1]
 
 
+def test_a_difference_is_that_of_the_tokens_which_both_name():
+    one = [{1: -1.0, 2: -2.0}, {1: -1.0, 2: -0.5}]
+    other = [{1: -1.25, 3: -4.0}, {1: -1.0, 2: -1.5}]
+    assert agreement._compare("other", one, other) == ("other", 2, 1.25 / 3, 1.0, 0.5)
+
+
 def test_the_table_has_the_mean_of_each_range_of_lengths():
     result = {"recall": {1: [(520, 0.9), (700, 0.8), (1024, 0.7), (1025, 0.5)]}}
-    assert report.recall_table(result, [2048, 4096, 8192]).splitlines()[2:] == ["| to 4096 | 80.00 % |", "| to 8192 | 50.00 % |"]
+    rows = report.recall_table(result, [2048, 4096, 8192]).splitlines()[2:]
+    assert rows == ["| to 4096 | 80.00 % |", "| to 8192 | 50.00 % |"]

@@ -1,7 +1,7 @@
 """Agreement with itself: the log-probabilities of one prompt under other schedules, in one engine.
 
-The compressor gives the same bits whatever the schedule; the engine's matrix products need not. So what differs is rounding,
-and an entry, an expert or a token that was a toss-up.
+The compressor gives the same bits whatever the schedule; the engine's matrix products need not. So what differs is
+rounding, and an entry, an expert or a token that was a toss-up.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ DECODED = 8  # one token in so many is decoded too
 
 
 class Agreement(NamedTuple):
-    """schedule: what was different. positions: how many were compared. mean, largest: difference of the log-probabilities of
-    a token. same: the share of positions with the same most likely token."""
+    """schedule: what was different. positions: how many were compared. mean, largest: difference of the
+    log-probabilities of a token. same: the share of positions with the same most likely token."""
 
     schedule: str
     positions: int
@@ -25,7 +25,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(engine: VllmEngine, length: int, seed: int) -> list[Agreement]:
-    """A prompt of `length` random tokens in chunks, alone and not, prefilled and decoded, computed and from the prefix cache."""
+    """A prompt of `length` random tokens in other chunks, beside another, decoded, and from the prefix cache."""
     prompt, other = random_prompt(length, seed), random_prompt(length, seed + 1)
     start, tokens = prompt[: -(length // DECODED)], length // DECODED
     engine.set_chunk(WHOLE)

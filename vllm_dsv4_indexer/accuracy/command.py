@@ -12,20 +12,22 @@ def add_to(commands) -> None:
     """Adds `accuracy` to the subcommands."""
     accuracy = commands.add_parser(
         "accuracy",
-        help="what the indexer finds, by context length: needles in haystacks, if MODEL is a checkpoint of make-checkpoint "
-        "--task needle, else the share of the exact top-k that it selects",
+        help="what the indexer finds, by context length: needles in haystacks, if MODEL comes from make-checkpoint --task "
+        "needle, else the share of the exact top-k that it selects",
     )
+    lengths = [2048, 4096, 8192, 16384, 32768]
     accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
     accuracy.add_argument("--engine", choices=("vllm", "transformers"), default="vllm",
                           help="transformers: needles only, to about 4K tokens (default: %(default)s)")
     accuracy.add_argument("--url", help="needles only: a server that runs MODEL, e.g. http://localhost:8000")
     accuracy.add_argument("--settings", type=json.loads, default={}, metavar="JSON",
-                          help="of our backend in vLLM; '{\"impl\": \"stock\"}' is vLLM's own compressor (default: none)")
-    accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), metavar="N,M",
-                          default=[2048, 4096, 8192, 16384, 32768], help="in tokens, multiples of 4 (default: 2048 to 32768)")
-    accuracy.add_argument("--schedules", type=int, metavar="N", help="with recall: also compare the log-probabilities of a "
-                          "prompt of N tokens when it is prefilled in other chunks, in a batch, decoded, from the prefix cache")
-    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s, a prime)")
+                          help="of our backend in vLLM: '{\"impl\": \"stock\"}' is vLLM's own compressor")
+    accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), default=lengths, metavar="N,M",
+                          help="in tokens, multiples of 4 (default: 2048 to 32768)")
+    accuracy.add_argument("--schedules", type=int, metavar="N",
+                          help="with recall: also compare the log-probabilities of a prompt of N tokens when it is "
+                          "prefilled in other chunks, beside another, decoded, and taken from the prefix cache")
+    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s)")
     accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
                           help="for accuracy.json and accuracy.svg (default: %(default)s)")  # fmt: skip
@@ -101,8 +103,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
     if (arguments.url or arguments.engine == "transformers") and not _finds_needles(arguments.model):
         raise ValueError(
-            f"{arguments.model} is no needle checkpoint, and recall is measured inside vLLM: leave --url and --engine out, or "
-            "make one with `vllm-dsv4-indexer make-checkpoint DIR --task needle`"
+            f"{arguments.model} is no needle checkpoint, and recall is measured inside vLLM: leave --url and --engine out, "
+            "or make one with `vllm-dsv4-indexer make-checkpoint DIR --task needle`"
         )
 
 

@@ -8,10 +8,8 @@ import random
 from dataclasses import dataclass
 
 from ..checkpoint.needle import DECOYS, DISTANCES, FILLERS, KEYS, QUESTIONS, VALUES
-
-GROUP = 4  # tokens of an entry
-PAGE = 64  # entries of a page of the indexer's cache
-
+from ..contract import FP8_PAGE_ENTRIES as PAGE
+from ..contract import RATIO as GROUP
 
 @dataclass(frozen=True)
 class Needle:
@@ -40,8 +38,8 @@ class Document:
         return [*self.tokens, _distance(needle, len(self.tokens))]
 
     def all_questions(self) -> list[int]:
-        """Four tokens for each needle, to follow the document: by distance, by key, two of filler. A question is no key and
-        no value, so those before it are nothing but a longer document."""
+        """Four tokens for each needle, to follow the document: by distance, by key, two of filler. A question is no
+        key and no value, so those before it are nothing but a longer document."""
         end = len(self.tokens)
         questions = [
             (_distance(needle, end + GROUP * index), QUESTIONS[needle.key], FILLERS[0], FILLERS[0])
@@ -63,21 +61,13 @@ def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing:
     """
     draw = random.Random(f"{length} {seed}")
     entries = length // GROUP
-    latest = {0: 2, entries - 1: 2}  # entry: the latest offset of its key; offsets are -1 to 2
-    for border in range(chunk or length, length, chunk or length):
-        latest[border // GROUP] = border % GROUP - 1
-    for border in range(PAGE, entries, PAGE):
-        latest.setdefault(border - draw.randint(0, 1), 2)
-    for start in range(0, entries, spacing):
-        latest.setdefault(start + draw.randrange(spacing), 2)
-    hosts = _apart(latest, entries)
-
+    hosts = _apart(_hosts(draw, entries, chunk or length, spacing))
     tokens = draw.choices(FILLERS, k=length)
     needles, keys, decoys = [], draw.sample(range(len(KEYS)), entries), iter(draw.sample(DECOYS, entries))
     free = 0  # the first position that no pair holds
     for entry in range(entries):
-        near_needle = not hosts.isdisjoint((entry - 1, entry + 1))
-        last = latest[entry] if entry in hosts else 1 if entry + 1 in hosts else 2  # leaves room for any needle
+        near_needle = entry - 1 in hosts or entry + 1 in hosts
+        last = hosts.get(entry, 1 if entry + 1 in hosts else 2)  # leaves room for any needle
         position = draw.randint(max(free, GROUP * entry - 1), GROUP * entry + last)
         value = draw.choice(VALUES)
         tokens[position : position + 2] = [next(decoys) if near_needle else KEYS[keys[entry]], value]
@@ -87,10 +77,22 @@ def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing:
     return Document(tokens, needles)
 
 
-def _apart(wanted: dict[int, int], entries: int) -> set[int]:
-    """Of the entries wanted, the first ones first, those that have no other beside them."""
-    chosen = set()
-    for entry in wanted:
-        if entry < entries and chosen.isdisjoint((entry - 1, entry + 1)):
-            chosen.add(entry)
+def _hosts(draw: random.Random, entries: int, chunk: int, spacing: int) -> dict[int, int]:
+    """The entries that are to host a needle, the most important first, with the last offset that its key may have."""
+    latest = {0: 2, entries - 1: 2}
+    for border in range(chunk, GROUP * entries, chunk):
+        latest[border // GROUP] = border % GROUP - 1
+    for border in range(PAGE, entries, PAGE):
+        latest.setdefault(border - draw.randint(0, 1), 2)
+    for start in range(0, entries, spacing):
+        latest.setdefault(min(start + draw.randrange(spacing), entries - 1), 2)
+    return latest
+
+
+def _apart(hosts: dict[int, int]) -> dict[int, int]:
+    """Those that have no earlier one beside them."""
+    chosen = {}
+    for entry, latest in hosts.items():
+        if entry - 1 not in chosen and entry + 1 not in chosen:
+            chosen[entry] = latest
     return chosen

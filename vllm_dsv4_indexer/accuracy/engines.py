@@ -1,7 +1,7 @@
 """What is asked for needles: vLLM in this process, a server, or transformers.
 
-Each has a method `found(document)`, which returns for each needle of the document whether the model says its value, asked
-for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
+Each has a method `found(document)`, which returns for each needle of the document whether the model says its value,
+asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
 """
 
 import json
@@ -58,8 +58,8 @@ class VllmEngine(Engine):
     """An engine in this process, with our backend."""
 
     def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
-        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a prompt.
-        abreast: how many prompts it takes so many tokens of."""
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a
+        prompt. abreast: how many prompts it takes so many tokens of."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
         from vllm import LLM
@@ -106,12 +106,14 @@ class VllmEngine(Engine):
         attention = {name.split(".")[-2]: module for name, module in model.named_modules() if name.endswith(".attn")}
         return {int(number): module for number, module in attention.items() if module.indexer is not None}
 
+
 def _values(position: dict) -> dict[int, float]:
     return {token: entry.logprob for token, entry in position.items()}
 
 
 class Transformers:
-    """transformers' own implementation in fp32, which computes a document and all its questions at once: about 4K tokens."""
+    """transformers' own implementation in fp32, which computes a document and all its questions at once: about 4K
+    tokens."""
 
     def __init__(self, model: str):
         import torch

@@ -1,11 +1,14 @@
 """Indexer recall: of the 512 entries that exact arithmetic selects, the share that the engine selected.
 
-Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with nothing quantised. What the
-engine loses against it is its projection's rounding, the eight bits of its keys, and those of its queries.
+Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with nothing quantised.
+What the engine loses against it is its projection's rounding, the eight bits of its keys, and those of its queries.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -25,51 +28,64 @@ def recall(engine: VllmEngine, model: str, length: int, seed: int) -> dict[int, 
 
     The engine runs in this process. Positions with 512 entries or fewer are left out: there all are selected.
     """
-    prompt = random_prompt(length, seed)
-    layers = {number: Recorder(attention) for number, attention in engine.indexed_layers().items()}
-    engine.answers([prompt])
-    return {number: _recall_of_layer(recorder, model, number) for number, recorder in layers.items()}
+    with ExitStack() as stack:
+        layers = engine.indexed_layers()
+        steps = {number: stack.enter_context(_recording(attention)) for number, attention in layers.items()}
+        engine.answers([random_prompt(length, seed)])
+    return {
+        number: _recall_of_layer(
+            _Step(*map(torch.cat, zip(*steps[number], strict=True))),
+            _weights(model, f"layers.{number}.attn.indexer."),
+            attention.indexer_rotary_emb.cos_sin_cache.double(),
+        )
+        for number, attention in layers.items()
+    }
 
 
-def random_prompt(length: int, seed: int | str) -> list[int]:
+def random_prompt(length: int, seed: int) -> list[int]:
     return random.Random(f"{length} {seed}").choices(range(VOCABULARY), k=length)
 
 
-class Recorder:
-    """What goes into the indexer of one layer, and what it selects."""
+class _Step(NamedTuple):
+    """What went into a layer's indexer in one step, and what it selected.
 
-    def __init__(self, attention: torch.nn.Module):
-        self.steps = []
-        self.cos_sin = attention.indexer_rotary_emb.cos_sin_cache.double()
-        compute = attention._prepare_and_attn_fn
+    positions: [S] those that are compared. hidden: [T, H] of all tokens. low_rank_query: [S, R]. selected: [S, 512]
+    entries."""
 
-        def record(hidden: Tensor, qr: Tensor, *others) -> None:
-            compute(hidden, qr, *others)
-            positions = others[-2]
-            seldom = positions % EVERY == EVERY - 1
-            selected = attention.topk_indices_buffer[: len(positions)]
-            self.steps.append((positions[seldom], hidden.clone(), qr[seldom], selected[seldom]))
-
-        attention._prepare_and_attn_fn = record
-
-    def recorded(self) -> tuple[Tensor, ...]:
-        """positions [S] of the selections, hidden states of all tokens [T, H], query's low-rank states [S, R],
-        selected entries [S, 512]."""
-        return tuple(map(torch.cat, zip(*self.steps, strict=True)))
+    positions: Tensor
+    hidden: Tensor
+    low_rank_query: Tensor
+    selected: Tensor
 
 
-def _recall_of_layer(recorder: Recorder, model: str, layer: int) -> list[tuple[int, float]]:
-    weights = _weights(model, f"layers.{layer}.attn.indexer.")
-    positions, hidden, qr, selected = recorder.recorded()
-    keys = _keys(hidden.double(), weights, recorder.cos_sin)
-    queries = (qr.double() @ weights["wq_b.weight"].T).unflatten(1, (-1, INDEX_HEAD_DIM))
-    head_weights = hidden[positions].double() @ weights["weights_proj.weight"].T
+@contextmanager
+def _recording(attention: torch.nn.Module) -> Iterator[list[_Step]]:
+    """The steps of one layer, in a list that fills as the engine runs."""
+    steps = []
+    compute = attention._prepare_and_attn_fn
+
+    def record(hidden: Tensor, low_rank_query: Tensor, *others) -> None:
+        compute(hidden, low_rank_query, *others)
+        positions = others[-2]
+        seldom = positions % EVERY == EVERY - 1
+        selected = attention.topk_indices_buffer[: len(positions)]
+        steps.append(_Step(positions[seldom], hidden.clone(), low_rank_query[seldom], selected[seldom]))
+
+    attention._prepare_and_attn_fn = record
+    yield steps
+    attention._prepare_and_attn_fn = compute
+
+
+def _recall_of_layer(step: _Step, weights: dict[str, Tensor], cos_sin: Tensor) -> list[tuple[int, float]]:
+    """step: all steps in one."""
+    keys = _keys(step.hidden.double(), weights, cos_sin)
+    queries = (step.low_rank_query.double() @ weights["wq_b.weight"].T).unflatten(1, (-1, INDEX_HEAD_DIM))
+    head_weights = step.hidden[step.positions].double() @ weights["weights_proj.weight"].T
     result = []
-    for position, query, of_head, chosen in zip(positions.tolist(), queries, head_weights, selected, strict=True):
+    for position, query, of_head, chosen in zip(step.positions.tolist(), queries, head_weights, step.selected, strict=True):
         entries = (position + 1) // RATIO
         if entries > INDEX_TOPK:
-            query = reference._rope(query, recorder.cos_sin[position])
-            scores = of_head @ (query @ keys[:entries].T).relu()
+            scores = of_head @ (reference._rope(query, cos_sin[position]) @ keys[:entries].T).relu()
             result.append((entries, torch.isin(scores.topk(INDEX_TOPK).indices, chosen).double().mean().item()))
     return result
 

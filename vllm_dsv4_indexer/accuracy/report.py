@@ -54,8 +54,8 @@ def heat_map(result: dict) -> str:
         x, y = MARGIN + depth * CELL, MARGIN // 2 + len(rows) * CELL + 15
         parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{100 * depth // DEPTHS} %</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">'
-        f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="11"><rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
@@ -72,7 +72,7 @@ def recall_table(result: dict, lengths: list[int]) -> str:
 
 def agreement_table(result: dict) -> str:
     """A row for each schedule, in Markdown."""
-    lines = ["| schedule | positions | log-probability differs by, mean | at most | same most likely token |", "|---" * 5 + "|"]
+    lines = ["| schedule | positions | log-probabilities differ by | at most | same most likely token |", "|---" * 5 + "|"]
     for schedule, positions, mean, largest, same in result["agreement"]:
         lines.append(f"| {schedule} | {positions} | {mean:.4f} | {largest:.3f} | {100 * same:.1f} % |")
     return "\n".join(lines)

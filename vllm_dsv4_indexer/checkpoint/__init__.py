@@ -1,5 +1,5 @@
-"""Small DeepSeek-V4 checkpoints, for demos and tests: one with random weights, whose text is babble, and one whose answers
-depend on the indexer alone.
+"""Small DeepSeek-V4 checkpoints, for demos and tests: one with random weights, whose text is babble, and one whose
+answers depend on the indexer alone.
 
 They have the official tensor names and configuration keys, so the same directory loads in vLLM and in transformers
 without conversion.

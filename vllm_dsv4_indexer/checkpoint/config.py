@@ -1,5 +1,5 @@
-"""Sizes and configuration of the checkpoints. Everything that the engine fixes is the real model's; everything else is as
-small as vLLM's CPU kernels allow.
+"""Sizes and configuration of the checkpoints. Everything that the engine fixes is the real model's; everything else
+is as small as vLLM's CPU kernels allow.
 """
 
 # Fixed by vLLM's CPU kernels (0.32.0): any other value is refused or asserts.
