@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test test-aarch64 ascend-test lock clean
+.PHONY: help venv demo serve test accuracy test-aarch64 ascend-test lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,11 @@ serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001"
 
 test: venv .venv/beside.done ## run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+
+accuracy: venv ## find needles by length and depth, then with faults planted (4 minutes; ARGS="--lengths 65280")
+	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle
+	@$(RUN) vllm-dsv4-indexer accuracy build/needle $(ARGS)
+	@$(RUN) python tests/accuracy/run_faults.py build/needle build/accuracy/faults.json
 
 # With tools that the set-up does not install, and so not in `make test`.
 test-aarch64: ## run the native op, cross-built for aarch64, under emulation

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The set-up behind `make`. Needs Python, a C++17 compiler, and for vLLM libnuma and lscpu.
+# The set-up behind `make`. Needs Python, GCC 12 or clang, and for vLLM libnuma and lscpu.
 #   install.sh dependencies   an empty .venv, then CPU torch, then vLLM and all it needs as pinned in cpu.lock
 #   install.sh package        this package, editable; its native op is built with the locked cmake and ninja
 #   install.sh beside         for the tests: each package of beside.txt in a folder of its own

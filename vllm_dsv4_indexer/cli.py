@@ -5,6 +5,7 @@ import sys
 import time
 
 from vllm_dsv4_indexer import __version__
+from vllm_dsv4_indexer.accuracy import command as accuracy
 from vllm_dsv4_indexer.bench import command as bench
 
 
@@ -20,28 +21,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description="Tools around the dsv4_indexer backend of vLLM.")
+    about = "Tools around the dsv4_indexer backend of vLLM."
+    parser = argparse.ArgumentParser(prog="vllm-dsv4-indexer", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser(
-        "make-checkpoint", help="write a small DeepSeek-V4 checkpoint with random weights, to try the machinery on"
-    )
+    make = commands.add_parser("make-checkpoint", help="write a small DeepSeek-V4 checkpoint, to try the machinery on")
     make.add_argument("directory", metavar="DIR", help="where to; an earlier checkpoint of ours is replaced")
-    make.add_argument("--layers", type=int, default=4, metavar="N", help="layers, at least 3 (default: %(default)s)")
     make.add_argument(
-        "--hidden", type=int, default=512, metavar="H", help="hidden size, a multiple of 32 (default: %(default)s)"
-    )
+        "--task", choices=["babble", "needle"], default="babble",
+        help="babble: random weights; needle: finds needles in haystacks by its indexer alone (default: %(default)s)",
+    )  # fmt: skip
+    make.add_argument("--layers", type=int, metavar="N", help="of babble: layers, at least 3 (default: 4)")
+    make.add_argument("--hidden", type=int, metavar="H", help="of babble: hidden size, a multiple of 32 (default: 512)")
     make.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
     make.set_defaults(run=_make_checkpoint)
     bench.add_to(commands)
+    accuracy.add_to(commands)
     return parser
 
 
 def _make_checkpoint(arguments: argparse.Namespace) -> None:
-    from vllm_dsv4_indexer.checkpoint import make_checkpoint
+    from vllm_dsv4_indexer.checkpoint import make_checkpoint, make_needle_checkpoint
 
     start = time.monotonic()
-    make_checkpoint(arguments.directory, arguments.layers, arguments.hidden, arguments.seed, report=print)
+    sizes = {name: getattr(arguments, name) for name in ("layers", "hidden") if getattr(arguments, name) is not None}
+    if arguments.task == "babble":
+        make_checkpoint(arguments.directory, seed=arguments.seed, report=print, **sizes)
+    elif sizes:
+        raise ValueError(f"--task needle has its own sizes; leave --{' and --'.join(sizes)} out")
+    else:
+        make_needle_checkpoint(arguments.directory, arguments.seed, report=print)
     print(f"done in {time.monotonic() - start:.0f} s")
 
 

@@ -6,7 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from vllm_dsv4_indexer.checkpoint import RECORD, compress_ratios, make_checkpoint
+from vllm_dsv4_indexer.checkpoint import RECORD, make_checkpoint, make_needle_checkpoint
+from vllm_dsv4_indexer.checkpoint.config import compress_ratios
 
 
 def digests(directory):
@@ -40,7 +41,7 @@ def test_config_has_every_kind_of_layer(checkpoint):
     assert compress_ratios(3) == [0, 4, 128]
 
 
-def official_tensors(hidden, ratios, hash_layers):
+def official_tensors(hidden, ratios, hash_layers, heads=8, groups=4, index_heads=16, expert_width=128):
     """Name to (dtype, shape), written down from the official release and not from the code under test."""
     expected = {"embed.weight": ("BF16", [129280, hidden]), "head.weight": ("BF16", [129280, hidden])}
     expected["norm.weight"] = ("BF16", [hidden])
@@ -51,12 +52,12 @@ def official_tensors(hidden, ratios, hash_layers):
             "ffn_norm.weight": ("BF16", [hidden]),
             "attn.wq_a.weight": ("BF16", [256, hidden]),
             "attn.q_norm.weight": ("BF16", [256]),
-            "attn.wq_b.weight": ("BF16", [8 * 512, 256]),
+            "attn.wq_b.weight": ("BF16", [heads * 512, 256]),
             "attn.wkv.weight": ("BF16", [512, hidden]),
             "attn.kv_norm.weight": ("BF16", [512]),
-            "attn.attn_sink": ("F32", [8]),
-            "attn.wo_a.weight": ("BF16", [4 * 128, 2 * 512]),
-            "attn.wo_b.weight": ("BF16", [hidden, 4 * 128]),
+            "attn.attn_sink": ("F32", [heads]),
+            "attn.wo_a.weight": ("BF16", [groups * 128, heads // groups * 512]),
+            "attn.wo_b.weight": ("BF16", [hidden, groups * 128]),
             "ffn.gate.weight": ("BF16", [64, hidden]),
         }
         for block in ("attn", "ffn"):
@@ -69,15 +70,15 @@ def official_tensors(hidden, ratios, hash_layers):
             tensors |= compressor("attn.compressor.", hidden, ratio, 512)
         if ratio == 4:
             tensors |= compressor("attn.indexer.compressor.", hidden, ratio, 128)
-            tensors["attn.indexer.wq_b.weight"] = ("BF16", [16 * 128, 256])
-            tensors["attn.indexer.weights_proj.weight"] = ("BF16", [16, hidden])
+            tensors["attn.indexer.wq_b.weight"] = ("BF16", [index_heads * 128, 256])
+            tensors["attn.indexer.weights_proj.weight"] = ("BF16", [index_heads, hidden])
         if layer < hash_layers:
             tensors["ffn.gate.tid2eid"] = ("I32", [129280, 6])
         else:
             tensors["ffn.gate.bias"] = ("F32", [64])
         for expert in ["shared_experts", *(f"experts.{index}" for index in range(64))]:
-            tensors |= {f"ffn.{expert}.w{part}.weight": ("BF16", [128, hidden]) for part in (1, 3)}
-            tensors[f"ffn.{expert}.w2.weight"] = ("BF16", [hidden, 128])
+            tensors |= {f"ffn.{expert}.w{part}.weight": ("BF16", [expert_width, hidden]) for part in (1, 3)}
+            tensors[f"ffn.{expert}.w2.weight"] = ("BF16", [hidden, expert_width])
         expected |= {f"layers.{layer}.{name}": value for name, value in tensors.items()}
     return expected
 
@@ -92,12 +93,25 @@ def compressor(prefix, hidden, ratio, head_dim):
     }
 
 
-def test_tensors_have_the_official_names_shapes_and_dtypes(checkpoint):
-    with (checkpoint / "model.safetensors").open("rb") as file:
+def tensors(directory):
+    with (directory / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert header.pop("__metadata__") == {"format": "pt"}
-    found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-    assert found == official_tensors(512, [0, 4, 128, 4], hash_layers=3)
+    return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+
+
+def test_tensors_have_the_official_names_shapes_and_dtypes(checkpoint):
+    assert tensors(checkpoint) == official_tensors(512, [0, 4, 128, 4], hash_layers=3)
+
+
+def test_tensors_of_the_needle_checkpoint_too(needle):
+    sizes = dict(heads=2, groups=2, index_heads=2, expert_width=32)
+    assert tensors(needle) == official_tensors(256, [0, 4, 128], hash_layers=2, **sizes)
+
+
+def test_a_seed_gives_the_needle_checkpoint_its_bytes(needle, tmp_path):
+    assert digests(make_needle_checkpoint(tmp_path / "again", seed=3)) == digests(needle)
+    assert digests(make_needle_checkpoint(tmp_path / "other", seed=4)) != digests(needle)
 
 
 @pytest.mark.parametrize(

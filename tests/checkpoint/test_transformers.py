@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
-from vllm_dsv4_indexer.checkpoint import VOCABULARY
+from vllm_dsv4_indexer.checkpoint.config import VOCABULARY
 
 PROMPT = torch.arange(1000, 1064)[None] * 7
 
@@ -25,7 +25,7 @@ def logprobs(model, tokens, keep):
     return model(tokens, use_cache=False, logits_to_keep=keep).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("directory", ["small", "checkpoint"])
+@pytest.mark.parametrize("directory", ["small", "checkpoint", "needle"])
 def test_loads_with_no_missing_or_unexpected_key(directory, request):
     _, info = load(request.getfixturevalue(directory))
     assert not any(info.values()), info

@@ -1,0 +1,1 @@
+"""`vllm-dsv4-indexer accuracy`: what the indexer finds in long contexts."""

@@ -1,0 +1,132 @@
+"""What is asked for needles: vLLM in this process, a server, or transformers.
+
+Each has a method `found(document)`, which returns for each needle of the document whether the model says its value,
+asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
+"""
+
+import json
+import os
+import urllib.request
+from abc import ABC, abstractmethod
+
+from ..settings import NAMESPACE
+from .document import Document
+
+Found = dict[str, list[bool]]
+
+
+class Engine(ABC):
+    """One that takes prompts of tokens, and computes a document that it knows but once."""
+
+    @abstractmethod
+    def answers(self, prompts: list[list[int]]) -> list[int]:
+        """The most likely token after each prompt."""
+
+    def found(self, document: Document) -> Found:
+        self.answers([document.tokens])  # from now on it comes from the prefix cache
+        needles = document.needles
+        prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
+        hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
+        return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
+
+
+class Server(Engine):
+    """The OpenAI API of `vllm serve`, which also takes and returns tokens."""
+
+    AT_ONCE = 16  # prompts in a request
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.model = self._json("/v1/models")["data"][0]["id"]
+
+    def answers(self, prompts: list[list[int]]) -> list[int]:
+        answers = []
+        for start in range(0, len(prompts), self.AT_ONCE):
+            asked = {"model": self.model, "prompt": prompts[start : start + self.AT_ONCE], "return_token_ids": True}
+            choices = self._json("/v1/completions", asked | {"max_tokens": 1, "temperature": 0})["choices"]
+            answers += [choice["token_ids"][0] for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return answers
+
+    def _json(self, path: str, asked: dict | None = None) -> dict:
+        data = None if asked is None else json.dumps(asked).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+
+class VllmEngine(Engine):
+    """An engine in this process, with our backend."""
+
+    def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a
+        prompt. abreast: how many prompts it takes so many tokens of."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
+        from vllm import LLM
+
+        self.llm = LLM(
+            model,
+            attention_backend="dsv4_indexer",
+            additional_config={NAMESPACE: settings},
+            max_model_len=longest + 2,  # with a question and its answer
+            max_num_batched_tokens=max(abreast * chunk, 512),
+            kv_cache_memory_bytes=1 << 30,
+            enforce_eager=True,
+        )
+        self.set_chunk(chunk, abreast)
+
+    def answers(self, prompts: list[list[int]]) -> list[int]:
+        return [output.outputs[0].token_ids[0] for output in self._generate(prompts, max_tokens=1)]
+
+    def set_chunk(self, chunk: int, abreast: int = 1) -> None:
+        """Both as above, from now on; not more tokens together than the engine was made for."""
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.scheduler_config.long_prefill_token_threshold = chunk  # vLLM looks at it if there are several prompts
+        scheduler.max_num_scheduled_tokens = abreast * chunk
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[dict[int, float]]]:
+        """By prompt, for each token but the first, the log-probabilities of it and of the most likely one."""
+        outputs = self._generate(prompts, max_tokens=1, prompt_logprobs=1)
+        return [[_values(position) for position in output.prompt_logprobs[1:]] for output in outputs]
+
+    def decoded_logprobs(self, prompt: list[int], tokens: int) -> list[dict[int, float]]:
+        """The log-probabilities of the most likely tokens of a continuation; the likeliest of each is the next one."""
+        (output,) = self._generate([prompt], max_tokens=tokens, logprobs=1, ignore_eos=True)
+        return [_values(position) for position in output.outputs[0].logprobs]
+
+    def _generate(self, prompts: list[list[int]], **sampling) -> list:
+        from vllm import SamplingParams
+
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return self.llm.generate(requests, SamplingParams(temperature=0, **sampling), use_tqdm=False)
+
+    def indexed_layers(self) -> dict:
+        """The attention modules that have an indexer, by the number of their layer."""
+        model = self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        attention = {name.split(".")[-2]: module for name, module in model.named_modules() if name.endswith(".attn")}
+        return {int(number): module for number, module in attention.items() if module.indexer is not None}
+
+
+def _values(position: dict) -> dict[int, float]:
+    return {token: entry.logprob for token, entry in position.items()}
+
+
+class Transformers:
+    """transformers' own implementation in fp32, which computes a document and all its questions at once: about 4K
+    tokens."""
+
+    def __init__(self, model: str):
+        import torch
+        from transformers import DeepseekV4ForCausalLM
+
+        self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def found(self, document: Document) -> Found:
+        import torch
+
+        questions = document.all_questions()
+        with torch.inference_mode():
+            tokens = torch.tensor([[*document.tokens, *questions]])
+            answers = self.model(tokens, use_cache=False, logits_to_keep=len(questions)).logits[0].argmax(dim=-1)
+        values = torch.tensor([needle.value for needle in document.needles])
+        return {how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))}
