@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test accuracy test-aarch64 ascend-test lock clean
+.PHONY: help venv demo serve test accuracy test-aarch64 ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ test-aarch64: ## run the native op, cross-built for aarch64, under emulation
 
 ascend-test: ## on a machine with CANN and an NPU: the op and an engine there (PYTHON=..., MODEL=...)
 	@PYTHON="$(or $(PYTHON),python3)" sh tests/npu/run.sh
+
+long-context: deepseek-v4 ## prefill 32K tokens through a server and say what the compressor took of it (ARGS="--tokens 65536")
+	@$(RUN) python tests/accuracy/long_context.py deepseek-v4 $(ARGS)
 
 lock: ## resolve requirements/cpu.in again into requirements/cpu.lock (PYTHON=python3.11)
 	@sh requirements/install.sh lock

@@ -49,12 +49,15 @@ def main(model: str) -> None:
     print(proof[-1])
 
 
+SMALL = ("--max-model-len", "8192", "--kv-cache-memory-bytes", "1G")
+
+
 @contextmanager
-def server(model: str) -> Iterator[str]:
+def server(model: str, options: tuple[str, ...] = SMALL) -> Iterator[str]:
     """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever happens."""
     port = free_port()
     command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
-    command += ["--max-model-len", "8192", "--kv-cache-memory-bytes", "1G"]
+    command += options
     command += ["--shutdown-timeout", "10"]  # time for the worker to log its account before vLLM kills it
     say(" ".join(command))
     with LOG.open("w") as log:

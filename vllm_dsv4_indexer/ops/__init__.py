@@ -8,6 +8,7 @@ To add one, write the module and its line in `IMPLEMENTATIONS`.
 
 import functools
 import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,12 +43,13 @@ class Work:
     calls: int = 0
     tokens: int = 0
     entries: int = 0
+    seconds: float = 0.0  # that the calls took; on a CPU until the last byte was written
     uncounted: int = 0  # calls whose entries only the device knows
 
     def __str__(self) -> str:
-        entries = f"wrote {self.entries} entries"
+        entries = f"wrote {self.entries} entries in {self.seconds:.3f} s"
         if self.uncounted:
-            entries += f", not counting {self.uncounted} calls whose entries only the device knows"
+            entries = f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device knows"
         return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}"
 
 
@@ -135,6 +137,7 @@ def prepare(impl: str | None, device: str) -> None:
 
 # torch leaves out the arguments that equal their default, so the defaults are needed here too.
 def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
+    start = time.perf_counter()
     kv_score = args[0]
     tensors = args if len(args) == 12 else (*args, None)
     contract.check_metadata(tensors, k_format)
@@ -145,6 +148,7 @@ def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | 
         work.uncounted += entries is None
         work.calls += 1
         work.tokens += kv_score.shape[0]
+        work.seconds += time.perf_counter() - start
 
 
 def _fake(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:

@@ -1,0 +1,77 @@
+"""One long prompt through `vllm serve` with our backend: how long until the first token, what of that was `compress`, and
+whether its cost per token grows with the context.
+
+    python tests/accuracy/long_context.py MODEL [--tokens 32768] [--chunk 2048]
+
+The op's own account, which the server's worker logs every ten seconds of work and when it stops, tells the op's time.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import serve_and_chat  # noqa: E402
+
+ACCOUNT = re.compile(r"called (\d+) times on (\d+) tokens and wrote (\d+) entries in ([\d.]+) s")
+
+
+class Account(NamedTuple):
+    calls: int
+    tokens: int  # of all layers that have an indexer
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--chunk", type=int, default=2048)
+    arguments = parser.parse_args()
+    vocabulary = json.loads(Path(arguments.model, "config.json").read_text())["vocab_size"]
+    prompt = random.Random(0).choices(range(vocabulary), k=arguments.tokens)
+    options = ("--max-model-len", str(arguments.tokens + 8), "--kv-cache-memory-bytes", "4G")
+    options += ("--max-num-batched-tokens", str(arguments.chunk))
+    with serve_and_chat.server(arguments.model, options) as url:
+        first_token = seconds_to_first_token(url, arguments.model, prompt)
+        memory = peak_memory()
+    accounts = [Account(int(c), int(t), float(s)) for c, t, _, s in ACCOUNT.findall(serve_and_chat.LOG.read_text())]
+    layers = accounts[-1].tokens // arguments.tokens
+    seconds = accounts[-1].seconds
+    print(f"\n{arguments.tokens} tokens in chunks of {arguments.chunk}, {layers} layers with an indexer: first token after "
+          f"{first_token:.1f} s, of which compress {seconds:.3f} s ({seconds / first_token:.2%}); peak memory "
+          f"{memory / 2**30:.1f} GiB")  # fmt: skip
+    print(f"{'context, tokens':>20}{'compress, ns/token':>20}")
+    for before, after in zip([Account(0, 0, 0.0), *accounts], accounts):
+        if tokens := after.tokens - before.tokens:
+            span = f"{before.tokens // layers} to {after.tokens // layers}"
+            print(f"{span:>20}{(after.seconds - before.seconds) / tokens * 1e9:20.0f}")
+
+
+def seconds_to_first_token(url: str, model: str, prompt: list[int]) -> float:
+    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    start = time.monotonic()
+    urllib.request.urlopen(request, timeout=3600).read()
+    return time.monotonic() - start
+
+
+def peak_memory() -> int:
+    """Bytes that the server's processes had resident at their most, added up."""
+    peaks = [
+        re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        for process in psutil.Process().children(recursive=True)
+    ]
+    return sum(int(peak[1]) * 1024 for peak in peaks if peak)
+
+
+if __name__ == "__main__":
+    main()
