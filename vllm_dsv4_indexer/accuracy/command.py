@@ -95,7 +95,12 @@ def _engine(arguments: argparse.Namespace):
 def _check(arguments: argparse.Namespace) -> None:
     from ..checkpoint.config import MAX_POSITIONS
 
-    Settings.read({NAMESPACE: arguments.settings})
+    if not Path(arguments.model, "config.json").is_file():
+        raise ValueError(f"{arguments.model} is no checkpoint: it has no config.json")
+    if Settings.read({NAMESPACE: arguments.settings}).state_save == "tail":
+        raise ValueError("accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out")
+    if arguments.chunk < 1:
+        raise ValueError(f"--chunk is {arguments.chunk}; it is at least 1")
     if arguments.schedules is not None and not 16 <= arguments.schedules <= arguments.lengths[-1]:
         raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest of --lengths")
     for length in arguments.lengths:
