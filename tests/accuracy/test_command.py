@@ -63,6 +63,9 @@ def test_table_and_picture_show_where_needles_were_missed():
     "arguments, message",
     [
         (["accuracy", "{babble}", "--engine", "transformers"], "is no needle checkpoint"),
+        (["accuracy", "nowhere"], "nowhere is no checkpoint: it has no config.json"),
+        (["accuracy", "{needle}", "--chunk", "0"], "--chunk is 0; it is at least 1"),
+        (["accuracy", "{needle}", "--settings", '{"state_save": "tail"}'], "state_save 'tail' is refused"),
         (["accuracy", "{needle}", "--url", "http://127.0.0.1:9"], "Connection refused"),
         (["accuracy", "{needle}", "--settings", '{"impl": "stok"}'], "impl is 'stok'"),
         (["accuracy", "{needle}", "--lengths", "2048,4097"], "--lengths: 4097 is not a multiple of 4"),
