@@ -75,6 +75,7 @@ def test_table_and_picture_show_where_needles_were_missed():
     ],
 )
 def test_mistakes_are_one_line(needle_checkpoint, tmp_path, capsys, arguments, message):
+    (tmp_path / "config.json").write_text("{}")
     places = {"{babble}": str(tmp_path), "{needle}": str(needle_checkpoint)}
     assert cli.main([places.get(argument, argument) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
