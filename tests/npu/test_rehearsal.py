@@ -13,14 +13,14 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_without_an_npu_it_says_what_is_missing_and_runs_nothing():
-    done = run(["make", "ascend-test", f"PYTHON={sys.executable}"], ASCEND_HOME_PATH="")
+    done = run(["make", "--no-print-directory", "ascend-test", f"PYTHON={sys.executable}"], ASCEND_HOME_PATH="")
     assert done.returncode != 0
     assert "needs CANN and an Ascend NPU, A2, A3 or A5: ASCEND_HOME_PATH is not set" in done.stderr
     assert done.stdout.strip() == "== the machine"
 
 
 def test_with_cann_alone_it_names_what_python_lacks():
-    done = run(["make", "ascend-test", f"PYTHON={sys.executable}"], ASCEND_HOME_PATH="/usr/local/Ascend")
+    done = run(["make", "--no-print-directory", "ascend-test", f"PYTHON={sys.executable}"], ASCEND_HOME_PATH="/usr/local/Ascend")
     assert "cannot import torch_npu. Nothing was run" in done.stderr
 
 
