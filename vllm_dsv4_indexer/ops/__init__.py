@@ -47,7 +47,7 @@ class Work:
     uncounted: int = 0  # calls whose entries only the device knows
 
     def __str__(self) -> str:
-        entries = f"wrote {self.entries} entries in {self.seconds:.3f} s"
+        entries = f"wrote {self.entries} entries in {self.seconds:.4f} s"
         if self.uncounted:
             entries = f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device knows"
         return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}"
