@@ -18,11 +18,6 @@ struct Call {
 const float* bias(const Arguments& a, int64_t token) { return a.ape + a.positions[token] % kRatio * kKvWidth; }
 
 template <class T>
-const T* projection(const Arguments& a, int64_t token) {
-  return static_cast<const T*>(a.kv_score) + token * a.kv_score_stride;
-}
-
-template <class T>
 void add(const T* values, const float* bias, int width, float* to) {
   for (int c = 0; c < width; c += kLanes) store(to + c, load(values + c) + load(bias + c));
 }
@@ -49,16 +44,6 @@ void save_rows(int64_t begin, int64_t end, void* context) {
 struct Half {
   float values[kKvWidth + kHeadDim];
 };
-
-// What a row counts for that the request does not have: no kv, and a gate that the softmax ignores.
-struct Masked : Half {
-  constexpr Masked() : Half{} {
-    for (int c = 0; c < kHeadDim; ++c) values[kKvWidth + c] = -__builtin_inff();
-  }
-};
-constexpr Masked kMasked;
-
-int half_of_row(int j) { return j < kRatio ? 0 : kHeadDim; }
 
 // Row j of the window that `token` closes, as the state has it. Phase 0 has checked the pages of history alone, but
 // these algorithms look up every row: one without a page is masked.

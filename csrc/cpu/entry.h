@@ -38,6 +38,23 @@ struct Window {
   const float* row[kWindow];
 };
 
+template <class T>
+const T* projection(const Arguments& a, int64_t token) {
+  return static_cast<const T*>(a.kv_score) + token * a.kv_score_stride;
+}
+
+// The first four rows of a window lend it their front halves, the last four, its own group, their back halves.
+int half_of_row(int j) { return j < kRatio ? 0 : kHeadDim; }
+
+// A row that the request does not have: no kv, and a gate that the softmax ignores.
+struct MaskedRow {
+  float values[kKvWidth + kHeadDim] = {};
+  constexpr MaskedRow() {
+    for (int c = 0; c < kHeadDim; ++c) values[kKvWidth + c] = -__builtin_inff();
+  }
+};
+constexpr MaskedRow kMasked;
+
 // softmax over the eight rows, per channel; divided at the end. Two sums each, for shorter chains.
 Floats pool(const Window& window, int c) {
   Floats score[kWindow];

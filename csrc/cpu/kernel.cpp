@@ -5,7 +5,7 @@
 // result does not depend on whether this call overwrites what it reads: rings and recycled pages need no special case,
 // and there is no other barrier.
 
-#include <chrono>
+#include <time.h>
 
 #include "entry.h"
 #include "plan.h"
@@ -16,28 +16,11 @@ namespace {
 constexpr int64_t kWindowGrain = 32;   // windows, or tokens, that are worth a thread: about 10 us of work
 constexpr int64_t kTokenGrain = 128;
 
-// A row before position 0: no kv, and a gate that the softmax ignores.
-struct MaskedRow {
-  float values[kKvWidth + kHeadDim] = {};
-  constexpr MaskedRow() {
-    for (int c = 0; c < kHeadDim; ++c) values[kKvWidth + c] = -__builtin_inff();
-  }
-};
-constexpr MaskedRow kMasked;
-
 struct Call {
   const Arguments& a;
   const Plan& plan;
   Entry norm_weight;
 };
-
-template <class T>
-const T* projection(const Arguments& a, int64_t token) {
-  return static_cast<const T*>(a.kv_score) + token * a.kv_score_stride;
-}
-
-// The first four rows of a window lend it their front halves, the last four, its own group, their back halves.
-int half_of_row(int j) { return j < kRatio ? 0 : kHeadDim; }
 
 // The state row of a token: [kv | gate + bias], written front to back. `copy`, if it is asked for, goes around the caches.
 template <class T, bool copied = false>
@@ -111,14 +94,21 @@ void save_and_pool(int64_t begin, int64_t end, void* context) {
   if (past_cache) wait_for_stores();
 }
 
+// Not std::chrono: see plan.h.
+int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 // Whether the rows that this call writes are in memory alone, from the time that reading some of them takes one after
 // the other. Stores around the caches are then faster by a third or more, and slower where the rows are in a cache.
 bool rows_are_cold(const Arguments& a) {
   constexpr int kSamples = 4;
-  constexpr auto kInCache = std::chrono::nanoseconds(60);  // to read from the last cache, at most; memory takes longer
+  constexpr int64_t kInCache = 60;  // nanoseconds to read from the last cache, at most; memory takes longer
   volatile const int32_t kNone = 0;
   int32_t seen = 0;
-  const auto start = std::chrono::steady_clock::now();
+  const int64_t start = nanoseconds();
   for (int i = 0; i < kSamples; ++i) {
     const int64_t slot = a.state_slots[a.tokens * (2 * i + 1) / (2 * kSamples)];
     if (slot < 0) return false;
@@ -126,7 +116,7 @@ bool rows_are_cold(const Arguments& a) {
   }
   volatile const int32_t used = seen;
   (void)used;
-  return std::chrono::steady_clock::now() - start > kSamples * kInCache;
+  return nanoseconds() - start > kSamples * kInCache;
 }
 
 bool goes_past_cache(const Arguments& a) {
