@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from engine import ALONE, BATCHED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, Result, run_engine
+from engine import ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, Result, run_engine
 
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
@@ -99,6 +99,22 @@ def unsafe_tail(engine) -> Result:
     """Tail-only saving with prefix caching, without the check that refuses it at start-up."""
     options = recorded_chunks() | dict(additional_config=TAIL, without=["_refuse_unsafe_tail"])
     return engine("unsafe_tail", [REPEATED, REPEATED], **options)
+
+
+@pytest.fixture(scope="session")
+def drafted(engine) -> Result:
+    """Rounds: DRAFTED, and again with drafts, of which some are wrong. Prompts of unlike lengths decode together."""
+    return engine("drafted", [DRAFTED, DRAFTED], **with_drafts())
+
+
+@pytest.fixture(scope="session")
+def drafted_stock(engine) -> Result:
+    return engine("drafted_stock", [DRAFTED, DRAFTED], additional_config=STOCK, **with_drafts())
+
+
+def with_drafts() -> dict:
+    drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
+    return dict(speculative_config=drafts, enable_prefix_caching=False)
 
 
 def recorded_chunks() -> dict:

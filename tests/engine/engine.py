@@ -32,11 +32,14 @@ MIXED = dict(prompts=[prompt(length, seed=3) for length in MIXED_LENGTHS], sampl
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
+DRAFTED_LENGTHS, DRAFTED_TOKENS = (1, 6, 129, 2010), 37
+DRAFTED = dict(prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS))
+
 
 @dataclass
 class Result:
     rounds: list[list[dict]]
-    preemptions: int
+    metrics: dict[str, int]  # vLLM's own counters
     saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
     log: str
 

@@ -3,7 +3,7 @@
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
 "caches", "entries", "projections": whether to save, beside RESULT, as .npz, the indexers' caches, what each call of the
 op stored, and what goes into and comes out of the projections in front of them, "without": functions of
-engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "preemptions": how many};
+engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters};
 an answer has the generated tokens, for each of them the log-probabilities of the most likely ones, the same for the
 prompt if asked for, and how many prompt tokens came from the prefix cache.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.v1.metrics.reader import Counter
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET
@@ -35,11 +36,11 @@ def main(job_file: str, result_file: str) -> None:
         rounds.append([answer(output) for output in generate(llm, **one)])
         entries |= {f"entries {number} {call}": array for call, array in enumerate(calls)}
         calls.clear()
-    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
     arrays = {name: np.concatenate(calls) for name, calls in projections.items()}
     arrays |= indexer_caches(llm) if job["caches"] else {}
     np.savez(Path(result_file).with_suffix(".npz"), **arrays, **entries)
-    Path(result_file).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
+    Path(result_file).write_text(json.dumps({"rounds": rounds, "metrics": metrics}))
 
 
 def generate(llm: LLM, prompts: list[list[int]], sampling: dict) -> list[RequestOutput]:

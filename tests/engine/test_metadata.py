@@ -79,6 +79,18 @@ def test_a_prefill_token_may_score_the_entries_up_to_its_own(batch):
     assert chunk.token_to_seq.tolist() == [r for r, count in enumerate(entries.tolist()) for _ in range(count)]
 
 
+def test_a_token_and_each_of_its_drafts_become_a_request_of_one_token(provided):
+    drafted, width = 3, 5
+    seq_lens = torch.tensor([7, 300, 0, 2], dtype=torch.int32)  # one is padding
+    table = torch.arange(4 * width, dtype=torch.int32).view(4, width)
+    lengths, ones = torch.full((2, 13), 99, dtype=torch.int32)
+    pages = torch.full((13, width), 99, dtype=torch.int32)
+    indexer.PrepareUniformDecodeKernel()(seq_lens, lengths, table, pages, ones, 4 * drafted, drafted)
+    assert lengths.tolist() == [5, 6, 7, 298, 299, 300, 0, 0, 0, 0, 1, 2, 99]
+    assert pages[:-1].tolist() == [row for row in table.tolist() for _ in range(drafted)]
+    assert ones.tolist() == [1] * 12 + [99] and set(pages[-1].tolist()) == {99}
+
+
 def test_every_layer_type_has_a_schedule_of_none(provided):
     builder = vllm_cpu.DeepseekV4CPUSparseSWAMetadataBuilder
     kinds = {"swaonly", "c4a", "c128a", "c1a", "c2a"}
@@ -89,6 +101,7 @@ KERNELS = [
     (metadata, "_token_request_mapping_kernel"),
     (compressor_utils.CompressedSlotMappingKernel, "kernel"),
     (indexer.BuildPrefillChunkMetadataKernel, "kernel"),
+    (indexer.PrepareUniformDecodeKernel, "kernel"),
     (sparse_swa.ComputeSWAIndicesAndLensKernel, "kernel"),
     (sparse_swa.ComputePrefillMetadataKernel, "kernel"),
     (vllm_cpu.DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler"),

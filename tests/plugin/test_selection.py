@@ -96,7 +96,8 @@ def test_another_worker_class_is_refused(checkpoint: Path):
     "options, found",
     [
         (dict(decode_context_parallel_size=2, tensor_parallel_size=2), "decode_context_parallel_size is 2"),
-        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "speculative decoding is on"),
+        (dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2)), "method is 'ngram_gpu'"),
+        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=1)), "num_speculative_tokens is 1"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, found: str):
@@ -114,7 +115,7 @@ TAIL = {"dsv4_indexer": {"state_save": "tail"}}
         (dict(kv_offloading_size=1), "KV offloading is on"),
         (dict(kv_events_config=dict(enable_kv_cache_events=True)), "KV events are configured"),
         (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "a scheduler is configured"),
-        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "speculative decoding is on"),
+        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "rejected drafts go back"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

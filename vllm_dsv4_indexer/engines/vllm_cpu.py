@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -45,6 +45,7 @@ from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
+DRAFTS = ("ngram", "custom_class")  # ways of speculative decoding that need no second model
 ACCOUNT_SECONDS = 10  # as often as vLLM logs its own statistics
 
 logger = init_logger("vllm.dsv4_indexer")
@@ -86,13 +87,22 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     if worker not in ("auto", f"{__name__}.{Worker.__qualname__}"):
         refuse(f"worker_cls is {worker!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
     if vllm_config.speculative_config is not None:
-        refuse("speculative decoding is on", "one token a step on vLLM's CPU engine", "leave it out")
+        _refuse_unsupported_drafts(vllm_config.speculative_config)
+
+
+def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
+    """With a single draft vLLM 0.32's indexer takes a path that its CPU engine does not have."""
+    method, tokens = speculative.method, speculative.num_speculative_tokens
+    if method not in DRAFTS:
+        refuse(f"speculative decoding's method is {method!r}", f"{DRAFTS} on vLLM's CPU engine", "name one of these")
+    if tokens < 2:
+        refuse(f"num_speculative_tokens is {tokens}", "2 or more on vLLM's CPU engine", "raise it")
 
 
 def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
     """Tail-only saving is right where only the request itself reads its state, and each of its steps starts where the
-    last one ended. Preemption computes a request again from its start; rejected drafts, which go back, are refused for
-    everyone; a session with streamed input goes back to the end of its last prompt at the furthest."""
+    last one ended. Preemption computes a request again from its start; a session with streamed input goes back to the
+    end of its last prompt at the furthest."""
     cache = vllm_config.cache_config
     for unsafe, found, remedy in (
         (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
@@ -100,6 +110,7 @@ def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
         (cache.kv_offloading_size, "KV offloading is on", "leave --kv-offloading-size out"),
         (vllm_config.kv_events_config, "KV events are configured", "leave --kv-events-config out"),
         (vllm_config.scheduler_config.scheduler_cls, "a scheduler is configured", "leave --scheduler-cls out"),
+        (vllm_config.speculative_config, "rejected drafts go back", "leave --speculative-config out"),
     ):
         if unsafe:
             supported = "'tail' where nobody but the request itself can come back to its state"
@@ -314,6 +325,7 @@ def _replace_kernels() -> None:
         (metadata, "_token_request_mapping_kernel", token_request_mapping),
         (compressor_utils.CompressedSlotMappingKernel, "kernel", compressed_slot_mapping),
         (indexer.BuildPrefillChunkMetadataKernel, "kernel", prefill_chunk_metadata),
+        (indexer.PrepareUniformDecodeKernel, "kernel", uniform_decode_metadata),
         (sparse_swa.ComputeSWAIndicesAndLensKernel, "kernel", not_read_on_cpu),
         (sparse_swa.ComputePrefillMetadataKernel, "kernel", not_read_on_cpu),
     ):
@@ -388,6 +400,26 @@ def prefill_chunk_metadata(
     cu_compressed_seq_len_ks_ptr.copy_(first_entry)
     cu_compressed_seq_len_ke_ptr.copy_(first_entry + (position[rows] + 1) // COMPRESS_RATIO)
     token_to_seq_ptr.copy_(torch.repeat_interleave(torch.diff(cu_compressed_seq_lens_ptr)))
+
+
+def uniform_decode_metadata(
+    seq_lens_ptr,
+    decode_seq_lens_ptr,
+    block_table_ptr,
+    block_table_stride,
+    expanded_block_table_ptr,
+    expanded_bt_stride,
+    decode_lens_ptr,
+    max_decode_len,
+    BLOCK_SIZE,
+):
+    """Each of a request's `max_decode_len` tokens, one and its drafts, becomes a request of one token: its own length
+    (0 for the padding behind the last request) and the request's pages."""
+    tokens = len(seq_lens_ptr) * max_decode_len
+    drafts_to_come = torch.arange(max_decode_len - 1, -1, -1, dtype=seq_lens_ptr.dtype)
+    decode_seq_lens_ptr[:tokens] = (seq_lens_ptr[:, None] - drafts_to_come).clamp(min=0).flatten()
+    expanded_block_table_ptr[:tokens] = block_table_ptr.repeat_interleave(max_decode_len, dim=0)
+    decode_lens_ptr[:tokens] = 1
 
 
 def not_read_on_cpu(*_, **__):
