@@ -1,7 +1,7 @@
-"""Agreement with itself: the log-probabilities of one prompt under other schedules, in one engine.
+"""Agreement of log-probabilities: of one engine with itself under other schedules, and of two engines.
 
-The compressor gives the same bits whatever the schedule; the engine's matrix products need not. So what differs is
-rounding, and an entry, an expert or a token that was a toss-up.
+The compressor gives the same bits whatever the schedule; the engine's matrix products need not. So what differs in one
+engine is rounding, and an entry, an expert or a token that was a toss-up.
 """
 
 from typing import NamedTuple
@@ -9,13 +9,17 @@ from typing import NamedTuple
 from .engines import VllmEngine
 from .recall import random_prompt
 
-WHOLE, PART, BESIDE = 512, 127, 251  # tokens of a step: what is compared with, smaller chunks, chunks of two prompts
+Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine named
+
+USUAL = 512  # tokens of a step: what other sizes are compared with
+SIZES = (1, 127, 8192)
+BESIDE = 251  # of each of two prompts
 DECODED = 8  # one token in so many is decoded too
 
 
 class Agreement(NamedTuple):
-    """schedule: what was different. positions: how many were compared. mean, largest: difference of the
-    log-probabilities of a token. same: the share of positions with the same most likely token."""
+    """schedule: what was compared. positions: how many. mean, largest: difference of the log-probabilities of a token.
+    same: the share of positions with the same most likely token."""
 
     schedule: str
     positions: int
@@ -24,38 +28,42 @@ class Agreement(NamedTuple):
     same: float
 
 
-def agreement(engine: VllmEngine, length: int, seed: int) -> list[Agreement]:
-    """A prompt of `length` random tokens in other chunks, beside another, decoded, and from the prefix cache."""
+class Observed(NamedTuple):
+    """prefilled: the log-probabilities of one prompt, by schedule. agreement: of the engine with itself."""
+
+    prefilled: dict[str, Logprobs]
+    agreement: list[Agreement]
+
+
+def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
+    """A prompt of `length` random tokens in chunks of several sizes, beside another one, decoded, and from the prefix
+    cache. The engine was made for steps of `length` tokens."""
     prompt, other = random_prompt(length, seed), random_prompt(length, seed + 1)
-    start, tokens = prompt[: -(length // DECODED)], length // DECODED
-    engine.set_chunk(WHOLE)
-    whole = engine.prompt_logprobs([prompt])[0]
-    decoded = engine.decoded_logprobs(start, tokens)
-    again = engine.decoded_logprobs(start, tokens)
-    said = [_most_likely(position)[0] for position in decoded]
-    prefilled = engine.prompt_logprobs([start + said])[0][-tokens:]
-    engine.set_chunk(PART)
-    parts = engine.prompt_logprobs([prompt])[0]
+    prefilled = {}
+    for size in (USUAL, *SIZES):
+        engine.set_chunk(min(size, length))
+        prefilled[f"in chunks of {size}"] = engine.prompt_logprobs([prompt])[0]
     engine.set_chunk(BESIDE, abreast=2)
-    beside = engine.prompt_logprobs([other, prompt])[1]
-    return [
-        _compare(f"in chunks of {PART}, not {WHOLE}", whole, parts),
-        _compare(f"in chunks of {BESIDE}, beside another prompt", whole, beside),
-        _compare("decoded, not prefilled", prefilled, decoded),
-        _compare("decoded after a prefix-cache hit", decoded, again),
-    ]
+    prefilled[f"in chunks of {BESIDE}, beside another prompt"] = engine.prompt_logprobs([other, prompt])[1]
+    usual, *others = prefilled
+    agreement = [compare(f"{name}, not {USUAL}", prefilled[usual], prefilled[name]) for name in others]
+    engine.set_chunk(min(USUAL, length))
+    engine.llm.reset_prefix_cache()
+    start, tokens = prompt[: -(length // DECODED)], length // DECODED
+    for name in ("decoded, not prefilled", "decoded after a prefix-cache hit, not prefilled"):
+        decoded = engine.decoded_logprobs(start, tokens)
+        said = [_most_likely(position) for position in decoded]
+        agreement.append(compare(name, engine.prompt_logprobs([start + said])[0][-tokens:], decoded))
+    return Observed(prefilled, agreement)
 
 
-Logprobs = list[dict[int, float]]
-
-
-def _compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:
+def compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:
     """Of the tokens that both positions name."""
     pairs = list(zip(one, other, strict=True))
     differences = [abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys()]
-    same = sum(_most_likely(a)[0] == _most_likely(b)[0] for a, b in pairs) / len(pairs)
+    same = sum(_most_likely(a) == _most_likely(b) for a, b in pairs) / len(pairs)
     return Agreement(schedule, len(pairs), sum(differences) / len(differences), max(differences), same)
 
 
-def _most_likely(position: dict[int, float]) -> tuple[int, float]:
-    return max(position.items(), key=lambda item: item[1])
+def _most_likely(position: dict[int, float]) -> int:
+    return max(position, key=position.get)

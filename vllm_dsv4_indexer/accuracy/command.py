@@ -1,11 +1,20 @@
 """The command `vllm-dsv4-indexer accuracy`."""
 
+from __future__ import annotations
+
 import argparse
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..settings import NAMESPACE, Settings
+
+if TYPE_CHECKING:  # they import torch, which takes longer than an error should
+    from .agreement import Agreement, Observed
+    from .recall import Recall
 
 
 def add_to(commands) -> None:
@@ -26,7 +35,11 @@ def add_to(commands) -> None:
                           help="in tokens, multiples of 4 (default: 2048 to 32768)")
     accuracy.add_argument("--schedules", type=int, metavar="N",
                           help="with recall: also compare the log-probabilities of a prompt of N tokens when it is "
-                          "prefilled in other chunks, beside another, decoded, and taken from the prefix cache")
+                          "prefilled in chunks of 1 to 8192, beside another, decoded, and taken from the prefix cache")
+    accuracy.add_argument("--against", type=json.loads, metavar="JSON",
+                          help="with recall: other settings to compare with; vLLM's own code throughout is "
+                          "'{\"impl\": \"stock\", \"projection\": \"engine\"}'")
+    accuracy.add_argument("--prompts", type=int, default=1, metavar="N", help="of recall (default: %(default)s)")
     accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s)")
     accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
@@ -46,11 +59,14 @@ def _accuracy(arguments: argparse.Namespace) -> None:
         print(report.needle_table(result))
         files = {"accuracy.svg": report.heat_map(result)}
     else:
-        result |= _measure_recall(arguments)
-        print(report.recall_table(result, arguments.lengths))
-        if "agreement" in result:
-            print(report.agreement_table(result))
         files = {}
+        measured = _measure(arguments)
+        result["recall"] = [one.recall for one in measured]
+        print(report.recall_table(result["recall"], arguments.lengths))
+        if arguments.schedules:
+            result["agreement"] = _agreements(measured)
+            for title, agreements in result["agreement"].items():
+                print("", report.agreement_table(title, agreements), sep="\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, text in {"accuracy.json": json.dumps(result), **files}.items():
         (arguments.output / name).write_text(text)
@@ -71,15 +87,43 @@ def _find_needles(arguments: argparse.Namespace) -> list[dict]:
     return documents
 
 
-def _measure_recall(arguments: argparse.Namespace) -> dict:
-    from .agreement import agreement
+class _Measured(NamedTuple):
+    recall: Recall
+    observed: Observed | None
+
+
+def _measure(arguments: argparse.Namespace) -> list[_Measured]:
+    """With our settings, then with those that are compared with; each engine in a process of its own, which takes
+    what it leaves behind with it."""
+    sides = [arguments.settings] + ([] if arguments.against is None else [arguments.against])
+    measured = []
+    for settings in sides:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            measured.append(process.submit(_measure_one, arguments, settings).result())
+    return measured
+
+
+def _measure_one(arguments: argparse.Namespace, settings: dict) -> _Measured:
+    from .agreement import observe
+    from .engines import VllmEngine
     from .recall import recall
 
-    engine = _engine(arguments)
-    measured = {"recall": recall(engine, arguments.model, arguments.lengths[-1], arguments.seed)}
-    if arguments.schedules:
-        measured["agreement"] = agreement(engine, arguments.schedules, arguments.seed)
-    return measured
+    engine = VllmEngine(arguments.model, settings, arguments.lengths[-1], max(arguments.chunk, arguments.schedules or 0))
+    engine.set_chunk(arguments.chunk)
+    seeds = range(arguments.seed, arguments.seed + arguments.prompts)
+    recalls = recall(engine, arguments.model, arguments.lengths[-1], seeds)
+    return _Measured(recalls, arguments.schedules and observe(engine, arguments.schedules, arguments.seed))
+
+
+def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
+    """By what is compared."""
+    from .agreement import compare
+
+    agreements = {who: one.observed.agreement for who, one in zip(("with itself", "the other with itself"), measured)}
+    if len(measured) == 2:
+        ours, others = (one.observed.prefilled for one in measured)
+        agreements["with the other"] = [compare(name, ours[name], others[name]) for name in ours]
+    return agreements
 
 
 def _engine(arguments: argparse.Namespace):
@@ -97,15 +141,21 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if not Path(arguments.model, "config.json").is_file():
         raise ValueError(f"{arguments.model} is no checkpoint: it has no config.json")
-    if Settings.read({NAMESPACE: arguments.settings}).state_save == "tail":
-        raise ValueError("accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out")
-    if arguments.chunk < 1:
-        raise ValueError(f"--chunk is {arguments.chunk}; it is at least 1")
+    for settings in (arguments.settings, arguments.against or {}):
+        if Settings.read({NAMESPACE: settings}).state_save == "tail":
+            raise ValueError(
+                "accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out"
+            )
+    for name in ("chunk", "prompts"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; it is at least 1")
     if arguments.schedules is not None and not 16 <= arguments.schedules <= arguments.lengths[-1]:
         raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest of --lengths")
     for length in arguments.lengths:
         if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
+    if arguments.against is not None and _finds_needles(arguments.model):
+        raise ValueError(f"{arguments.model} is a needle checkpoint: run the command twice instead of --against")
     if (arguments.url or arguments.engine == "transformers") and not _finds_needles(arguments.model):
         raise ValueError(
             f"{arguments.model} is no needle checkpoint, and recall is measured inside vLLM: leave --url and --engine out, "

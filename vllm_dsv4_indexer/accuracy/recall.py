@@ -5,7 +5,7 @@ What the engine loses against it is its projection's rounding, the eight bits of
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,19 +19,27 @@ from ..contract import KV_WIDTH, RATIO, WINDOW
 from ..ops import reference
 from .engines import VllmEngine
 
-EVERY = 64  # every so many positions one selection is compared
+EVERY = 4  # every so many positions one selection is compared
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 
 
-def recall(engine: VllmEngine, model: str, length: int, seed: int) -> dict[int, list[tuple[int, float]]]:
-    """Recall in a prompt of `length` random tokens: by layer, pairs of the entries to choose from and the recall.
+Recall = dict[int, list[tuple[int, float]]]  # by layer, pairs of the entries to choose from and the recall
+
+
+def recall(engine: VllmEngine, model: str, length: int, seeds: Iterable[int]) -> Recall:
+    """Recall in prompts of `length` random tokens.
 
     The engine runs in this process. Positions with 512 entries or fewer are left out: there all are selected.
     """
+    by_prompt = [_recall_in_prompt(engine, model, random_prompt(length, seed)) for seed in seeds]
+    return {number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]}
+
+
+def _recall_in_prompt(engine: VllmEngine, model: str, prompt: list[int]) -> Recall:
     with ExitStack() as stack:
         layers = engine.indexed_layers()
         steps = {number: stack.enter_context(_recording(attention)) for number, attention in layers.items()}
-        engine.answers([random_prompt(length, seed)])
+        engine.answers([prompt])
     return {
         number: _recall_of_layer(
             _Step(*map(torch.cat, zip(*steps[number], strict=True))),

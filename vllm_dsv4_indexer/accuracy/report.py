@@ -2,7 +2,12 @@
 
 from collections import defaultdict
 from html import escape
-from statistics import fmean
+from itertools import chain
+from statistics import NormalDist, fmean, stdev
+
+from ..contract import RATIO
+from .agreement import Agreement
+from .recall import Recall
 
 DEPTHS = 10  # parts of a document
 CELL, MARGIN = 56, 70
@@ -59,21 +64,36 @@ def heat_map(result: dict) -> str:
     )
 
 
-def recall_table(result: dict, lengths: list[int]) -> str:
-    """A row for each range between two lengths, a column for each layer with an indexer, in Markdown."""
-    layers = result["recall"]
-    lines = [f"| tokens |{'|'.join(f' layer {layer} ' for layer in layers)}|", "|---" * (len(layers) + 1) + "|"]
+def recall_table(recalls: list[Recall], lengths: list[int]) -> str:
+    """A row for each range between two lengths, a column for each layer with an indexer, in Markdown. If there is
+    another engine to compare with, the same of it and the mean difference, with its 95 % confidence interval."""
+    columns = [layer for recall in recalls for layer in recall.values()]
+    titles = [f"{whose}layer {number}" for whose, recall in zip(("", "the other's "), recalls) for number in recall]
+    titles += ["difference"] * (len(recalls) == 2)
+    lines = [f"| tokens | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for low, high in zip([0, *lengths], lengths):
-        inside = [[share for entries, share in layer if low < 4 * entries <= high] for layer in layers.values()]
+        inside = [[share for entries, share in column if low < RATIO * entries <= high] for column in columns]
         if all(inside):
-            lines.append(f"| to {high} |{'|'.join(f' {100 * fmean(shares):.2f} % ' for shares in inside)}|")
+            cells = [f"{100 * fmean(shares):.2f} %" for shares in inside]
+            if len(recalls) == 2:
+                half = len(inside) // 2
+                cells.append(_difference([*chain(*inside[:half])], [*chain(*inside[half:])]))
+            lines.append(f"| to {high} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def agreement_table(result: dict) -> str:
+def _difference(one: list[float], other: list[float]) -> str:
+    """In percentage points. The positions count as independent: over ten prompts the mean of a prompt spread as if they
+    were (a deviation of 0.0115 points, 0.0101 expected)."""
+    differences = [100 * (a - b) for a, b in zip(one, other, strict=True)]
+    interval = NormalDist().inv_cdf(0.975) * stdev(differences) / len(differences) ** 0.5
+    return f"{fmean(differences):+.3f} ± {interval:.3f}"
+
+
+def agreement_table(title: str, agreements: list[Agreement]) -> str:
     """A row for each schedule, in Markdown."""
-    lines = ["| schedule | positions | log-probabilities differ by | at most | same most likely token |", "|---" * 5 + "|"]
-    for schedule, positions, mean, largest, same in result["agreement"]:
+    lines = [f"| {title} | positions | log-probabilities differ by | at most | same most likely token |", "|---" * 5 + "|"]
+    for schedule, positions, mean, largest, same in agreements:
         lines.append(f"| {schedule} | {positions} | {mean:.4f} | {largest:.3f} | {100 * same:.1f} % |")
     return "\n".join(lines)
 
