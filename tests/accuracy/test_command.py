@@ -71,6 +71,9 @@ def test_table_and_picture_show_where_needles_were_missed():
         (["accuracy", "{needle}", "--lengths", "2048,4097"], "--lengths: 4097 is not a multiple of 4"),
         (["accuracy", "{needle}", "--lengths", "65536"], "--lengths: 65536 is not"),
         (["accuracy", "{babble}", "--schedules", "9"], "--schedules is 9; it goes from 16"),
+        (["accuracy", "{babble}", "--prompts", "0"], "--prompts is 0; it is at least 1"),
+        (["accuracy", "{needle}", "--against", "{}"], "is a needle checkpoint: leave --against"),
+        (["accuracy", "{babble}", "--against-url", "http://127.0.0.1:9"], "add --url and --schedules N"),
         (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "leave --layers out"),
     ],
 )

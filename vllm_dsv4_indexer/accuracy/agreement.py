@@ -6,10 +6,8 @@ engine is rounding, and an entry, an expert or a token that was a toss-up.
 
 from typing import NamedTuple
 
-from .engines import VllmEngine
+from .engines import Engine, Logprobs, VllmEngine
 from .recall import random_prompt
-
-Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine named
 
 USUAL = 512  # tokens of a step: what other sizes are compared with
 SIZES = (1, 127, 8192)
@@ -49,12 +47,32 @@ def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
     agreement = [compare(f"{name}, not {USUAL}", prefilled[usual], prefilled[name]) for name in others]
     engine.set_chunk(min(USUAL, length))
     engine.llm.reset_prefix_cache()
-    start, tokens = prompt[: -(length // DECODED)], length // DECODED
     for name in ("decoded, not prefilled", "decoded after a prefix-cache hit, not prefilled"):
-        decoded = engine.decoded_logprobs(start, tokens)
-        said = [_most_likely(position) for position in decoded]
-        agreement.append(compare(name, engine.prompt_logprobs([start + said])[0][-tokens:], decoded))
+        agreement.append(_decoded(name, engine, engine, prompt))
     return Observed(prefilled, agreement)
+
+
+def between(one: Engine, other: Engine, length: int, seed: int) -> list[Agreement]:
+    """Of two engines, such as servers, whose chunks are their own."""
+    prompt, beside = random_prompt(length, seed), random_prompt(length, seed + 1)
+    alone, batched = (
+        compare(name, *(engine.prompt_logprobs(prompts)[-1] for engine in (one, other)))
+        for name, prompts in (("prefilled", [prompt]), ("prefilled beside another prompt", [beside, prompt]))
+    )
+    return [
+        alone,
+        batched,
+        _decoded("decoded by the first, prefilled by the second", one, other, prompt),
+        _decoded("decoded by the second, prefilled by the first", other, one, prompt),
+    ]
+
+
+def _decoded(schedule: str, decoder: Engine, prefiller: Engine, prompt: list[int]) -> Agreement:
+    """The end of the prompt gives way to what the decoder says instead."""
+    tokens = len(prompt) // DECODED
+    start = prompt[:-tokens]
+    said, decoded = decoder.decode(start, tokens)
+    return compare(schedule, prefiller.prompt_logprobs([start + said])[0][-tokens:], decoded)
 
 
 def compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:

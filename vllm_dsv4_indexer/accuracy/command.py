@@ -28,17 +28,18 @@ def add_to(commands) -> None:
     accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
     accuracy.add_argument("--engine", choices=("vllm", "transformers"), default="vllm",
                           help="transformers: needles only, to about 4K tokens (default: %(default)s)")
-    accuracy.add_argument("--url", help="needles only: a server that runs MODEL, e.g. http://localhost:8000")
+    accuracy.add_argument("--url", help="a server that runs MODEL, e.g. http://localhost:8000: asked for needles, or compared")
     accuracy.add_argument("--settings", type=json.loads, default={}, metavar="JSON",
                           help="of our backend in vLLM: '{\"impl\": \"stock\"}' is vLLM's own compressor")
     accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), default=lengths, metavar="N,M",
                           help="in tokens, multiples of 4 (default: 2048 to 32768)")
     accuracy.add_argument("--schedules", type=int, metavar="N",
-                          help="with recall: also compare the log-probabilities of a prompt of N tokens when it is "
-                          "prefilled in chunks of 1 to 8192, beside another, decoded, and taken from the prefix cache")
+                          help="also compare the log-probabilities of a prompt of N tokens when it is prefilled in chunks "
+                          "of 1 to 8192, beside another, decoded, and taken from the prefix cache; or those of two servers")
     accuracy.add_argument("--against", type=json.loads, metavar="JSON",
                           help="with recall: other settings to compare with; vLLM's own code throughout is "
                           "'{\"impl\": \"stock\", \"projection\": \"engine\"}'")
+    accuracy.add_argument("--against-url", metavar="URL", help="another server that runs MODEL, to compare --url with")
     accuracy.add_argument("--prompts", type=int, default=1, metavar="N", help="of recall (default: %(default)s)")
     accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s)")
     accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
@@ -54,19 +55,21 @@ def _accuracy(arguments: argparse.Namespace) -> None:
     settings = f"vLLM {json.dumps(arguments.settings)}"
     who = arguments.url or {"vllm": settings, "transformers": "transformers"}[arguments.engine]
     result = {"model": arguments.model, "engine": who, "chunk": arguments.chunk, "seed": arguments.seed}
-    if _finds_needles(arguments.model):
+    files = {}
+    if arguments.against_url:
+        result["agreement"] = _compare_servers(arguments)
+    elif _finds_needles(arguments.model):
         result["documents"] = _find_needles(arguments)
         print(report.needle_table(result))
         files = {"accuracy.svg": report.heat_map(result)}
     else:
-        files = {}
         measured = _measure(arguments)
         result["recall"] = [one.recall for one in measured]
         print(report.recall_table(result["recall"], arguments.lengths))
         if arguments.schedules:
             result["agreement"] = _agreements(measured)
-            for title, agreements in result["agreement"].items():
-                print("", report.agreement_table(title, agreements), sep="\n")
+    for title, agreements in result.get("agreement", {}).items():
+        print("", report.agreement_table(title, agreements), sep="\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, text in {"accuracy.json": json.dumps(result), **files}.items():
         (arguments.output / name).write_text(text)
@@ -126,6 +129,15 @@ def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
     return agreements
 
 
+def _compare_servers(arguments: argparse.Namespace) -> dict[str, list[Agreement]]:
+    """By what is compared."""
+    from .agreement import between
+    from .engines import Server
+
+    one, other = Server(arguments.url), Server(arguments.against_url)
+    return {"two servers": between(one, other, arguments.schedules, arguments.seed)}
+
+
 def _engine(arguments: argparse.Namespace):
     from .engines import Server, Transformers, VllmEngine
 
@@ -141,11 +153,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if not Path(arguments.model, "config.json").is_file():
         raise ValueError(f"{arguments.model} is no checkpoint: it has no config.json")
-    for settings in (arguments.settings, arguments.against or {}):
-        if Settings.read({NAMESPACE: settings}).state_save == "tail":
-            raise ValueError(
-                "accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out"
-            )
     for name in ("chunk", "prompts"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; it is at least 1")
@@ -154,13 +161,27 @@ def _check(arguments: argparse.Namespace) -> None:
     for length in arguments.lengths:
         if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
-    if arguments.against is not None and _finds_needles(arguments.model):
-        raise ValueError(f"{arguments.model} is a needle checkpoint: run the command twice instead of --against")
-    if (arguments.url or arguments.engine == "transformers") and not _finds_needles(arguments.model):
+    for settings in (arguments.settings, arguments.against or {}):
+        if Settings.read({NAMESPACE: settings}).state_save == "tail":
+            raise ValueError(
+                "accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out"
+            )
+    if arguments.against_url:
+        _check_servers(arguments)
+    elif _finds_needles(arguments.model):
+        if arguments.against is not None or arguments.schedules:
+            raise ValueError(f"{arguments.model} is a needle checkpoint: leave --against and --schedules out")
+    elif arguments.url or arguments.engine == "transformers":
         raise ValueError(
             f"{arguments.model} is no needle checkpoint, and recall is measured inside vLLM: leave --url and --engine out, "
-            "or make one with `vllm-dsv4-indexer make-checkpoint DIR --task needle`"
+            "compare the server with another (--against-url), or make a needle checkpoint with `vllm-dsv4-indexer "
+            "make-checkpoint DIR --task needle`"
         )
+
+
+def _check_servers(arguments: argparse.Namespace) -> None:
+    if not arguments.url or not arguments.schedules:
+        raise ValueError("--against-url compares the log-probabilities of a prompt: add --url and --schedules N")
 
 
 def _finds_needles(model: str) -> bool:

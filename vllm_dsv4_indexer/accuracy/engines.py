@@ -13,6 +13,7 @@ from ..settings import NAMESPACE
 from .document import Document
 
 Found = dict[str, list[bool]]
+Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine names
 
 
 class Engine(ABC):
@@ -21,6 +22,14 @@ class Engine(ABC):
     @abstractmethod
     def answers(self, prompts: list[list[int]]) -> list[int]:
         """The most likely token after each prompt."""
+
+    @abstractmethod
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
+        """By prompt, for each token but the first, the log-probabilities of it and of the most likely one."""
+
+    @abstractmethod
+    def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
+        """The most likely continuation of `tokens` tokens, and their log-probabilities."""
 
     def found(self, document: Document) -> Found:
         self.answers([document.tokens])  # from now on it comes from the prefix cache
@@ -40,12 +49,29 @@ class Server(Engine):
         self.model = self._json("/v1/models")["data"][0]["id"]
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
-        answers = []
-        for start in range(0, len(prompts), self.AT_ONCE):
-            asked = {"model": self.model, "prompt": prompts[start : start + self.AT_ONCE], "return_token_ids": True}
-            choices = self._json("/v1/completions", asked | {"max_tokens": 1, "temperature": 0})["choices"]
-            answers += [choice["token_ids"][0] for choice in sorted(choices, key=lambda choice: choice["index"])]
-        return answers
+        asked = {"return_token_ids": True, "max_tokens": 1}
+        batches = [prompts[start : start + self.AT_ONCE] for start in range(0, len(prompts), self.AT_ONCE)]
+        return [choice["token_ids"][0] for batch in batches for choice in self._complete(batch, **asked)]
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
+        choices = self._complete(prompts, max_tokens=1, prompt_logprobs=1)
+        return [
+            [{int(token): entry["logprob"] for token, entry in position.items()} for position in choice["prompt_logprobs"][1:]]
+            for choice in choices
+        ]
+
+    def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
+        asked = {"max_tokens": tokens, "ignore_eos": True, "logprobs": 1}
+        (said,) = self._complete([prompt], **asked, return_token_ids=True, return_tokens_as_token_ids=True)
+        return said["token_ids"], [
+            {int(name.removeprefix("token_id:")): value for name, value in position.items()}
+            for position in said["logprobs"]["top_logprobs"]
+        ]
+
+    def _complete(self, prompts: list[list[int]], **asked) -> list[dict]:
+        """The answers to prompts that are asked at once."""
+        asked |= {"model": self.model, "prompt": prompts, "temperature": 0}
+        return sorted(self._json("/v1/completions", asked)["choices"], key=lambda choice: choice["index"])
 
     def _json(self, path: str, asked: dict | None = None) -> dict:
         data = None if asked is None else json.dumps(asked).encode()
@@ -84,15 +110,14 @@ class VllmEngine(Engine):
         scheduler.scheduler_config.long_prefill_token_threshold = chunk  # vLLM looks at it if there are several prompts
         scheduler.max_num_scheduled_tokens = abreast * chunk
 
-    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[dict[int, float]]]:
-        """By prompt, for each token but the first, the log-probabilities of it and of the most likely one."""
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
         outputs = self._generate(prompts, max_tokens=1, prompt_logprobs=1)
         return [[_values(position) for position in output.prompt_logprobs[1:]] for output in outputs]
 
-    def decoded_logprobs(self, prompt: list[int], tokens: int) -> list[dict[int, float]]:
-        """The log-probabilities of the most likely tokens of a continuation; the likeliest of each is the next one."""
+    def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
         (output,) = self._generate([prompt], max_tokens=tokens, logprobs=1, ignore_eos=True)
-        return [_values(position) for position in output.outputs[0].logprobs]
+        (said,) = output.outputs
+        return list(said.token_ids), [_values(position) for position in said.logprobs]
 
     def _generate(self, prompts: list[list[int]], **sampling) -> list:
         from vllm import SamplingParams
