@@ -1,5 +1,5 @@
 // The C boundary between vllm_dsv4_indexer/ops/ascend.py and this library, and what the kernels are launched with.
-// Field for field, ops/ascend.py repeats `Arguments`.
+// Field for field, ops/arguments.py repeats `Arguments`.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,7 @@ struct Arguments {
 
   uint64_t kv_score;                  // [T, 512] fp32
   int64_t kv_score_stride;
+  int64_t kv_score_is_bf16;           // 0: ops/ascend.py refuses bf16
   uint64_t ape;                       // [4, 256] fp32
   uint64_t norm_weight;               // [128] fp32 or bf16
   int64_t norm_weight_is_bf16;

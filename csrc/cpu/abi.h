@@ -1,4 +1,5 @@
-// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field, ops/cpu.py repeats it.
+// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field, ops/arguments.py repeats
+// `Arguments` from `tokens` on, and ops/cpu.py the rest.
 #pragma once
 
 #include <cstdint>

@@ -19,10 +19,6 @@ from vllm_dsv4_indexer.ops import cpu
 DRIVER = Path(__file__).parents[2] / "build/aarch64/driver"
 EMULATED = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", DRIVER)
 EPS = 1e-6
-# The addresses in cpu.Arguments, in the order of the op's tensors.
-ADDRESSES = (
-    "kv_score ape norm_weight cos_sin positions token_to_req state_slots block_table state k_slots k_cache k_scale"
-).split()
 
 
 def arbitrary_batch(seed: int) -> Batch:
@@ -49,26 +45,26 @@ def arbitrary_batch(seed: int) -> Batch:
     return batch
 
 
-def image(batch: Batch) -> tuple[cpu.Arguments, bytes]:
+def image(batch: Batch) -> tuple[bytes, bytes]:
     """The batch's arguments, with offsets where addresses belong, and the memory that they are offsets into."""
-    arguments = cpu.arguments_of(*batch.tensors(), eps=EPS, k_format=batch.k_format)
-    memory, offsets = bytearray(), {}
-    for name, tensor in zip(ADDRESSES, batch.tensors()):
+    memory, storages, offsets = bytearray(), {}, {}
+    for tensor in batch.tensors():
         if tensor is None:
             continue
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in offsets:
-            offsets[storage.data_ptr()] = len(memory)
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = len(memory)
             memory += torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
             memory += bytes(-len(memory) % 64)
-        setattr(arguments, name, offsets[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr())
-    return arguments, bytes(memory)
+        offsets[tensor.data_ptr()] = storages[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
+    fields = cpu.ARGUMENTS.unpack(cpu.arguments_of(*batch.tensors(), eps=EPS, k_format=batch.k_format))
+    return cpu.ARGUMENTS.pack(*(offsets.get(field, field) for field in fields)), bytes(memory)
 
 
 def assert_stores_the_same_emulated(batch: Batch, algorithm: str, case: str) -> None:
     arguments, memory = image(batch)
     command = (*EMULATED, algorithm, str(len(memory)))
-    stored = subprocess.run(command, input=bytes(arguments) + memory, stdout=subprocess.PIPE, check=True).stdout
+    stored = subprocess.run(command, input=arguments + memory, stdout=subprocess.PIPE, check=True).stdout
     entries = cpu.compress(*batch.tensors(), eps=EPS, k_format=batch.k_format, algorithm=algorithm)
     expected = entries.to_bytes(8, "little") + image(batch)[1]
     same = stored == expected  # not in the assertion: pytest would write out what differs in megabytes

@@ -88,12 +88,14 @@ def _vllm_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 def _native(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
     native = cpu.native()
     arguments = cpu.arguments_of(*inputs, None, eps=_EPS, k_format=_K_FORMAT)
-    arguments.inputs = inputs  # it has their addresses alone
-    at, violation = ctypes.byref(arguments), ctypes.byref(cpu.Violation())
+    violation = ctypes.byref(cpu.Violation())
     move = getattr(native.library, f"dsv4_indexer_floor_{native.isa}")
     move.argtypes, move.restype = (ctypes.c_void_p, ctypes.c_int64), None
-    runs = {name: functools.partial(compressor, at, violation) for name, compressor in native.compressors.items()}
-    return runs | {name: functools.partial(move, at, past_cache) for name, past_cache in FLOORS.items()}
+    runs = {name: functools.partial(run, arguments, violation) for name, run in native.compressors.items()}
+    runs |= {name: functools.partial(move, arguments, past_cache) for name, past_cache in FLOORS.items()}
+    for run in runs.values():
+        run.inputs = inputs  # the arguments have their addresses alone
+    return runs
 
 
 def _vllm(
