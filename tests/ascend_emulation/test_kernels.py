@@ -87,7 +87,7 @@ def test_every_start_and_length_equals_the_reference(ascend_emulation, options):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference(ascend_emulation, options, block_size):
     layout = {"k_page": block_size, "page": block_size // 16, "layout": "ascend"}
-    compare(ascend_emulation, [{"requests": MIXED, "seed": s, "padding": 5, **layout, **options} for s in range(4)])
+    compare(ascend_emulation, [{"requests": MIXED, "seed": s, "padding": 5, **layout, **options} for s in range(20)])
 
 
 @pytest.mark.parametrize("options", FORMATS, ids=str)

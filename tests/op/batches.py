@@ -157,7 +157,7 @@ def make_batch(
         slots = table[request, position // page].long() * page + position % page
         entry = position // RATIO
         k_slots = torch.tensor(k_owned)[entry // k_page] * k_page + entry % k_page
-        rows = sequence.float()
+        rows = sequence.to(torch.float32, copy=True)
         rows[:, KV_WIDTH:] += ape[position % RATIO]
         for p in range(first, start):
             state[slots[p] // page, slots[p] % page] = rows[p]

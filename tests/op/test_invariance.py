@@ -76,6 +76,14 @@ def test_cutting_the_tokens_into_any_calls_changes_no_byte_of_the_reference():
     assert_identical(cut, whole.run("reference"))
 
 
+@pytest.mark.parametrize("kv_dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("start", (1, 8, 11, 66))
+def test_a_batch_goes_on_from_its_history_as_from_an_earlier_call(start, kv_dtype):
+    whole = make_batch([(0, 90)], kv_dtype=kv_dtype).run("cpu")
+    rest = make_batch([(start, 90 - start)], kv_dtype=kv_dtype).run("cpu")
+    assert rest.entries() == whole.entries()[start // RATIO :]
+
+
 @pytest.mark.parametrize("threads", (1, 2, 3, 8))
 def test_the_number_of_threads_changes_no_byte(threads):
     before = torch.get_num_threads()
