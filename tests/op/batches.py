@@ -123,67 +123,36 @@ def make_batch(
     `ring`: positions p and p + ring of a request share a state row. `page_seed` permutes the pages without changing
     anything else. `k_page`: entries of a K page, where the format leaves them free.
     """
-    numbers = torch.Generator().manual_seed(seed)
-    pages = torch.Generator().manual_seed(seed if page_seed is None else page_seed)
+    numbers, pages = (torch.Generator().manual_seed(s) for s in (seed, seed if page_seed is None else page_seed))
     ape = 0.15 * torch.randn(RATIO, KV_WIDTH, generator=numbers)
-    cos_sin = _rope_table()
     norm_weight = (0.7 + 0.26 * torch.randn(HEAD_DIM, generator=numbers)).to(norm_dtype)
     # The projection of every position of every request; the caller's calls select from it.
     sequences = [(2 * torch.randn(s + n, ROW_WIDTH, generator=numbers)).to(kv_dtype) for s, n in requests]
-
-    # Logical to physical pages. What lies before the last eight positions is freed: page 0.
-    ends = [s + n for s, n in requests]
-    held = [min(_ceil(end, page), ring // page if ring else end) for end in ends]
-    state_pages = sum(held) + 3
     k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
-    k_held = [_ceil(_ceil(end, RATIO), k_page) for end in ends]
-    shared = layout in _SHARED
-    k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
-    free_k = (torch.randperm(sum(k_held) + 1, generator=pages) + (state_pages if shared else 1)).tolist()
-    state_pages = k_pages if shared else state_pages
-    free = (torch.randperm(sum(held) + 2, generator=pages) + 1).tolist()
-    table = torch.zeros(len(requests), max(_ceil(e, page) for e in ends) + 1, dtype=torch.int32)
-
+    table, k_table, state_pages, k_pages = _tables(requests, page, k_page, ring, layout in _SHARED, pages)
     state, k_cache, k_scale, storages = _caches(
         state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
     )
-    columns = {name: [] for name in ("positions", "token_to_req", "state_slots", "k_slots")}
-    for request, ((start, length), sequence) in enumerate(zip(requests, sequences)):
-        owned, k_owned = [free.pop() for _ in range(held[request])], [free_k.pop() for _ in range(k_held[request])]
-        first = max(start - WINDOW, 0)
-        for column in range(first // page, _ceil(start + length, page)):
-            table[request, column] = owned[column % len(owned)]
-        position = torch.arange(start + length)
-        slots = table[request, position // page].long() * page + position % page
-        entry = position // RATIO
-        k_slots = torch.tensor(k_owned)[entry // k_page] * k_page + entry % k_page
-        rows = sequence.to(torch.float32, copy=True)
-        rows[:, KV_WIDTH:] += ape[position % RATIO]
-        for p in range(first, start):
-            state[slots[p] // page, slots[p] % page] = rows[p]
-        new = slice(start, start + length)
-        columns["positions"].append(position[new])
-        columns["token_to_req"].append(torch.full((length,), request, dtype=torch.int32))
-        columns["state_slots"].append(slots[new])
-        columns["k_slots"].append(torch.where(position % RATIO == RATIO - 1, k_slots, -1)[new])
-    arbitrary = [-(2**62), 2**62, 3, 0, 7, -1]
-    pad = (torch.tensor(arbitrary * padding, dtype=torch.int64)[:padding], torch.full((padding,), -1))
-    return Batch(
-        kv_score=torch.cat([s[start:] for (start, _), s in zip(requests, sequences)] + [_nan(padding, kv_dtype)]),
+    _save_history(requests, sequences, ape, table, state)
+    request, positions = _tokens([range(s, s + n) for s, n in requests])
+    k_slots = _slots(k_table, request, positions // RATIO, k_page)
+    batch = Batch(
+        kv_score=torch.cat([sequence[start:] for (start, _), sequence in zip(requests, sequences)]),
         ape=ape,
         norm_weight=norm_weight,
-        cos_sin_cache=cos_sin,
-        positions=torch.cat([*columns["positions"], pad[0]]),
-        token_to_req=torch.cat([*columns["token_to_req"], (pad[0] % 1000 - 500).int()]),
-        inner_state_slot_mapping=torch.cat([*columns["state_slots"], pad[1]]),
+        cos_sin_cache=_rope_table(),
+        positions=positions,
+        token_to_req=request.int(),
+        inner_state_slot_mapping=_slots(table, request, positions, page),
         inner_state_block_table=table,
         inner_state_cache=state,
-        k_slot_mapping=torch.cat([*columns["k_slots"], pad[1]]),
+        k_slot_mapping=torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
         k_cache=k_cache,
         k_scale_cache=k_scale,
         k_format=k_format,
         storages=storages,
     )
+    return _padded(batch, padding)
 
 
 def random_case(pick: random.Random) -> dict:
@@ -230,6 +199,74 @@ def ordered(batch: Batch) -> Tensor:
     return torch.where(codes < 128, codes, 128 - codes)
 
 
+def _tables(
+    requests: list[tuple[int, int]], page: int, k_page: int, ring: int | None, shared: bool, pages: torch.Generator
+) -> tuple[Tensor, Tensor, int, int]:
+    """The block tables of the state and of the K cache, and how many pages each cache has: page 0 and a few others are
+    nobody's. In a shared storage the pages are as many as both need, and those of the K cache come last."""
+    ends = [start + length for start, length in requests]
+    held = [_ceil(min(end, ring or end), page) for end in ends]
+    k_held = [_ceil(end, RATIO * k_page) for end in ends]
+    state_pages = sum(held) + 3
+    k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
+    first_k_page = state_pages if shared else 1
+    free_k = first_k_page + torch.randperm(sum(k_held) + 1, generator=pages)
+    free = 1 + torch.randperm(sum(held) + 2, generator=pages)
+    # What lies before the last eight positions is freed.
+    live = [range(max(start - WINDOW, 0) // page, _ceil(end, page)) for (start, _), end in zip(requests, ends)]
+    table, k_table = _table(live, held, free), _table([range(n) for n in k_held], k_held, free_k)
+    return table, k_table, k_pages if shared else state_pages, k_pages
+
+
+def _table(columns: list[range], held: list[int], pages: Tensor) -> Tensor:
+    """[R, M]: each request gets as many of the pages as it holds, in its columns over and over; elsewhere is page 0."""
+    free = pages.tolist()
+    table = torch.zeros(len(columns), max(those.stop for those in columns) + 1, dtype=torch.int32)
+    for row, those, count in zip(table, columns, held):
+        owned = [free.pop() for _ in range(count)]
+        for column in those:
+            row[column] = owned[column % count]
+    return table
+
+
+def _tokens(positions: list[range]) -> tuple[Tensor, Tensor]:
+    """The request and the position of each token."""
+    pairs = [(request, position) for request, those in enumerate(positions) for position in those]
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+
+
+def _slots(table: Tensor, request: Tensor, index: Tensor, page: int) -> Tensor:
+    """Where a cache with pages of that size has the rows, or entries, of that index."""
+    return table[request, index // page].long() * page + index % page
+
+
+def _save_history(
+    requests: list[tuple[int, int]], sequences: list[Tensor], ape: Tensor, table: Tensor, state: Tensor
+) -> None:
+    """Saves the rows of the last eight positions before each request's start."""
+    before = [range(max(start - WINDOW, 0), start) for start, _ in requests]
+    request, positions = _tokens(before)
+    rows = torch.cat([sequence[those.start : those.stop] for sequence, those in zip(sequences, before)]).float()
+    rows[:, KV_WIDTH:] += ape[positions % RATIO]
+    page = state.shape[1]
+    slots = _slots(table, request, positions, page)
+    state[slots // page, slots % page] = rows
+
+
+def _padded(batch: Batch, padding: int) -> Batch:
+    """The batch with so many rows more, of arbitrary contents and without slots."""
+    arbitrary = torch.tensor([-(2**62), 2**62, 3, 0, 7, -1]).repeat(padding)[:padding]
+    none = torch.full((padding,), -1)
+    rows = {
+        "kv_score": torch.full((padding, ROW_WIDTH), torch.nan, dtype=batch.kv_score.dtype),
+        "positions": arbitrary,
+        "token_to_req": (arbitrary % 1000 - 500).int(),
+        "inner_state_slot_mapping": none,
+        "k_slot_mapping": none,
+    }
+    return replace(batch, **{name: torch.cat([getattr(batch, name), more]) for name, more in rows.items()})
+
+
 def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
     state_stride, k_stride, offset = LAYOUTS[layout]
     page_bytes = page * ROW_WIDTH * 4
@@ -272,10 +309,6 @@ def _rope_table() -> Tensor:
     frequency = 160000.0 ** (-torch.arange(0, ROPE_DIM, 2) / ROPE_DIM)
     angle = torch.arange(MAX_POSITION)[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def _nan(rows: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((rows, ROW_WIDTH), torch.nan, dtype=dtype)
 
 
 def _ceil(a: int, b: int) -> int:
