@@ -139,13 +139,20 @@ def test_a_contestant_with_other_results_is_not_timed():
     [
         (["--implementations", "gpu"], "'gpu' is not one of cpu, reference"),
         (["--requests", "many"], "'many' is not one of one, mixed, short, decode"),
-        (["--lengths", "0"], "--lengths: every number is at least 1"),
-        (["--threads", "0"], "--threads: every number is at least 1"),
-        (["--hidden", "0"], "--hidden: every number is at least 1"),
+        (["--lengths", "8,0"], "--lengths: 0 is not from 1 to 1048576"),
+        (["--lengths", "1048577"], "--lengths: 1048577 is not from 1 to 1048576"),
+        (["--threads", "0"], "--threads: 0 is not from 1 to"),
+        (["--threads", "1,99999"], "--threads: 99999 is not from 1 to"),
+        (["--hidden", "-64"], "--hidden: -64 is not from 1 to 65536"),
+        (["--hidden", "65537"], "--hidden: 65537 is not from 1 to 65536"),
+        (["--seconds", "-1"], "--seconds is -1; it is at least 0"),
+        (["--seconds", "nan"], "--seconds is nan; it is at least 0"),
+        (["--seconds", "inf"], "--seconds is inf; it is at least 0"),
         (["--hidden", "64", "--implementations", "one_pass"], "'one_pass' is not one of cpu, vllm"),
         (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
     ],
 )
 def test_a_mistaken_option_is_one_line_and_status_2(options, message, capsys):
     assert cli.main(["bench", *options]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

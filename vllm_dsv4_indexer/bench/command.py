@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
+
+_MOST_TOKENS = 1 << 20  # DeepSeek-V4's longest context
+_MOST_HIDDEN = 1 << 16  # several times DeepSeek-V4 Pro's
 
 
 def add_to(commands) -> None:
@@ -19,7 +23,7 @@ def add_to(commands) -> None:
                        help="standard: calls of several lengths and mixes; traffic: chunks of chats and long documents")
     bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
     bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
-    bench.add_argument("--threads", **counts, help="default: 1 and the number of cores")
+    bench.add_argument("--threads", **counts, help="at most the number of cores (default: 1 and that number)")
     bench.add_argument("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
     bench.add_argument("--hidden", **counts, help="measure calls that project hidden states of these sizes first, "
                         "as 4096 (Flash) and 7168 (Pro) do; implementations cpu and vllm")
@@ -50,14 +54,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     from ..ops.cpu import ALGORITHMS
     from . import contestants, machine, measure, plot, report
 
-    for option in ("lengths", "threads", "hidden"):
-        if min(getattr(arguments, option) or [1]) < 1:
-            raise ValueError(f"--{option}: every number is at least 1")
+    _check(arguments)
     cases = _cases(arguments)
     special = ["reference", *contestants.TAILS, *(ALGORITHMS if arguments.preset == "traffic" else ())]
     available = [name for name in contestants.available() if name in contestants.PROJECTED or not arguments.hidden]
     names = _chosen(arguments.implementations, available, special)
-    threads = arguments.threads or sorted({1, len(os.sched_getaffinity(0))})
+    threads = arguments.threads or sorted({1, _cores()})
     options = {name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")}
     result = {"machine": machine.describe(), "options": options, "cells": []}
     steps = len(cases) * len(threads)
@@ -77,6 +79,19 @@ def _bench(arguments: argparse.Namespace) -> None:
     for name, text in written.items():
         (arguments.output / name).write_text(text)
         print(f"wrote {arguments.output / name}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for option, most in {"lengths": _MOST_TOKENS, "threads": _cores(), "hidden": _MOST_HIDDEN}.items():
+        for number in getattr(arguments, option) or ():
+            if not 1 <= number <= most:
+                raise ValueError(f"--{option}: {number} is not from 1 to {most}")
+    if not 0 <= arguments.seconds < math.inf:  # nor NaN
+        raise ValueError(f"--seconds is {arguments.seconds:g}; it is at least 0, for the fewest rounds, and finite")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _cases(arguments: argparse.Namespace) -> list:
