@@ -72,6 +72,21 @@ def test_compare_marks_what_became_slower(folder, result, tmp_path, capsys):
     assert all("+0.0%" in line for line in lines if ": scatter_pool " in line)
 
 
+@pytest.mark.parametrize("key", ("machine", "cpu", "kv_dtype", "flops", "codes_changed", "floor_past_cache"))
+@pytest.mark.parametrize("place", (0, 1), ids=("before", "after"))
+def test_compare_says_which_key_a_file_of_another_version_lacks(folder, result, tmp_path, capsys, key, place):
+    older = json.loads(json.dumps(result))
+    for holder in (older, older["machine"], older["options"], older["cells"][-1], older["cells"][-1]["nanoseconds"]):
+        holder.pop(key, None)
+    files = [str(folder / "bench.json")] * 2
+    files[place] = str(tmp_path / "older.json")
+    Path(files[place]).write_text(json.dumps(older))
+    capsys.readouterr()
+    assert cli.main(["bench", "compare", *files]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{files[place]}, of another version, has no {key!r}; run `vllm-dsv4-indexer bench` again" in line
+
+
 def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_are_told(tmp_path, capsys):
     result = run(tmp_path, "--requests", "one", "--lengths", "8,40", "--hidden", "64,130")
     names = {"cpu", "vllm"} & set(NAMES)

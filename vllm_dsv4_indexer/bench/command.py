@@ -126,7 +126,19 @@ def _progress(done: int, steps: int, start: float, what: str) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from . import report
 
-    print(report.compare(*(json.loads(path.read_text()) for path in (arguments.before, arguments.after))))
+    print(report.compare(_read(arguments.before), _read(arguments.after)))
+
+
+def _read(path: Path) -> dict:
+    """The result in a file, which may be of another version."""
+    from . import report
+
+    result = json.loads(path.read_text())
+    try:
+        report.table(result)  # looks at everything
+    except KeyError as key:
+        raise ValueError(f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again") from None
+    return result
 
 
 def _cost(arguments: argparse.Namespace) -> None:
