@@ -33,7 +33,6 @@ Counts = dict[str, list[int]]
 
 def main(model: str, result_file: str, length: int = LENGTH, documents: int = 2) -> None:
     now = faults.right
-    now = faults.right
     cpu.compress = lambda *tensors, **options: now(*tensors, **options)  # before the engine looks it up
     engine = VllmEngine(model, {}, length, CHUNK, abreast=2)
     haystacks = [make_document(length, seed, CHUNK, spacing=32) for seed in range(documents)]
