@@ -1,9 +1,11 @@
 """The engines of this folder. Starting one takes half a minute, so each runs once, with all that is asked of it."""
 
 import os
+from pathlib import Path
 
 import pytest
-from engine import ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, Result, run_engine
+from engine import ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, STAGED
+from engine import Result, run_engine
 
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
@@ -12,10 +14,10 @@ TAIL = {"dsv4_indexer": {"state_save": "tail"}}
 
 @pytest.fixture(scope="session")
 def engine(checkpoint, tmp_path_factory):
-    """Runs one engine on the demo checkpoint: `engine(name, rounds, **options)`."""
+    """Runs one engine, on the demo checkpoint unless told: `engine(name, rounds, model=..., **options)`."""
 
-    def run(name: str, rounds: list[dict], **options) -> Result:
-        return run_engine(tmp_path_factory.mktemp(name), checkpoint, rounds, **options)
+    def run(name: str, rounds: list[dict], model: Path = checkpoint, **options) -> Result:
+        return run_engine(tmp_path_factory.mktemp(name), model, rounds, **options)
 
     return run
 
@@ -68,11 +70,40 @@ def two_stock_workers(engine) -> Result:
 
 
 def two_worker_options() -> dict:
-    first, second = sorted(os.sched_getaffinity(0))[:2]
-    environment = SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
     return dict(
-        environment=environment, tensor_parallel_size=2, enforce_eager=False, max_num_batched_tokens=1024
+        environment=two_processes(), tensor_parallel_size=2, enforce_eager=False, max_num_batched_tokens=1024
     )
+
+
+def two_processes() -> dict[str, str]:
+    """An environment in which each of two workers has a core of its own."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    return SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
+
+
+@pytest.fixture(scope="session")
+def six_layers(tmp_path_factory):
+    """A checkpoint of which each half has a layer of every kind, as vLLM wants it of a pipeline stage."""
+    from vllm_dsv4_indexer.checkpoint import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "six-layers", layers=6)
+
+
+@pytest.fixture(scope="session")
+def two_stages(engine, six_layers) -> Result:
+    """Pipeline parallelism over two workers, in chunks. Rounds: some prompts, each alone; all of them together."""
+    options = dict(pipeline_parallel_size=2, environment=two_processes())
+    return engine("two_stages", STAGED, six_layers, **options, **staged_options())
+
+
+@pytest.fixture(scope="session")
+def one_stage(engine, six_layers) -> Result:
+    """The same in one worker of one thread, as each of the stages has."""
+    return engine("one_stage", STAGED, six_layers, environment={"OMP_NUM_THREADS": "1"}, **staged_options())
+
+
+def staged_options() -> dict:
+    return dict(max_num_batched_tokens=509, enable_prefix_caching=False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ FEW = [ALONE[LENGTHS.index(length)] for length in FEW_LENGTHS]
 PREFIXES = [prompt(2049, seed=1), prompt(4097, seed=1)]
 MIXED_LENGTHS = (1, 6, 129, 700)
 MIXED = dict(prompts=[prompt(length, seed=3) for length in MIXED_LENGTHS], sampling=GREEDY)
+STAGED = [*(dict(prompts=[one], sampling=GREEDY) for one in MIXED["prompts"]), MIXED]
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
@@ -56,6 +58,11 @@ class Result:
     def alone(self, lengths: tuple[int, ...] = LENGTHS) -> dict[int, dict]:
         """The answers of the first rounds, one prompt each, by prompt length."""
         return {length: answers[0] for length, answers in zip(lengths, self.rounds)}
+
+    def work(self, rank: int = 0) -> tuple[int, ...]:
+        """Calls, tokens and entries, as the worker of that rank counted them in its last account."""
+        account = rf"rank {rank}: compress was called (\d+) times on (\d+) tokens and wrote (\d+) entries"
+        return tuple(map(int, re.findall(account, self.log)[-1]))
 
 
 def run_engine(

@@ -98,6 +98,8 @@ def test_another_worker_class_is_refused(checkpoint: Path):
         (dict(decode_context_parallel_size=2, tensor_parallel_size=2), "decode_context_parallel_size is 2"),
         (dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2)), "method is 'ngram_gpu'"),
         (dict(speculative_config=dict(method="ngram", num_speculative_tokens=1)), "num_speculative_tokens is 1"),
+        (dict(data_parallel_size=2), "data_parallel_size is 2"),
+        (dict(enable_expert_parallel=True, tensor_parallel_size=2), "expert parallelism is on"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, found: str):

@@ -21,7 +21,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import ParallelConfig, SpeculativeConfig, VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -35,6 +36,7 @@ from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
 from vllm.v1.attention.ops import metadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
@@ -88,6 +90,16 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         refuse(f"worker_cls is {worker!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
     if vllm_config.speculative_config is not None:
         _refuse_unsupported_drafts(vllm_config.speculative_config)
+    _refuse_unsupported_parallelism(vllm_config.parallel_config)
+
+
+def _refuse_unsupported_parallelism(parallel: ParallelConfig) -> None:
+    """What vLLM 0.32's CPU engine does with no mixture of experts: its CpuCommunicator has no all_gatherv, with which
+    copies of the model exchange the tokens of their experts, and its CPU experts ignore the expert map."""
+    if (copies := parallel.data_parallel_size) > 1:
+        refuse(f"data_parallel_size is {copies}", "1 on vLLM's CPU engine", "run a server for each copy of the model")
+    if parallel.enable_expert_parallel and parallel.tensor_parallel_size > 1:
+        refuse("expert parallelism is on", "tensor parallelism on vLLM's CPU engine", "leave it out")
 
 
 def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
@@ -144,6 +156,7 @@ class Worker(CPUWorker):
                 super().load_model(**kwargs)
             indexers = indexers_of_stage(self.vllm_config)
             replace_compressors(self.get_model(), settings, indexers)
+            make_stage_input(self.model_runner)
             if_it_fails.pop_all()
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
@@ -232,6 +245,17 @@ def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: in
         if settings.impl != "stock":
             compressor.__class__ = IndexerCompressor
             compressor.settings = settings
+
+
+def make_stage_input(runner: CPUModelRunner) -> None:
+    """Make the buffer into which a pipeline stage receives what the stage before it sends.
+
+    vLLM 0.32 makes it in the dummy run that warms a compiled model up, and does not compile DeepSeek-V4 on a CPU.
+    """
+    if not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            runner.max_num_tokens, runner.dtype, runner.device
+        )
 
 
 # ---- the projection ------------------------------------------------------------------------------------------------
