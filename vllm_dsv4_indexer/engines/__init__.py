@@ -1,4 +1,4 @@
-"""The engines: one file for each, and here what all of them refuse."""
+"""The engines: one file for each; here what all of them refuse, in account.py what their workers log."""
 
 from typing import Any, NoReturn
 

@@ -32,12 +32,13 @@ from vllm_ascend.worker.worker import NPUWorker
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
+from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.settings import Settings
 
 logger = init_logger("vllm.dsv4_indexer")
 
 
-class Worker(NPUWorker):
+class Worker(Accountable, NPUWorker):
     """vllm-ascend's worker; its model's indexers call our op."""
 
     def load_model(self) -> None:

@@ -15,7 +15,6 @@ if vllm.__version__.split("+")[0] != SUPPORTED_VLLM:  # "+cpu" if built for it
         f"{SUPPORTED_VLLM}. Install that version, or leave the option out."
     )
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -42,13 +41,13 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import ROW_WIDTH
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_impl, require_indexer
+from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.ops import projection
 from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
 DRAFTS = ("ngram", "custom_class")  # ways of speculative decoding that need no second model
-ACCOUNT_SECONDS = 10  # as often as vLLM logs its own statistics
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -140,7 +139,7 @@ class Dsv4IndexerBackend(DeepseekV4CPUSparseBackend):
         return "DSV4_INDEXER"
 
 
-class Worker(CPUWorker):
+class Worker(Accountable, CPUWorker):
     """vLLM's CPU worker with our compressor in the model and our metadata under it."""
 
     def load_model(self, **kwargs: Any) -> None:
@@ -161,23 +160,10 @@ class Worker(CPUWorker):
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
         logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s", who, indexers, what)
-        self._account_due = 0.0
-
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().execute_model(*args, **kwargs)
-        if time.monotonic() > self._account_due:
-            self._log_account()
-        return output
 
     def shutdown(self) -> None:
-        self._log_account()
         super().shutdown()
         withdraw_metadata(self)
-
-    def _log_account(self) -> None:
-        """What the op did in this process. Not at shut-down alone: vLLM kills the workers of a server when it stops."""
-        logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
-        self._account_due = time.monotonic() + ACCOUNT_SECONDS
 
 
 class IndexerCompressor(DeepseekV4CPUCompressor):

@@ -50,6 +50,7 @@ class Work:
         entries = f"wrote {self.entries} entries in {self.seconds:.4f} s"
         if self.uncounted:
             entries = f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device knows"
+            entries += " (nor any call that a captured graph repeats)"
         return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}"
 
 

@@ -15,8 +15,8 @@ from vllm_ascend.attention.dsa_v1 import AscendDSABackend, AscendDSAImpl
 from vllm_ascend.ops import rope_dsv4
 from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
-from vllm_dsv4_indexer import plugin
-from vllm_dsv4_indexer.engines import vllm_ascend
+from vllm_dsv4_indexer import ops, plugin
+from vllm_dsv4_indexer.engines import account, vllm_ascend
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
 REFERENCE = dict(additional_config={"dsv4_indexer": {"impl": "reference"}}, enforce_eager=True)
@@ -105,6 +105,21 @@ def test_a_model_with_another_number_of_indexers_is_refused(configure):
         RuntimeError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"
     ):
         load(configure(**REFERENCE), layers=1)
+
+
+def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypatch):
+    said = []
+    monkeypatch.setattr(account.logger, "info", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(ops, "work", ops.Work(calls=2, tokens=26, uncounted=2))
+    monkeypatch.setattr(engine.NPUWorker, "execute_model", lambda worker, step: f"output of {step}")
+    monkeypatch.setattr(engine.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down"))
+    worker = engine.Worker.__new__(engine.Worker)
+    worker.rank = 3
+    assert [worker.execute_model(step) for step in (1, 2)] == ["output of 1", "output of 2"]
+    worker.shutdown()
+    line = f"DSV4_INDEXER: rank 3: {ops.work}"
+    assert "called 2 times on 26 tokens" in line and "2 calls whose entries only the device knows" in line
+    assert said == [line, line, "stock's own shut-down"]  # nothing after step 2: ten seconds have not passed
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
