@@ -53,17 +53,18 @@ SMALL = ("--max-model-len", "8192", "--kv-cache-memory-bytes", "1G")
 
 
 @contextmanager
-def server(model: str, options: tuple[str, ...] = SMALL) -> Iterator[str]:
+def server(model: str, options: tuple[str, ...] = SMALL, log: Path | None = None) -> Iterator[str]:
     """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever happens."""
+    log = log or LOG
     port = free_port()
     command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
     command += options
     command += ["--shutdown-timeout", "10"]  # time for the worker to log its account before vLLM kills it
     say(" ".join(command))
-    with LOG.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_until_up(process, url := f"http://127.0.0.1:{port}")
+        wait_until_up(process, url := f"http://127.0.0.1:{port}", log)
         yield url
     finally:
         say("stopping the server")
@@ -74,11 +75,11 @@ def server(model: str, options: tuple[str, ...] = SMALL) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)  # the workers too
 
 
-def wait_until_up(process: subprocess.Popen, url: str) -> None:
+def wait_until_up(process: subprocess.Popen, url: str, log: Path) -> None:
     deadline, next_word = time.monotonic() + START_SECONDS, 10
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            sys.exit(f"the server stopped with status {process.returncode}:\n{LOG.read_text()[-2000:]}")
+            sys.exit(f"the server stopped with status {process.returncode}:\n{log.read_text()[-2000:]}")
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5)
             return say("the server is up")
@@ -87,7 +88,7 @@ def wait_until_up(process: subprocess.Popen, url: str) -> None:
         if time.monotonic() - START > next_word:
             say("waiting for the server to load the model")
             next_word += 10
-    sys.exit(f"the server did not answer within {START_SECONDS} s: see {LOG}")
+    sys.exit(f"the server did not answer within {START_SECONDS} s: see {log}")
 
 
 def free_port() -> int:

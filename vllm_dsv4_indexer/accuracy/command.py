@@ -22,7 +22,7 @@ def add_to(commands) -> None:
     accuracy = commands.add_parser(
         "accuracy",
         help="what the indexer finds, by context length: needles in haystacks, if MODEL comes from make-checkpoint --task "
-        "needle, else the share of the exact top-k that it selects",
+        "needle, else the share of the exact top-k that it selects; or what two servers differ in",
     )
     lengths = [2048, 4096, 8192, 16384, 32768]
     accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
@@ -40,6 +40,10 @@ def add_to(commands) -> None:
                           help="with recall: other settings to compare with; vLLM's own code throughout is "
                           "'{\"impl\": \"stock\", \"projection\": \"engine\"}'")
     accuracy.add_argument("--against-url", metavar="URL", help="another server that runs MODEL, to compare --url with")
+    accuracy.add_argument("--tasks", type=lambda text: text.split(","), metavar="T,U",
+                          help="with --against-url: compare the scores in these tasks of lm-eval (names, or YAML files), "
+                          "e.g. gsm8k,niah_single_1; RULER's are asked at the greatest of --lengths")
+    accuracy.add_argument("--samples", type=int, metavar="N", help="of each of --tasks, the first N (default: all)")
     accuracy.add_argument("--prompts", type=int, default=1, metavar="N", help="of recall (default: %(default)s)")
     accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s)")
     accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
@@ -57,7 +61,9 @@ def _accuracy(arguments: argparse.Namespace) -> None:
     result = {"model": arguments.model, "engine": who, "chunk": arguments.chunk, "seed": arguments.seed}
     files = {}
     if arguments.against_url:
-        result["agreement"] = _compare_servers(arguments)
+        result |= {"against": arguments.against_url} | _compare_servers(arguments)
+        if arguments.tasks:
+            print(report.task_table(result))
     elif _finds_needles(arguments.model):
         result["documents"] = _find_needles(arguments)
         print(report.needle_table(result))
@@ -129,13 +135,22 @@ def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
     return agreements
 
 
-def _compare_servers(arguments: argparse.Namespace) -> dict[str, list[Agreement]]:
-    """By what is compared."""
-    from .agreement import between
-    from .engines import Server
+def _compare_servers(arguments: argparse.Namespace) -> dict:
+    compared = {}
+    if arguments.schedules:
+        from .agreement import between
+        from .engines import Server
 
-    one, other = Server(arguments.url), Server(arguments.against_url)
-    return {"two servers": between(one, other, arguments.schedules, arguments.seed)}
+        one, other = Server(arguments.url), Server(arguments.against_url)
+        compared["agreement"] = {"two servers": between(one, other, arguments.schedules, arguments.seed)}
+    if arguments.tasks:
+        from . import tasks
+
+        urls, length = (arguments.url, arguments.against_url), arguments.lengths[-1]
+        compared["tasks"] = tasks.compare(
+            arguments.model, urls, arguments.tasks, length, arguments.samples, arguments.seed
+        )
+    return compared
 
 
 def _engine(arguments: argparse.Namespace):
@@ -153,12 +168,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if not Path(arguments.model, "config.json").is_file():
         raise ValueError(f"{arguments.model} is no checkpoint: it has no config.json")
-    for name in ("chunk", "prompts"):
-        if getattr(arguments, name) < 1:
+    for name in ("chunk", "prompts", "samples"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; it is at least 1")
     if arguments.schedules is not None and not 16 <= arguments.schedules <= arguments.lengths[-1]:
         raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest of --lengths")
-    for length in arguments.lengths:
+    for length in [] if arguments.tasks else arguments.lengths:
         if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
             raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
     for settings in (arguments.settings, arguments.against or {}):
@@ -166,7 +181,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 "accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out"
             )
-    if arguments.against_url:
+    if arguments.against_url or arguments.tasks:
         _check_servers(arguments)
     elif _finds_needles(arguments.model):
         if arguments.against is not None or arguments.schedules:
@@ -180,8 +195,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_servers(arguments: argparse.Namespace) -> None:
-    if not arguments.url or not arguments.schedules:
-        raise ValueError("--against-url compares the log-probabilities of a prompt: add --url and --schedules N")
+    if not arguments.url or not arguments.against_url or not (arguments.schedules or arguments.tasks):
+        raise ValueError(
+            "two servers are compared with --url and --against-url together, by the log-probabilities of a prompt "
+            "(--schedules N) or by lm-eval (--tasks T,U)"
+        )
 
 
 def _finds_needles(model: str) -> bool:

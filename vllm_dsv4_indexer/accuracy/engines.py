@@ -46,7 +46,10 @@ class Server(Engine):
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self.model = self._json("/v1/models")["data"][0]["id"]
+        try:
+            self.model = self._json("/v1/models")["data"][0]["id"]
+        except (OSError, ValueError, LookupError) as error:
+            raise ValueError(f"{self.url} does not answer as `vllm serve` does: {error}") from error
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
         asked = {"return_token_ids": True, "max_tokens": 1}

@@ -1,4 +1,4 @@
-"""The result of `accuracy`: needles as a table and a picture of length by depth, recall as a table."""
+"""The result of `accuracy`: needles as a table and a picture of length by depth, all else as tables."""
 
 from collections import defaultdict
 from html import escape
@@ -96,6 +96,25 @@ def agreement_table(title: str, agreements: list[Agreement]) -> str:
     for schedule, positions, mean, largest, same in agreements:
         lines.append(f"| {schedule} | {positions} | {mean:.4f} | {largest:.3f} | {100 * same:.1f} % |")
     return "\n".join(lines)
+
+
+def task_table(result: dict) -> str:
+    """A row for each task and metric, in Markdown."""
+    servers = [result["engine"], result["against"]]
+    names = ["task", "metric", "samples", *servers, "difference", "95 % interval", "scores differ", "answers differ"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in result["tasks"]:
+        samples = row["samples"]
+        means = [100 * fmean(scores) for scores in zip(*(sample["scores"] for sample in samples), strict=True)]
+        difference, low, high = (f"{100 * value:+.1f}" for value in (row["difference"], *row["interval"]))
+        cells = [row["task"], row["metric"], str(len(samples)), *(f"{mean:.1f} %" for mean in means)]
+        cells += [difference, f"{low} to {high}", _differ(samples, "scores"), _differ(samples, "answers")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _differ(samples: list[dict], what: str) -> str:
+    return str(sum(one != other for one, other in (sample[what] for sample in samples)))
 
 
 def _percent(found: int, of: int) -> str:
