@@ -73,7 +73,7 @@ def test_table_and_picture_show_where_needles_were_missed():
         (["accuracy", "{babble}", "--schedules", "9"], "--schedules is 9; it goes from 16"),
         (["accuracy", "{babble}", "--prompts", "0"], "--prompts is 0; it is at least 1"),
         (["accuracy", "{needle}", "--against", "{}"], "is a needle checkpoint: leave --against"),
-        (["accuracy", "{babble}", "--against-url", "http://127.0.0.1:9"], "add --url and --schedules N"),
+        (["accuracy", "{babble}", "--against-url", "http://127.0.0.1:9"], "compared with --url and --against-url together"),
         (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "leave --layers out"),
     ],
 )

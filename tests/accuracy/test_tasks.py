@@ -199,7 +199,8 @@ def test_a_task_that_cannot_be_had_is_named(checkpoint, tmp_path, capsys, monkey
 
 def test_without_lm_eval_the_extra_is_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    line = refusal(capsys, checkpoint, "--tasks", "gsm8k", "--url", "http://localhost", "--against-url", "http://localhost")
+    servers = ("--url", "http://localhost", "--against-url", "http://localhost")
+    line = refusal(capsys, checkpoint, "--tasks", "gsm8k", *servers)
     assert "pip install 'vllm-dsv4-indexer[lm-eval]'" in line
 
 
