@@ -235,12 +235,14 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(checkpoint
     At 2560 tokens the indexer chooses 512 entries of 640."""
     niah = write_task(tmp_path / "niah.yaml", NIAH, generation_kwargs={"until": [], "temperature": 0.0, **SHORT})
     options = ["--url", served[0], "--against-url", served[1], "--tasks", f"{sums},{niah}", "--samples", "4"]
-    options += ["--lengths", "2048,2560", "--output", str(tmp_path)]
+    options += ["--lengths", "2048,2560", "--schedules", "64", "--output", str(tmp_path)]
     # In a process of its own: RULER's word list is half a GiB.
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    rows = json.loads((tmp_path / "accuracy.json").read_text())["tasks"]
+    result = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [positions for _, positions, *_ in result["agreement"]["two servers"]] == [63, 63, 8, 8]
+    rows = result["tasks"]
     assert [row["task"] for row in rows] == ["sums", "sums", "niah"]
     assert [row["metric"] for row in rows] == [*METRICS, "2560"]
     for row in rows:
