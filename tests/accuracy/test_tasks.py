@@ -232,10 +232,10 @@ def served(checkpoint, tmp_path_factory) -> Iterator[list[str]]:
 
 def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(checkpoint, served, sums, tmp_path):
     """The demo checkpoint babbles: it scores nothing, but both begin with the same words, until a toss-up parts them.
-    At 2560 tokens the indexer chooses 512 entries of 640."""
+    At 2304 tokens the indexer chooses 512 entries of 576."""
     niah = write_task(tmp_path / "niah.yaml", NIAH, generation_kwargs={"until": [], "temperature": 0.0, **SHORT})
-    options = ["--url", served[0], "--against-url", served[1], "--tasks", f"{sums},{niah}", "--samples", "4"]
-    options += ["--lengths", "2048,2560", "--schedules", "64", "--output", str(tmp_path)]
+    options = ["--url", served[0], "--against-url", served[1], "--tasks", f"{sums},{niah}", "--samples", "3"]
+    options += ["--lengths", "2048,2304", "--schedules", "64", "--output", str(tmp_path)]
     # In a process of its own: RULER's word list is half a GiB.
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -244,10 +244,10 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(checkpoint
     assert [positions for _, positions, *_ in result["agreement"]["two servers"]] == [63, 63, 8, 8]
     rows = result["tasks"]
     assert [row["task"] for row in rows] == ["sums", "sums", "niah"]
-    assert [row["metric"] for row in rows] == [*METRICS, "2560"]
+    assert [row["metric"] for row in rows] == [*METRICS, "2304"]
     for row in rows:
         scores, answers = ([sample[what] for sample in row["samples"]] for what in ("scores", "answers"))
-        assert len(answers) == 4
-        assert sum(len(ours) > 16 and ours[:16] == stock[:16] for (ours,), (stock,) in answers) >= 3
+        assert len(answers) == 3
+        assert sum(len(ours) > 16 and ours[:16] == stock[:16] for (ours,), (stock,) in answers) >= 2
         assert row["interval"] == list(tasks.interval([ours - stock for ours, stock in scores]))
-        assert f"| {row['task']} | {row['metric']} | 4 | " in done.stdout
+        assert f"| {row['task']} | {row['metric']} | 3 | " in done.stdout
