@@ -36,7 +36,7 @@ def compare(
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise ImportError("--tasks needs lm-eval: pip install 'vllm-dsv4-indexer[lm-eval]'") from None
+        raise ImportError("--tasks needs lm-eval: pip install 'lm-eval[api,ruler]'") from None
     servers = [Server(url) for url in urls]
     served = [server.model for server in servers]
     if served[0] != served[1]:
