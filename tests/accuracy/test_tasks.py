@@ -201,7 +201,7 @@ def test_without_lm_eval_the_extra_is_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     servers = ("--url", "http://localhost", "--against-url", "http://localhost")
     line = refusal(capsys, checkpoint, "--tasks", "gsm8k", *servers)
-    assert "pip install 'vllm-dsv4-indexer[lm-eval]'" in line
+    assert "pip install 'lm-eval[api,ruler]'" in line
 
 
 def test_a_server_that_refuses_is_named_with_its_words(checkpoint, sums, capsys):
