@@ -16,7 +16,7 @@ from vllm_dsv4_indexer.accuracy import agreement, recall, report
 from vllm_dsv4_indexer.checkpoint.config import INDEX_TOPK
 from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, RATIO
 
-TOKENS = 320  # of the prompt whose log-probabilities are compared
+TOKENS = 192  # of the prompt whose log-probabilities are compared
 
 
 def random_layer(tokens: int, hidden: int, gates: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,7 +93,7 @@ def measured(checkpoint, tmp_path_factory) -> tuple[dict, str]:
     folder = tmp_path_factory.mktemp("recall")
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint)]
     command += ["--settings", json.dumps({"projection": "engine"}), "--against", json.dumps(STOCK)]
-    command += ["--lengths", "3072,4096", "--schedules", str(TOKENS), "--output", str(folder)]
+    command += ["--lengths", "2560,3072", "--schedules", str(TOKENS), "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "accuracy.json").read_text()), done.stdout
@@ -101,13 +101,13 @@ def measured(checkpoint, tmp_path_factory) -> tuple[dict, str]:
 
 @pytest.mark.parametrize("whose", [0, 1], ids=["ours", "stock"])
 def test_an_engine_selects_nearly_all_of_the_exact_top_k(measured, whose):
-    """Seen: 98.7 % and more in the mean. A random selection would have 50 % at 4096 tokens."""
+    """Seen: 99.3 % in the mean. A random selection would have 67 % at 3072 tokens."""
     layers = measured[0]["recall"][whose]
     assert layers.keys() == {"1", "3"}
     for layer in layers.values():
-        assert [entries for entries, _ in layer] == list(range(INDEX_TOPK + 1, 1025))
-        assert min(share for _, share in layer) >= 0.95
-        assert fmean(share for _, share in layer) >= 0.985
+        assert [entries for entries, _ in layer] == list(range(INDEX_TOPK + 1, 769))
+        assert min(share for _, share in layer) >= 0.97
+        assert fmean(share for _, share in layer) >= 0.99
 
 
 def test_our_recall_is_not_below_the_stock_compressors(measured):
@@ -119,7 +119,7 @@ def test_our_recall_is_not_below_the_stock_compressors(measured):
 
 def test_recall_is_a_table_by_length_and_layer(measured):
     assert "| tokens | layer 1 | layer 3 | the other's layer 1 | the other's layer 3 | difference |" in measured[1]
-    assert "| to 3072 | " in measured[1] and "| to 4096 | " in measured[1]
+    assert "| to 2560 | " in measured[1] and "| to 3072 | " in measured[1]
 
 
 def test_log_probabilities_are_those_of_the_stock_compressor_at_every_size_of_chunk(measured):
