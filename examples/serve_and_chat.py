@@ -53,9 +53,8 @@ SMALL = ("--max-model-len", "8192", "--kv-cache-memory-bytes", "1G")
 
 
 @contextmanager
-def server(model: str, options: tuple[str, ...] = SMALL, log: Path | None = None) -> Iterator[str]:
+def server(model: str, options: tuple[str, ...] = SMALL, log: Path = LOG) -> Iterator[str]:
     """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever happens."""
-    log = log or LOG
     port = free_port()
     command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
     command += options

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from engine import ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, STAGED
-from engine import Result, run_engine
+from engine import (
+    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, STAGED, Result, run_engine,
+)  # fmt: skip
 
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
 STOCK = {"dsv4_indexer": {"impl": "stock"}}

@@ -35,7 +35,9 @@ REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
 DRAFTED_LENGTHS, DRAFTED_TOKENS = (1, 6, 129, 2010), 37
-DRAFTED = dict(prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS))
+DRAFTED = dict(
+    prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS)
+)
 
 
 @dataclass

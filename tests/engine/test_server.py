@@ -25,12 +25,9 @@ def log(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint, log, request):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(serve_and_chat, "LOG", log)
-    with serve_and_chat.server(str(checkpoint)) as url:
+def client(checkpoint, log):
+    with serve_and_chat.server(str(checkpoint), log=log) as url:
         yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

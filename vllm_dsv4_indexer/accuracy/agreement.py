@@ -9,10 +9,9 @@ from typing import NamedTuple
 from .engines import Engine, Logprobs, VllmEngine
 from .recall import random_prompt
 
-USUAL = 512  # tokens of a step: what other sizes are compared with
-SIZES = (1, 127, 8192)
+USUAL, SIZES = 512, (127, 8192)  # tokens of a step: what is compared with, others
 BESIDE = 251  # of each of two prompts
-DECODED = 8  # one token in so many is decoded too
+SINGLE = 8  # one token in so many is computed in a step of its own
 
 
 class Agreement(NamedTuple):
@@ -34,21 +33,24 @@ class Observed(NamedTuple):
 
 
 def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
-    """A prompt of `length` random tokens in chunks of several sizes, beside another one, decoded, and from the prefix
-    cache. The engine was made for steps of `length` tokens."""
+    """A prompt of `length` random tokens in chunks of several sizes, beside another one, its first eighth token by token,
+    and the last one decoded, without the prefix cache and with it. The engine was made for steps of `length` tokens."""
     prompt, other = random_prompt(length, seed), random_prompt(length, seed + 1)
     prefilled = {}
-    for size in (USUAL, *SIZES):
-        engine.set_chunk(min(size, length))
+    for size in dict.fromkeys(min(size, length) for size in (USUAL, *SIZES)):
+        engine.set_chunk(size)
         prefilled[f"in chunks of {size}"] = engine.prompt_logprobs([prompt])[0]
     engine.set_chunk(BESIDE, abreast=2)
     prefilled[f"in chunks of {BESIDE}, beside another prompt"] = engine.prompt_logprobs([other, prompt])[1]
+    engine.set_chunk(1)
+    prefilled["in chunks of 1"] = engine.prompt_logprobs([prompt[: length // SINGLE]])[0]
     usual, *others = prefilled
-    agreement = [compare(f"{name}, not {USUAL}", prefilled[usual], prefilled[name]) for name in others]
+    agreement = [compare(f"{name}, not of {USUAL}", prefilled[usual], prefilled[name]) for name in others]
     engine.set_chunk(min(USUAL, length))
-    engine.llm.reset_prefix_cache()
-    for name in ("decoded, not prefilled", "decoded after a prefix-cache hit, not prefilled"):
-        agreement.append(_decoded(name, engine, engine, prompt))
+    if not engine.llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache: a request still holds a part of it")
+    agreement.append(_decoded("decoded, not prefilled", engine, engine, prompt))
+    agreement.append(_decoded("the same from the prefix cache", engine, engine, prompt))
     return Observed(prefilled, agreement)
 
 
@@ -69,15 +71,15 @@ def between(one: Engine, other: Engine, length: int, seed: int) -> list[Agreemen
 
 def _decoded(schedule: str, decoder: Engine, prefiller: Engine, prompt: list[int]) -> Agreement:
     """The end of the prompt gives way to what the decoder says instead."""
-    tokens = len(prompt) // DECODED
+    tokens = len(prompt) // SINGLE
     start = prompt[:-tokens]
     said, decoded = decoder.decode(start, tokens)
     return compare(schedule, prefiller.prompt_logprobs([start + said])[0][-tokens:], decoded)
 
 
 def compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:
-    """Of the tokens that both positions name."""
-    pairs = list(zip(one, other, strict=True))
+    """As far as both go, of the tokens that both positions name."""
+    pairs = list(zip(one, other))
     differences = [abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys()]
     same = sum(_most_likely(a) == _most_likely(b) for a, b in pairs) / len(pairs)
     return Agreement(schedule, len(pairs), sum(differences) / len(differences), max(differences), same)

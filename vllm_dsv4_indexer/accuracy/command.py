@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,73 +17,106 @@ if TYPE_CHECKING:  # they import torch, which takes longer than an error should
     from .agreement import Agreement, Observed
     from .recall import Recall
 
+NEEDLES, RECALL, SERVERS = "needles", "recall", "two servers"
+# The options that have no meaning everywhere, and where they have one.
+MODES = {
+    "engine": [NEEDLES], "url": [NEEDLES, SERVERS], "settings": [NEEDLES, RECALL], "chunk": [NEEDLES, RECALL],
+    "against": [RECALL], "prompts": [RECALL], "schedules": [RECALL, SERVERS],
+    "against_url": [SERVERS], "tasks": [SERVERS], "samples": [SERVERS],
+}  # fmt: skip
+DEFAULTS = {"engine": "vllm", "settings": {}, "chunk": 2039, "prompts": 1}  # of these; None of the others
+EXAMPLES = """\
+examples:
+  accuracy NEEDLES                               of make-checkpoint --task needle: find needles at every length and depth
+  accuracy NEEDLES --url http://localhost:8000   the same of a server
+  accuracy MODEL --lengths 4096 --prompts 4      recall: the share of the exact top-k that the engine selects
+  accuracy MODEL --lengths 4096 --schedules 2048 --against '{"impl": "stock", "projection": "engine"}'
+                                                 recall and log-probabilities, beside those of vLLM's own code
+  accuracy MODEL --url http://localhost:8000 --against-url http://localhost:8001 --schedules 2048 --tasks gsm8k
+                                                 what two servers differ in: log-probabilities, lm-eval's scores
+"""
+
 
 def add_to(commands) -> None:
     """Adds `accuracy` to the subcommands."""
     accuracy = commands.add_parser(
         "accuracy",
-        help="what the indexer finds, by context length: needles in haystacks, if MODEL comes from make-checkpoint --task "
-        "needle, else the share of the exact top-k that it selects; or what two servers differ in",
+        help="what the indexer finds, and what it changes in log-probabilities and in lm-eval's scores",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    lengths = [2048, 4096, 8192, 16384, 32768]
     accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
-    accuracy.add_argument("--engine", choices=("vllm", "transformers"), default="vllm",
-                          help="transformers: needles only, to about 4K tokens (default: %(default)s)")
-    accuracy.add_argument("--url", help="a server that runs MODEL, e.g. http://localhost:8000: asked for needles, or compared")
-    accuracy.add_argument("--settings", type=json.loads, default={}, metavar="JSON",
-                          help="of our backend in vLLM: '{\"impl\": \"stock\"}' is vLLM's own compressor")
-    accuracy.add_argument("--lengths", type=lambda text: sorted(map(int, text.split(","))), default=lengths, metavar="N,M",
-                          help="in tokens, multiples of 4 (default: 2048 to 32768)")
-    accuracy.add_argument("--schedules", type=int, metavar="N",
-                          help="also compare the log-probabilities of a prompt of N tokens when it is prefilled in chunks "
-                          "of 1 to 8192, beside another, decoded, and taken from the prefix cache; or those of two servers")
-    accuracy.add_argument("--against", type=json.loads, metavar="JSON",
-                          help="with recall: other settings to compare with; vLLM's own code throughout is "
-                          "'{\"impl\": \"stock\", \"projection\": \"engine\"}'")
-    accuracy.add_argument("--against-url", metavar="URL", help="another server that runs MODEL, to compare --url with")
-    accuracy.add_argument("--tasks", type=lambda text: text.split(","), metavar="T,U",
-                          help="with --against-url: compare the scores in these tasks of lm-eval (names, or YAML files), "
-                          "e.g. gsm8k,niah_single_1; RULER's are asked at the greatest of --lengths")
-    accuracy.add_argument("--samples", type=int, metavar="N", help="of each of --tasks, the first N (default: all)")
-    accuracy.add_argument("--prompts", type=int, default=1, metavar="N", help="of recall (default: %(default)s)")
-    accuracy.add_argument("--chunk", type=int, default=2039, help="tokens of a prefill step (default: %(default)s)")
-    accuracy.add_argument("--seed", type=int, default=0, help="of documents and prompts (default: %(default)s)")
+    accuracy.add_argument("--lengths", type=_lengths, default="2048,4096,8192,16384,32768", metavar="N,M",
+                          help="of documents and prompts, in tokens (default: %(default)s); RULER is asked at the greatest")
+    accuracy.add_argument("--settings", type=_settings, metavar="JSON",
+                          help="of our backend in vLLM, e.g. '{\"projection\": \"engine\"}'")
+    accuracy.add_argument("--chunk", type=int, metavar="N",
+                          help="tokens of a prefill step (default: %(default)s)")
+    accuracy.add_argument("--seed", type=int, default=0, metavar="N",
+                          help="of documents, prompts and samples (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
-                          help="for accuracy.json and accuracy.svg (default: %(default)s)")  # fmt: skip
-    accuracy.set_defaults(run=_accuracy)
+                          help="for accuracy.json and accuracy.svg (default: %(default)s)")
+    needles = accuracy.add_argument_group("needles, if MODEL comes from make-checkpoint --task needle")
+    needles.add_argument("--engine", choices=("vllm", "transformers"),
+                         help="transformers: to about 4K tokens (default: %(default)s)")
+    needles.add_argument("--url", help="a server that runs MODEL, instead of an engine")
+    recall = accuracy.add_argument_group("recall, of any other MODEL")
+    recall.add_argument("--prompts", type=int, metavar="N", help="how many (default: %(default)s)")
+    recall.add_argument("--schedules", type=int, metavar="N",
+                        help="compare the log-probabilities of a prompt of N tokens, too: prefilled in chunks of 1 to 8192, "
+                        "beside another, decoded, and taken from the prefix cache")
+    recall.add_argument("--against", type=_settings, metavar="JSON",
+                        help="compare with other settings; '{\"impl\": \"stock\", \"projection\": \"engine\"}' is vLLM's own code")
+    servers = accuracy.add_argument_group("two servers, --url and")
+    servers.add_argument("--against-url", metavar="URL", help="which runs MODEL, too; with --schedules, --tasks or both")
+    servers.add_argument("--tasks", type=lambda text: text.split(","), metavar="T,U",
+                         help="compare the scores in these tasks of lm-eval (names, or YAML files), e.g. gsm8k,niah_single_1")
+    servers.add_argument("--samples", type=int, metavar="N", help="of each task, the first N (default: all)")  # fmt: skip
+    accuracy.set_defaults(run=_accuracy, **DEFAULTS)
+
+
+def _settings(text: str) -> dict:
+    try:
+        settings = json.loads(text)
+        if Settings.read({NAMESPACE: settings}).state_save == "tail":
+            raise ValueError("state_save 'tail' is refused with the prefix cache, which is asked here: leave it out")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return settings
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return sorted(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 4096,8192") from None
 
 
 def _accuracy(arguments: argparse.Namespace) -> None:
+    mode = _mode(arguments)
+    _check(arguments, mode)
     from . import report
 
-    _check(arguments)
-    settings = f"vLLM {json.dumps(arguments.settings)}"
-    who = arguments.url or {"vllm": settings, "transformers": "transformers"}[arguments.engine]
-    result = {"model": arguments.model, "engine": who, "chunk": arguments.chunk, "seed": arguments.seed}
-    files = {}
-    if arguments.against_url:
-        result |= {"against": arguments.against_url} | _compare_servers(arguments)
-        if arguments.tasks:
-            print(report.task_table(result))
-    elif _finds_needles(arguments.model):
-        result["documents"] = _find_needles(arguments)
+    options = [name for name, modes in MODES.items() if mode in modes]
+    result = {name: getattr(arguments, name) for name in ("model", "lengths", "seed", *options)}
+    result |= {NEEDLES: _find_needles, RECALL: _measure_recall, SERVERS: _compare_servers}[mode](arguments)
+    files = {"accuracy.json": json.dumps(result)}
+    if mode == NEEDLES:
         print(report.needle_table(result))
-        files = {"accuracy.svg": report.heat_map(result)}
-    else:
-        measured = _measure(arguments)
-        result["recall"] = [one.recall for one in measured]
+        files["accuracy.svg"] = report.heat_map(result)
+    if mode == RECALL:
         print(report.recall_table(result["recall"], arguments.lengths))
-        if arguments.schedules:
-            result["agreement"] = _agreements(measured)
+    if arguments.tasks:
+        print(report.task_table(result))
     for title, agreements in result.get("agreement", {}).items():
         print("", report.agreement_table(title, agreements), sep="\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, text in {"accuracy.json": json.dumps(result), **files}.items():
+    for name, text in files.items():
         (arguments.output / name).write_text(text)
         print(f"wrote {arguments.output / name}")
 
 
-def _find_needles(arguments: argparse.Namespace) -> list[dict]:
+def _find_needles(arguments: argparse.Namespace) -> dict:
     from .document import make_document
 
     engine = _engine(arguments)
@@ -93,7 +127,17 @@ def _find_needles(arguments: argparse.Namespace) -> list[dict]:
         entries = [needle.entry for needle in document.needles]
         documents.append({"length": length, "entries": entries} | engine.found(document))
         print(f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True)
-    return documents
+    return {"documents": documents}
+
+
+def _engine(arguments: argparse.Namespace):
+    from .engines import Server, Transformers, VllmEngine
+
+    if arguments.url:
+        return Server(arguments.url)
+    if arguments.engine == "transformers":
+        return Transformers(arguments.model)
+    return VllmEngine(arguments.model, arguments.settings, arguments.lengths[-1], arguments.chunk)
 
 
 class _Measured(NamedTuple):
@@ -101,15 +145,25 @@ class _Measured(NamedTuple):
     observed: Observed | None
 
 
-def _measure(arguments: argparse.Namespace) -> list[_Measured]:
+def _measure_recall(arguments: argparse.Namespace) -> dict:
     """With our settings, then with those that are compared with; each engine in a process of its own, which takes
     what it leaves behind with it."""
     sides = [arguments.settings] + ([] if arguments.against is None else [arguments.against])
     measured = []
     for settings in sides:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            measured.append(process.submit(_measure_one, arguments, settings).result())
-    return measured
+            measured.append(process.submit(_measure_or_tell, arguments, settings).result())
+    result = {"recall": [one.recall for one in measured]}
+    return result | ({"agreement": _agreements(measured)} if arguments.schedules else {})
+
+
+def _measure_or_tell(arguments: argparse.Namespace, settings: dict) -> _Measured:
+    """vLLM's errors cannot all be sent to another process: the trace is printed in this one, and the words are sent."""
+    try:
+        return _measure_one(arguments, settings)
+    except Exception as error:
+        traceback.print_exc()
+        raise ValueError(f"with the settings {json.dumps(settings)}: {error}") from None
 
 
 def _measure_one(arguments: argparse.Namespace, settings: dict) -> _Measured:
@@ -117,11 +171,15 @@ def _measure_one(arguments: argparse.Namespace, settings: dict) -> _Measured:
     from .engines import VllmEngine
     from .recall import recall
 
-    engine = VllmEngine(arguments.model, settings, arguments.lengths[-1], max(arguments.chunk, arguments.schedules or 0))
+    longest = arguments.lengths[-1]
+    engine = VllmEngine(arguments.model, settings, longest, max(arguments.chunk, arguments.schedules or 0))
     engine.set_chunk(arguments.chunk)
-    seeds = range(arguments.seed, arguments.seed + arguments.prompts)
-    recalls = recall(engine, arguments.model, arguments.lengths[-1], seeds)
-    return _Measured(recalls, arguments.schedules and observe(engine, arguments.schedules, arguments.seed))
+    print(f"{json.dumps(settings)}: recall in {arguments.prompts} x {longest} tokens", flush=True)
+    recalls = recall(engine, arguments.model, longest, range(arguments.seed, arguments.seed + arguments.prompts))
+    if not arguments.schedules:
+        return _Measured(recalls, None)
+    print(f"{json.dumps(settings)}: log-probabilities of {arguments.schedules} tokens", flush=True)
+    return _Measured(recalls, observe(engine, arguments.schedules, arguments.seed))
 
 
 def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
@@ -136,74 +194,65 @@ def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
 
 
 def _compare_servers(arguments: argparse.Namespace) -> dict:
-    compared = {}
-    if arguments.schedules:
-        from .agreement import between
-        from .engines import Server
+    from .engines import Server
 
-        one, other = Server(arguments.url), Server(arguments.against_url)
-        compared["agreement"] = {"two servers": between(one, other, arguments.schedules, arguments.seed)}
+    servers = Server(arguments.url), Server(arguments.against_url)
+    if servers[0].model != servers[1].model:
+        raise ValueError(
+            f"{servers[0].url} serves {servers[0].model}, {servers[1].url} serves {servers[1].model}: a difference would "
+            "be that of the models. Serve one twice (with two paths to it: under one --served-model-name)"
+        )
+    result = {}
     if arguments.tasks:
         from . import tasks
 
-        urls, length = (arguments.url, arguments.against_url), arguments.lengths[-1]
-        compared["tasks"] = tasks.compare(
-            arguments.model, urls, arguments.tasks, length, arguments.samples, arguments.seed
-        )
-    return compared
+        longest = arguments.lengths[-1]
+        scores = tasks.compare(arguments.model, servers, arguments.tasks, longest, arguments.samples, arguments.seed)
+        result["scores"] = scores
+    if arguments.schedules:
+        from .agreement import between
+
+        result["agreement"] = {"two servers": between(*servers, arguments.schedules, arguments.seed)}
+    return result
 
 
-def _engine(arguments: argparse.Namespace):
-    from .engines import Server, Transformers, VllmEngine
-
-    if arguments.url:
-        return Server(arguments.url)
-    if arguments.engine == "transformers":
-        return Transformers(arguments.model)
-    return VllmEngine(arguments.model, arguments.settings, arguments.lengths[-1], arguments.chunk)
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    from ..checkpoint.config import MAX_POSITIONS
-
+def _mode(arguments: argparse.Namespace) -> str:
     if not Path(arguments.model, "config.json").is_file():
         raise ValueError(f"{arguments.model} is no checkpoint: it has no config.json")
-    for name in ("chunk", "prompts", "samples"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; it is at least 1")
-    if arguments.schedules is not None and not 16 <= arguments.schedules <= arguments.lengths[-1]:
-        raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest of --lengths")
-    for length in [] if arguments.tasks else arguments.lengths:
-        if length % 4 or not 64 <= length <= MAX_POSITIONS - 4:
-            raise ValueError(f"--lengths: {length} is not a multiple of 4 from 64 to {MAX_POSITIONS - 4}")
-    for settings in (arguments.settings, arguments.against or {}):
-        if Settings.read({NAMESPACE: settings}).state_save == "tail":
-            raise ValueError(
-                "accuracy asks through the prefix cache, and state_save 'tail' is refused with it: leave it out"
-            )
     if arguments.against_url or arguments.tasks:
-        _check_servers(arguments)
-    elif _finds_needles(arguments.model):
-        if arguments.against is not None or arguments.schedules:
-            raise ValueError(f"{arguments.model} is a needle checkpoint: leave --against and --schedules out")
-    elif arguments.url or arguments.engine == "transformers":
-        raise ValueError(
-            f"{arguments.model} is no needle checkpoint, and recall is measured inside vLLM: leave --url and --engine out, "
-            "compare the server with another (--against-url), or make a needle checkpoint with `vllm-dsv4-indexer "
-            "make-checkpoint DIR --task needle`"
-        )
+        return SERVERS
+    from ..checkpoint import RECORD
+
+    record = Path(arguments.model, RECORD)
+    return NEEDLES if record.is_file() and json.loads(record.read_text()).get("task") == "needle" else RECALL
 
 
-def _check_servers(arguments: argparse.Namespace) -> None:
-    if not arguments.url or not arguments.against_url or not (arguments.schedules or arguments.tasks):
+def _check(arguments: argparse.Namespace, mode: str) -> None:
+    for name, modes in MODES.items():
+        if mode not in modes and getattr(arguments, name) != DEFAULTS.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} goes with {' and '.join(modes)}, and this is {mode}: leave it out, or see --help")
+    for name in ("chunk", "prompts", "samples"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it is at least 1")
+    _check_lengths(arguments, mode)
+    if mode == SERVERS and not (arguments.url and arguments.against_url and (arguments.schedules or arguments.tasks)):
         raise ValueError(
             "two servers are compared with --url and --against-url together, by the log-probabilities of a prompt "
             "(--schedules N) or by lm-eval (--tasks T,U)"
         )
 
 
-def _finds_needles(model: str) -> bool:
-    from ..checkpoint import RECORD
+def _check_lengths(arguments: argparse.Namespace, mode: str) -> None:
+    from ..checkpoint.config import INDEX_TOPK
+    from ..contract import RATIO
 
-    record = Path(model, RECORD)
-    return record.is_file() and json.loads(record.read_text()).get("task") == "needle"
+    most = json.loads(Path(arguments.model, "config.json").read_text()).get("max_position_embeddings", 0) - RATIO
+    for length in arguments.lengths:
+        if not 64 <= length <= most or (mode == NEEDLES and length % RATIO):
+            raise ValueError(f"--lengths: {length} is not from 64 to {most}, which the model can, or no multiple of {RATIO}")
+    if mode == RECALL and arguments.lengths[-1] <= RATIO * INDEX_TOPK:
+        raise ValueError(f"recall needs a length above {RATIO * INDEX_TOPK}: up to there all entries are selected")
+    longest = arguments.lengths[-1] if mode == RECALL else most
+    if arguments.schedules is not None and not 16 <= arguments.schedules <= longest:
+        raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest length, {longest}")

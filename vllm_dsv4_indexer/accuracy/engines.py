@@ -1,4 +1,4 @@
-"""What is asked for needles: vLLM in this process, a server, or transformers.
+"""What is asked: vLLM in this process or a server for needles and log-probabilities, transformers for needles.
 
 Each has a method `found(document)`, which returns for each needle of the document whether the model says its value,
 asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
@@ -6,12 +6,14 @@ asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool
 
 import json
 import os
+import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 
 from ..settings import NAMESPACE
 from .document import Document
 
+SECONDS = 3600  # that a server may take for one request
 Found = dict[str, list[bool]]
 Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine names
 
@@ -79,8 +81,11 @@ class Server(Engine):
     def _json(self, path: str, asked: dict | None = None) -> dict:
         data = None if asked is None else json.dumps(asked).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as refusal:
+            raise ValueError(f"{self.url}: {refusal}: {refusal.read().decode()}") from None
 
 
 class VllmEngine(Engine):

@@ -1,5 +1,6 @@
 """The result of `accuracy`: needles as a table and a picture of length by depth, all else as tables."""
 
+import json
 from collections import defaultdict
 from html import escape
 from itertools import chain
@@ -42,9 +43,11 @@ def needle_table(result: dict) -> str:
 def heat_map(result: dict) -> str:
     """The heat map, written by hand, so that nothing need be installed."""
     rows = shares(result)
+    settings = json.dumps(result["settings"]) if result["settings"] else ""
+    who = result["url"] or f"{result['engine']} {settings}"
     width, height = 2 * MARGIN + DEPTHS * CELL, MARGIN + (len(rows) + 1) * CELL
     parts = [
-        f'<text x="{MARGIN}" y="20">needles found, by length (tokens) and depth: {escape(result["engine"])}</text>'
+        f'<text x="{MARGIN}" y="20">needles found, by length (tokens) and depth: {escape(who)}</text>'
     ]
     for i, (length, depths) in enumerate(rows.items()):
         top = MARGIN // 2 + i * CELL
@@ -100,10 +103,10 @@ def agreement_table(title: str, agreements: list[Agreement]) -> str:
 
 def task_table(result: dict) -> str:
     """A row for each task and metric, in Markdown."""
-    servers = [result["engine"], result["against"]]
+    servers = [result["url"], result["against_url"]]
     names = ["task", "metric", "samples", *servers, "difference", "95 % interval", "scores differ", "answers differ"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in result["tasks"]:
+    for row in result["scores"]:
         samples = row["samples"]
         means = [100 * fmean(scores) for scores in zip(*(sample["scores"] for sample in samples), strict=True)]
         difference, low, high = (f"{100 * value:+.1f}" for value in (row["difference"], *row["interval"]))

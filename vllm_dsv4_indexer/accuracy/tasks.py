@@ -11,18 +11,18 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
-from .engines import Server
+from .engines import SECONDS, Server
 
+LM_EVAL = "lm-eval[api,ruler]>=0.4.13,<0.5"  # as pyproject.toml has it
 Z = 1.96  # standard deviations on each side of a normal distribution's middle 95 %
-SECONDS = 3600  # that a server may take for one request
 NO_LIMIT = 1 << 30  # tokens: the server refuses a prompt that is too long for it; lm-eval would cut it, and not say so
 NOT_ASKED = -1  # RULER's score for lengths that a sample does not have
 
 
 def compare(
-    model: str, urls: tuple[str, str], names: list[str], length: int, samples: int | None = None, seed: int = 0
+    model: str, servers: tuple[Server, Server], names: list[str], length: int, samples: int | None, seed: int
 ) -> list[dict]:
-    """The scores of two servers in lm-eval's tasks, by task and metric.
+    """The scores of two servers of one model in lm-eval's tasks, by task and metric.
 
     model: directory of the checkpoint that both serve, for its tokenizer. names: of tasks, or YAML files. length:
     tokens of RULER's contexts. samples: how many of each task, from its first on; None: all. seed: of the samples
@@ -36,14 +36,7 @@ def compare(
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise ImportError("--tasks needs lm-eval: pip install 'lm-eval[api,ruler]'") from None
-    servers = [Server(url) for url in urls]
-    served = [server.model for server in servers]
-    if served[0] != served[1]:
-        raise ValueError(
-            f"{urls[0]} serves {served[0]}, {urls[1]} serves {served[1]}: a difference would be that of the models. "
-            "Serve one twice (with two paths to it: under one --served-model-name)"
-        )
+        raise ImportError(f"--tasks needs lm-eval: pip install '{LM_EVAL}'") from None
     random.seed(seed)
     tasks = _load(names, {"tokenizer": model, "max_seq_lengths": [length]})
     first, second = (_answers(server, model, tasks, samples, seed) for server in servers)
@@ -82,8 +75,8 @@ def _load(names: list[str], metadata: dict) -> dict:
             tasks |= manager.load([name])["tasks"]
         except OSError as error:
             raise ValueError(
-                f"task {name}: no dataset ({error}). Run it once where there is a network and bring $HF_HOME along, or "
-                "name a YAML file that includes the task and has a dataset_path of its own"
+                f"task {name} cannot be loaded ({error}). If it is its dataset: run it once where there is a network and "
+                "bring $HF_HOME along, or name a YAML file that includes the task and has a dataset_path of its own"
             ) from error
     return tasks
 

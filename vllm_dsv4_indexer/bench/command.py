@@ -133,9 +133,11 @@ def _read(path: Path) -> dict:
     """The result in a file, which may be of another version."""
     from . import report
 
-    result = json.loads(path.read_text())
     try:
+        result = json.loads(path.read_text())
         report.table(result)  # looks at everything
+    except (TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} was not written by `vllm-dsv4-indexer bench`") from None
     except KeyError as key:
         raise ValueError(f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again") from None
     return result

@@ -28,5 +28,6 @@ class Accountable:
         super().shutdown()
 
     def _log_account(self) -> None:
+        """What the op did in this process so far."""
         logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
         self._account_due = time.monotonic() + SECONDS

@@ -47,7 +47,7 @@ from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
-DRAFTS = ("ngram", "custom_class")  # ways of speculative decoding that need no second model
+DRAFTS = ("ngram", "custom_class")  # the ways of speculative decoding that were tried with us
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -105,7 +105,7 @@ def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
     """With a single draft vLLM 0.32's indexer takes a path that its CPU engine does not have."""
     method, tokens = speculative.method, speculative.num_speculative_tokens
     if method not in DRAFTS:
-        refuse(f"speculative decoding's method is {method!r}", f"{DRAFTS} on vLLM's CPU engine", "name one of these")
+        refuse(f"speculative decoding's method is {method!r}", f"{' and '.join(DRAFTS)} on a CPU", "name one of these")
     if tokens < 2:
         refuse(f"num_speculative_tokens is {tokens}", "2 or more on vLLM's CPU engine", "raise it")
 
