@@ -43,8 +43,8 @@ def needle_table(result: dict) -> str:
 def heat_map(result: dict) -> str:
     """The heat map, written by hand, so that nothing need be installed."""
     rows = shares(result)
-    settings = json.dumps(result["settings"]) if result["settings"] else ""
-    who = result["url"] or f"{result['engine']} {settings}"
+    engines = {"vllm": f"vLLM, dsv4_indexer {json.dumps(result['settings'])}", "transformers": "transformers"}
+    who = result["url"] or engines[result["engine"]]
     width, height = 2 * MARGIN + DEPTHS * CELL, MARGIN + (len(rows) + 1) * CELL
     parts = [
         f'<text x="{MARGIN}" y="20">needles found, by length (tokens) and depth: {escape(who)}</text>'
