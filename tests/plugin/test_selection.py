@@ -106,6 +106,11 @@ def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, f
     assert found in refusal(checkpoint, **options)
 
 
+@pytest.mark.parametrize("drafts", [dict(method="ngram"), dict(method="custom_class", model="drafts.FromMemory")])
+def test_speculative_decoding_without_a_second_model_is_accepted(checkpoint: Path, drafts: dict):
+    configure(checkpoint, speculative_config=drafts | dict(num_speculative_tokens=2))
+
+
 TAIL = {"dsv4_indexer": {"state_save": "tail"}}
 
 
