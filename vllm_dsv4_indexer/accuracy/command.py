@@ -8,6 +8,7 @@ import multiprocessing
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -151,8 +152,14 @@ def _measure_recall(arguments: argparse.Namespace) -> dict:
     sides = [arguments.settings] + ([] if arguments.against is None else [arguments.against])
     measured = []
     for settings in sides:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            measured.append(process.submit(_measure_or_tell, arguments, settings).result())
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                measured.append(process.submit(_measure_or_tell, arguments, settings).result())
+        except BrokenProcessPool:
+            raise ValueError(
+                f"the engine with the settings {json.dumps(settings)} was killed, as the system does where memory ends "
+                "(--schedules N takes about 1.4 MiB a token): try fewer tokens"
+            ) from None
     result = {"recall": [one.recall for one in measured]}
     return result | ({"agreement": _agreements(measured)} if arguments.schedules else {})
 
