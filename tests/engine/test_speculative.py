@@ -1,6 +1,5 @@
 """Speculative decoding: positions of rejected drafts are run again, over window borders, and nobody notices."""
 
-import numpy as np
 import pytest
 from drafts import WRONG
 from engine import DRAFTED_LENGTHS, DRAFTED_TOKENS, largest_difference
