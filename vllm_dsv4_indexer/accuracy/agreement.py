@@ -45,7 +45,7 @@ def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
     engine.set_chunk(1)
     prefilled["in chunks of 1"] = engine.prompt_logprobs([prompt[: length // SINGLE]])[0]
     usual, *others = prefilled
-    agreement = [compare(f"{name}, not of {USUAL}", prefilled[usual], prefilled[name]) for name in others]
+    agreement = [compare(f"{name}, not {usual}", prefilled[usual], prefilled[name]) for name in others]
     engine.set_chunk(min(USUAL, length))
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache: a request still holds a part of it")

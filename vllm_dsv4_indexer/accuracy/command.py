@@ -52,7 +52,7 @@ def add_to(commands) -> None:
     accuracy.add_argument("--settings", type=_settings, metavar="JSON",
                           help="of our backend in vLLM, e.g. '{\"projection\": \"engine\"}'")
     accuracy.add_argument("--chunk", type=int, metavar="N",
-                          help="tokens of a prefill step (default: %(default)s)")
+                          help="tokens of a prefill step; needles lie at its borders, too (default: %(default)s)")
     accuracy.add_argument("--seed", type=int, default=0, metavar="N",
                           help="of documents, prompts and samples (default: %(default)s)")
     accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
@@ -96,7 +96,7 @@ def _lengths(text: str) -> list[int]:
 def _accuracy(arguments: argparse.Namespace) -> None:
     mode = _mode(arguments)
     _check(arguments, mode)
-    from . import report
+    from . import recall, report
 
     options = [name for name, modes in MODES.items() if mode in modes]
     result = {name: getattr(arguments, name) for name in ("model", "lengths", "seed", *options)}
@@ -111,6 +111,8 @@ def _accuracy(arguments: argparse.Namespace) -> None:
         print(report.task_table(result))
     for title, agreements in result.get("agreement", {}).items():
         print("", report.agreement_table(title, agreements), sep="\n")
+    if arguments.schedules and arguments.schedules <= recall.ALL_SELECTED:
+        print(f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor need not show.)")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (arguments.output / name).write_text(text)
@@ -135,7 +137,9 @@ def _engine(arguments: argparse.Namespace):
     from .engines import Server, Transformers, VllmEngine
 
     if arguments.url:
-        return Server(arguments.url)
+        server = Server(arguments.url)
+        print(f"{server.url} serves {server.model}, which should be {arguments.model}", flush=True)
+        return server
     if arguments.engine == "transformers":
         return Transformers(arguments.model)
     return VllmEngine(arguments.model, arguments.settings, arguments.lengths[-1], arguments.chunk)
@@ -243,6 +247,10 @@ def _check(arguments: argparse.Namespace, mode: str) -> None:
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it is at least 1")
     _check_lengths(arguments, mode)
+    if arguments.settings and (arguments.url or arguments.engine == "transformers"):
+        raise ValueError("--settings are those of our backend in an engine of this command: give them to the server itself")
+    if arguments.samples and not arguments.tasks:
+        raise ValueError("--samples are those of --tasks: add these, or leave it out")
     if mode == SERVERS and not (arguments.url and arguments.against_url and (arguments.schedules or arguments.tasks)):
         raise ValueError(
             "two servers are compared with --url and --against-url together, by the log-probabilities of a prompt "
@@ -251,15 +259,17 @@ def _check(arguments: argparse.Namespace, mode: str) -> None:
 
 
 def _check_lengths(arguments: argparse.Namespace, mode: str) -> None:
-    from ..checkpoint.config import INDEX_TOPK
     from ..contract import RATIO
+    from .recall import ALL_SELECTED
 
     most = json.loads(Path(arguments.model, "config.json").read_text()).get("max_position_embeddings", 0) - RATIO
     for length in arguments.lengths:
-        if not 64 <= length <= most or (mode == NEEDLES and length % RATIO):
-            raise ValueError(f"--lengths: {length} is not from 64 to {most}, which the model can, or no multiple of {RATIO}")
-    if mode == RECALL and arguments.lengths[-1] <= RATIO * INDEX_TOPK:
-        raise ValueError(f"recall needs a length above {RATIO * INDEX_TOPK}: up to there all entries are selected")
+        if not 64 <= length <= most:
+            raise ValueError(f"--lengths: {length} is not from 64 to {most}, which is what the model can")
+        if mode == NEEDLES and length % RATIO:
+            raise ValueError(f"--lengths: {length} is no multiple of {RATIO}; a document with needles is made of groups")
+    if mode == RECALL and arguments.lengths[-1] <= ALL_SELECTED:
+        raise ValueError(f"recall needs a length above {ALL_SELECTED}: up to there all entries are selected")
     longest = arguments.lengths[-1] if mode == RECALL else most
     if arguments.schedules is not None and not 16 <= arguments.schedules <= longest:
         raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest length, {longest}")

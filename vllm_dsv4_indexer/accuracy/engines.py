@@ -47,7 +47,9 @@ class Server(Engine):
     AT_ONCE = 16  # prompts in a request
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"{url} is no URL of a server: write http://HOST:PORT")
         try:
             self.model = self._json("/v1/models")["data"][0]["id"]
         except (OSError, ValueError, LookupError) as error:
@@ -85,7 +87,7 @@ class Server(Engine):
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as refusal:
-            raise ValueError(f"{self.url}: {refusal}: {refusal.read().decode()}") from None
+            raise ValueError(f"{self.url}: {refusal}: {refusal.read(500).decode(errors='replace')}") from None
 
 
 class VllmEngine(Engine):

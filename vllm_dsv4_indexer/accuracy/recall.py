@@ -19,6 +19,7 @@ from ..contract import KV_WIDTH, RATIO, WINDOW
 from ..ops import reference
 from .engines import VllmEngine
 
+ALL_SELECTED = RATIO * INDEX_TOPK  # tokens up to which a selection cannot be wrong
 EVERY = 4  # every so many positions one selection is compared
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 
