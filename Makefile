@@ -29,7 +29,7 @@ serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001"
 test: venv .venv/beside.done ## run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
 
-accuracy: venv ## find needles by length and depth, then with faults planted (4 minutes; ARGS="--lengths 65280")
+accuracy: venv ## find needles by length and depth, then with faults planted (3 minutes; ARGS="--lengths 65280")
 	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle
 	@$(RUN) vllm-dsv4-indexer accuracy build/needle $(ARGS)
 	@$(RUN) python tests/accuracy/run_faults.py build/needle build/accuracy/faults.json
