@@ -142,9 +142,9 @@ def test_log_probabilities_hardly_depend_on_the_schedule(measured, who):
 
 
 def test_a_difference_is_that_of_the_tokens_which_both_name():
-    one = [{1: -1.0, 2: -2.0}, {1: -1.0, 2: -0.5}]
-    other = [{1: -1.25, 3: -4.0}, {1: -1.0, 2: -1.5}]
-    assert agreement.compare("other", one, other) == ("other", 2, 1.25 / 3, 1.0, 0.5)
+    one = [{1: -1.0, 2: -2.0}, {1: -1.0, 2: -0.5}, {5: -1.0}]
+    other = [{1: -1.25, 3: -4.0}, {1: -1.0, 2: -1.5}, {5: -1.0}]
+    assert agreement.compare("other", one, other) == ("other", 3, 1.25 / 4, 1.0, 2 / 3)
 
 
 def test_the_table_has_the_mean_of_each_range_of_lengths():

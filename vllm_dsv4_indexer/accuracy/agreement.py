@@ -45,7 +45,9 @@ def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
     engine.set_chunk(1)
     prefilled["in chunks of 1"] = engine.prompt_logprobs([prompt[: length // SINGLE]])[0]
     usual, *others = prefilled
-    agreement = [compare(f"{name}, not {usual}", prefilled[usual], prefilled[name]) for name in others]
+    agreement = [
+        compare(f"{name}, not {usual}", prefilled[usual][: len(prefilled[name])], prefilled[name]) for name in others
+    ]
     engine.set_chunk(min(USUAL, length))
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache: a request still holds a part of it")
@@ -78,8 +80,8 @@ def _decoded(schedule: str, decoder: Engine, prefiller: Engine, prompt: list[int
 
 
 def compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:
-    """As far as both go, of the tokens that both positions name."""
-    pairs = list(zip(one, other))
+    """Of the tokens that both positions name."""
+    pairs = list(zip(one, other, strict=True))
     differences = [abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys()]
     same = sum(_most_likely(a) == _most_likely(b) for a, b in pairs) / len(pairs)
     return Agreement(schedule, len(pairs), sum(differences) / len(differences), max(differences), same)

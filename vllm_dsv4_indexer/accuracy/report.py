@@ -4,11 +4,12 @@ import json
 from collections import defaultdict
 from html import escape
 from itertools import chain
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 
 from ..contract import RATIO
 from .agreement import Agreement
 from .recall import Recall
+from .tasks import Z
 
 DEPTHS = 10  # parts of a document
 CELL, MARGIN = 56, 70
@@ -89,7 +90,7 @@ def _difference(one: list[float], other: list[float]) -> str:
     """In percentage points. The positions count as independent: over ten prompts the mean of a prompt spread as if they
     were (a deviation of 0.0115 points, 0.0101 expected)."""
     differences = [100 * (a - b) for a, b in zip(one, other, strict=True)]
-    interval = NormalDist().inv_cdf(0.975) * stdev(differences) / len(differences) ** 0.5
+    interval = Z * stdev(differences) / len(differences) ** 0.5
     return f"{fmean(differences):+.3f} ± {interval:.3f}"
 
 
