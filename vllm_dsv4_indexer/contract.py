@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import UserError
+
 HEAD_DIM = 128  # channels of one K entry (index_head_dim)
 ROPE_DIM = 64  # its last channels, rotated in interleaved pairs
 RATIO = 4  # positions per entry
@@ -27,7 +29,7 @@ FP8_MAX = 448.0
 INT8_MAX = 127.0
 
 
-class ContractError(ValueError):
+class ContractError(UserError):
     """The arguments of `compress` break its contract. Nothing was written."""
 
 

@@ -3,11 +3,12 @@
 from typing import Any, NoReturn
 
 from vllm_dsv4_indexer.contract import RATIO
+from vllm_dsv4_indexer.errors import UserError
 
 
 def refuse(found: str, supported: str, remedy: str) -> NoReturn:
-    """Raise the ValueError of a selection that cannot be honoured."""
-    raise ValueError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
+    """Raise the UserError of a selection that cannot be honoured."""
+    raise UserError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
 
 
 def require_indexer(vllm_config: Any) -> None:
