@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from engine import (
-    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, STAGED, Result, run_engine,
+    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, SHORT_ROUNDS, SHORT_STEP, STAGED,
+    Result, run_engine,
 )  # fmt: skip
 
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
@@ -57,6 +58,20 @@ def chunked(engine) -> Result:
     """
     twice = [dict(prompts=[one], sampling=GREEDY) for one in PREFIXES for _ in range(2)]
     return engine("chunked", [*ALONE, *twice], environment=SPAWNED, max_num_batched_tokens=509)
+
+
+@pytest.fixture(scope="session")
+def short_prompts(engine) -> Result:
+    """Rounds: each of the short and long prompts alone; each of the SHORT_MIXTURES."""
+    return engine("short_prompts", SHORT_ROUNDS, max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+
+
+@pytest.fixture(scope="session")
+def short_prompts_stock(engine) -> Result:
+    """The same with nothing of ours but the metadata."""
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    settings = {"dsv4_indexer": {"impl": "stock", "projection": "engine"}}
+    return engine("short_prompts_stock", SHORT_ROUNDS, additional_config=settings, **options)
 
 
 @pytest.fixture(scope="session")

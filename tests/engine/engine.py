@@ -34,6 +34,23 @@ STAGED = [*(dict(prompts=[one], sampling=GREEDY) for one in MIXED["prompts"]), M
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
+# A step takes as many tokens as the second of the long prompts has: what is behind it starts while it decodes, and what
+# is behind another of them with its last chunk. So steps have no entry among their prefills, or none in the last of them.
+SHORT_LENGTHS, LONG_LENGTHS = (1, 2, 3, 4), (2040, 2100, 5000)
+SHORT_STEP = 2100
+SHORT_MIXTURES = (
+    (2100, 3, 2, 1),
+    (2100, 4, 3),
+    (1, 2100, 4, 2),
+    (5000, 4, 3, 2, 1),
+    (3, 2, 2040, 1, 2100, 3),
+)
+SHORT_ANSWER = GREEDY | dict(max_tokens=4)
+SHORT_ROUNDS = [
+    dict(prompts=[prompt(length) for length in lengths], sampling=SHORT_ANSWER)
+    for lengths in (*zip(SHORT_LENGTHS + LONG_LENGTHS), *SHORT_MIXTURES)
+]
+
 DRAFTED_LENGTHS, DRAFTED_TOKENS = (1, 6, 129, 2010), 37
 DRAFTED = dict(
     prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS)
@@ -44,6 +61,7 @@ DRAFTED = dict(
 class Result:
     rounds: list[list[dict]]
     metrics: dict[str, int]  # vLLM's own counters
+    native: bool  # whether the process loaded our native library; its workers, if it has any, are not asked
     saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
     log: str
 

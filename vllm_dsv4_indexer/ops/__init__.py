@@ -8,6 +8,7 @@ To add one, write the module and its line in `IMPLEMENTATIONS`.
 
 import functools
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ def prepare(impl: str | None, device: str) -> None:
     Raises ValueError (`impl` is unknown, or there is none for the device; a setting in the environment is wrong) and
     ImportError (the native library, or something in torch that it needs, is missing), which say what to do.
     """
-    _implementation(impl, device)
+    module = sys.modules[_implementation(impl, device).__module__]
+    if hasattr(module, "prepare"):
+        module.prepare()
 
 
 # torch leaves out the arguments that equal their default, so the defaults are needed here too.

@@ -1,6 +1,6 @@
 """`compress` on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
 
-The library is loaded with this module, which is imported on first use. It has a C interface, so one binary serves every
+The library is loaded on first use, or by `ops.prepare`. It has a C interface, so one binary serves every
 Python and every torch from 2.10.
 It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
 environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
@@ -96,4 +96,6 @@ def _torch_parallel_for() -> int:
         raise ImportError(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
 
 
-native()
+def prepare() -> None:
+    """Load the native library, or say what is missing."""
+    native()
