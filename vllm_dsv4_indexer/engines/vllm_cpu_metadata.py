@@ -27,8 +27,8 @@ from vllm.v1.attention.ops import metadata
 def metadata_on_cpu() -> Iterator[None]:
     """Meanwhile vLLM makes metadata by the functions of this file.
 
-    What was replaced comes back whatever fails, the last first. Two engines of one process are never
-    in a step at the same time: vLLM's forward context is a single one.
+    What was replaced comes back whatever fails, the last first. Two engines of one process are
+    never in a step at the same time: vLLM's forward context is a single one.
     """
     with ExitStack() as undo:
         for owner, name, ours in REPLACED:
@@ -122,8 +122,8 @@ def uniform_decode_metadata(
     max_decode_len,
     BLOCK_SIZE,
 ):
-    """Each of a request's `max_decode_len` tokens, one and its drafts, becomes a request of one token:
-    its own length (0 for the padding behind the last request) and the request's pages."""
+    """Each of a request's `max_decode_len` tokens, one and its drafts, becomes a request of one
+    token: its own length (0 for the padding behind the last request) and the request's pages."""
     tokens = len(seq_lens_ptr) * max_decode_len
     drafts_to_come = torch.arange(max_decode_len - 1, -1, -1, dtype=seq_lens_ptr.dtype)
     decode_seq_lens_ptr[:tokens] = (seq_lens_ptr[:, None] - drafts_to_come).clamp(min=0).flatten()
@@ -143,10 +143,10 @@ def no_tile_schedule(self, num_decode_tokens):
 
 
 def prefill_chunk(start_idx, end_idx, query_start_loc, query_start_loc_cpu, *others, **options):
-    """vLLM's own chunk of prefills, or an empty one where vLLM has none: no request has an entry yet.
+    """vLLM's own chunk of prefills; an empty one where vLLM has none, as no request has an entry.
 
-    vLLM 0.32.0's indexer asserts that a step with prefills has a chunk, and then handles an empty one
-    (`forward_cpu`). This can go when it accepts that there is none.
+    vLLM 0.32.0's indexer asserts that a step with prefills has a chunk, and then handles an empty
+    one (`forward_cpu`). This can go when it accepts that there is none.
     """
     chunk = build_prefill_chunk_metadata(
         start_idx, end_idx, query_start_loc, query_start_loc_cpu, *others, **options
