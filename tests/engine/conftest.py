@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from engine import (
-    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, STAGED, Result, run_engine,
+    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, MORE_LENGTHS, MORE_MIXTURES, SHORT_LENGTHS,
+    SHORT_MIXTURES, SHORT_STEP, STAGED, Result, alone_and_mixed, run_engine,
 )  # fmt: skip
 
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
@@ -57,6 +58,23 @@ def chunked(engine) -> Result:
     """
     twice = [dict(prompts=[one], sampling=GREEDY) for one in PREFIXES for _ in range(2)]
     return engine("chunked", [*ALONE, *twice], environment=SPAWNED, max_num_batched_tokens=509)
+
+
+@pytest.fixture(scope="session")
+def short_prompts(engine) -> Result:
+    """Rounds: a prompt of each of the MORE_LENGTHS alone; each of the MORE_MIXTURES."""
+    rounds = alone_and_mixed(MORE_LENGTHS, MORE_MIXTURES)
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    return engine("short_prompts", rounds, **options)
+
+
+@pytest.fixture(scope="session")
+def short_prompts_stock(engine) -> Result:
+    """Fewer of them, with nothing of ours but the metadata."""
+    rounds = alone_and_mixed(SHORT_LENGTHS, SHORT_MIXTURES)
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    settings = {"dsv4_indexer": {"impl": "stock", "projection": "engine"}}
+    return engine("short_prompts_stock", rounds, additional_config=settings, **options)
 
 
 @pytest.fixture(scope="session")

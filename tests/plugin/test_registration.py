@@ -85,6 +85,15 @@ def test_registering_loads_none_of_our_native_code():
     assert out.splitlines()[-2:] == ["['vllm_dsv4_indexer', 'vllm_dsv4_indexer.plugin']", "False"]
 
 
+def test_the_engines_file_loads_none_of_our_native_code():
+    out = run_python(
+        "import vllm_dsv4_indexer.engines.vllm_cpu as engine, vllm_dsv4_indexer.ops as ops;"
+        "maps = lambda: 'libdsv4_indexer' in open('/proc/self/maps').read();"
+        "print(maps()); ops.prepare('cpu', 'cpu', 'fp8_pow2'); print(maps())"
+    )
+    assert out.splitlines()[-2:] == ["False", "True"]
+
+
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickled_configuration_loads_in_a_process_that_has_no_plugin_yet(tmp_path: Path, protocol: int):
     plugin.register()

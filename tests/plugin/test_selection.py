@@ -170,6 +170,15 @@ def test_a_model_without_an_indexer_is_refused(variant):
     assert "no layer of this model has an indexer" in refusal(variant(compress_ratios=[0, 128, 128, 0]))
 
 
+def test_a_model_with_fewer_compress_ratios_than_layers_is_refused(variant):
+    message = refusal(variant(compress_ratios=[0, 4, 128]))
+    assert "4 layers, and compress_ratios for 3" in message and "config.json" in message
+
+
+def test_ratios_of_layers_for_drafts_behind_the_models_own_are_accepted(variant):
+    configure(variant(compress_ratios=[0, 4, 128, 4, 0]))
+
+
 def test_another_worker_class_is_refused(checkpoint: Path):
     message = refusal(checkpoint, worker_cls="some.other.Worker")
     assert "some.other.Worker" in message
@@ -183,6 +192,9 @@ def test_another_worker_class_is_refused(checkpoint: Path):
         (dict(speculative_config=dict(method="ngram", num_speculative_tokens=1)), "num_speculative_tokens is 1"),
         (dict(data_parallel_size=2), "data_parallel_size is 2"),
         (dict(enable_expert_parallel=True, tensor_parallel_size=2), "expert parallelism is on"),
+        (dict(dtype="float16"), "dtype is 'float16'"),
+        (dict(dtype="float32"), "dtype is 'float32'"),
+        (dict(enable_prompt_embeds=True), "prompt embeddings are on"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, found: str):
