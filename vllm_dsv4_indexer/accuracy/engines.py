@@ -4,18 +4,35 @@ Each has a method `found(document)`, which returns for each needle of the docume
 asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
 """
 
+import http.client
 import json
 import os
+import traceback
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from ..errors import UserError
+from ..packages import need
 from ..settings import NAMESPACE
 from .document import Document
 
 SECONDS = 3600  # that a server may take for one request
 Found = dict[str, list[bool]]
 Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine names
+
+
+@contextmanager
+def _starting(how: str) -> Iterator[None]:
+    """What a library says against a model or its settings is for the user, and is raised as such. But a ValueError may
+    be a fault, too: its trace is printed."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        traceback.print_exc()
+        raise UserError(f"{how}: {error}") from None
 
 
 class Engine(ABC):
@@ -49,11 +66,11 @@ class Server(Engine):
     def __init__(self, url: str):
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"{url} is no URL of a server: write http://HOST:PORT")
+            raise UserError(f"{url!r} is no URL of a server: write http://HOST:PORT")
         try:
             self.model = self._json("/v1/models")["data"][0]["id"]
-        except (OSError, ValueError, LookupError) as error:
-            raise ValueError(f"{self.url} does not answer as `vllm serve` does: {error}") from error
+        except (TypeError, LookupError):
+            raise UserError(f"{self.url} does not name its model as `vllm serve` does") from None
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
         asked = {"return_token_ids": True, "max_tokens": 1}
@@ -87,7 +104,10 @@ class Server(Engine):
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as refusal:
-            raise ValueError(f"{self.url}: {refusal}: {refusal.read(500).decode(errors='replace')}") from None
+            words = refusal.read(500).decode(errors="replace")
+            raise UserError(f"{self.url}: {refusal}: {words}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON
+            raise UserError(f"{self.url} does not answer as `vllm serve` does: {error}") from None
 
 
 class VllmEngine(Engine):
@@ -98,17 +118,19 @@ class VllmEngine(Engine):
         prompt. abreast: how many prompts it takes so many tokens of."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
+        need("vllm", "an engine in this process")
         from vllm import LLM
 
-        self.llm = LLM(
-            model,
-            attention_backend="dsv4_indexer",
-            additional_config={NAMESPACE: settings},
-            max_model_len=longest + 2,  # with a question and its answer
-            max_num_batched_tokens=max(abreast * chunk, 512),
-            kv_cache_memory_bytes=1 << 30,
-            enforce_eager=True,
-        )
+        with _starting(f"with the settings {json.dumps(settings)}"):
+            self.llm = LLM(
+                model,
+                attention_backend="dsv4_indexer",
+                additional_config={NAMESPACE: settings},
+                max_model_len=longest + 2,  # with a question and its answer
+                max_num_batched_tokens=max(abreast * chunk, 512),
+                kv_cache_memory_bytes=1 << 30,
+                enforce_eager=True,
+            )
         self.set_chunk(chunk, abreast)
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
@@ -151,10 +173,12 @@ class Transformers:
     tokens."""
 
     def __init__(self, model: str):
+        need("transformers", "--engine transformers")
         import torch
         from transformers import DeepseekV4ForCausalLM
 
-        self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        with _starting("in transformers"):
+            self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def found(self, document: Document) -> Found:
         import torch

@@ -7,17 +7,16 @@ What the engine loses against it is its projection's rounding, the eight bits of
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint.config import INDEX_HEAD_DIM, INDEX_TOPK
 from ..contract import KV_WIDTH, RATIO, WINDOW
 from ..ops import reference
 from .engines import VllmEngine
+from .weights import Indexers
 
 ALL_SELECTED = RATIO * INDEX_TOPK  # tokens up to which a selection cannot be wrong
 EVERY = 4  # every so many positions one selection is compared
@@ -30,13 +29,15 @@ Recall = dict[int, list[tuple[int, float]]]  # by layer, pairs of the entries to
 def recall(engine: VllmEngine, model: str, length: int, seeds: Iterable[int]) -> Recall:
     """Recall in prompts of `length` random tokens.
 
-    The engine runs in this process. Positions with 512 entries or fewer are left out: there all are selected.
+    The engine runs in this process. Positions with 512 entries or fewer are left out: there all
+    are selected. Raises UserError if the weights of `model` cannot be read as numbers.
     """
-    by_prompt = [_recall_in_prompt(engine, model, random_prompt(length, seed)) for seed in seeds]
+    indexers = Indexers(model)
+    by_prompt = [_recall_in_prompt(engine, indexers, random_prompt(length, seed)) for seed in seeds]
     return {number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]}
 
 
-def _recall_in_prompt(engine: VllmEngine, model: str, prompt: list[int]) -> Recall:
+def _recall_in_prompt(engine: VllmEngine, indexers: Indexers, prompt: list[int]) -> Recall:
     with ExitStack() as stack:
         layers = engine.indexed_layers()
         steps = {number: stack.enter_context(_recording(attention)) for number, attention in layers.items()}
@@ -44,7 +45,7 @@ def _recall_in_prompt(engine: VllmEngine, model: str, prompt: list[int]) -> Reca
     return {
         number: _recall_of_layer(
             _Step(*map(torch.cat, zip(*steps[number], strict=True))),
-            _weights(model, f"layers.{number}.attn.indexer."),
+            indexers[number],
             attention.indexer_rotary_emb.cos_sin_cache.double(),
         )
         for number, attention in layers.items()
@@ -81,8 +82,10 @@ def _recording(attention: torch.nn.Module) -> Iterator[list[_Step]]:
         steps.append(_Step(positions[seldom], hidden.clone(), low_rank_query[seldom], selected[seldom]))
 
     attention._prepare_and_attn_fn = record
-    yield steps
-    attention._prepare_and_attn_fn = compute
+    try:
+        yield steps
+    finally:
+        attention._prepare_and_attn_fn = compute
 
 
 def _recall_of_layer(step: _Step, weights: dict[str, Tensor], cos_sin: Tensor) -> list[tuple[int, float]]:
@@ -109,13 +112,3 @@ def _keys(hidden: Tensor, weights: dict[str, Tensor], cos_sin: Tensor) -> Tensor
     windows = torch.cat([before, rows]).unfold(0, WINDOW, RATIO).transpose(1, 2)
     pooled = reference._pool(windows)
     return reference._rope(reference._rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO])
-
-
-def _weights(model: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix` in float64, by the rest of their names."""
-    weights = {}
-    for path in Path(model).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            weights |= {name.removeprefix(prefix): file.get_tensor(name).double() for name in names}
-    return weights

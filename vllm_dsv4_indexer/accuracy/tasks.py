@@ -11,9 +11,10 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+from ..errors import UserError
+from ..packages import need
 from .engines import SECONDS, Server
 
-LM_EVAL = "lm-eval[api,ruler]>=0.4.13,<0.5"  # as pyproject.toml has it
 Z = 1.96  # standard deviations on each side of a normal distribution's middle 95 %
 NO_LIMIT = 1 << 30  # tokens: the server refuses a prompt that is too long for it; lm-eval would cut it, and not say so
 NOT_ASKED = -1  # RULER's score for lengths that a sample does not have
@@ -30,19 +31,16 @@ def compare(
 
     Returns dictionaries: `task`; `metric`; `difference`, the mean over the samples, first server less second;
     `interval`, in which it lies with 95 % confidence; `samples`, each with `id`, `scores` and `answers`, both as
-    (first, second). Left out are metrics that do not give each sample a score from 0 to 1. Raises ValueError and
-    ImportError, which name the remedy.
+    (first, second). Left out are metrics that do not give each sample a score from 0 to 1. Raises UserError, which
+    names the remedy.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ImportError(f"--tasks needs lm-eval: pip install '{LM_EVAL}'") from None
+    need("lm_eval", "--tasks")
     random.seed(seed)
     tasks = _load(names, {"tokenizer": model, "max_seq_lengths": [length]})
     first, second = (_answers(server, model, tasks, samples, seed) for server in servers)
     comparisons = [comparison for task in first for comparison in _pairs(task, first[task], second[task])]
     if not comparisons:
-        raise ValueError(f"--tasks: no metric of {', '.join(first)} gives each sample a score from 0 to 1")
+        raise UserError(f"--tasks: no metric of {', '.join(first)} gives each sample a score from 0 to 1")
     return comparisons
 
 
@@ -63,6 +61,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 def _load(names: list[str], metadata: dict) -> dict:
     """The tasks by name, once for both servers: RULER makes other samples each time."""
+    import yaml
     from lm_eval.tasks import TaskManager
 
     only_files = all(name.endswith(".yaml") for name in names)  # lm-eval takes seconds to read through its own tasks
@@ -70,11 +69,13 @@ def _load(names: list[str], metadata: dict) -> dict:
     tasks = {}
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
-            raise ValueError(f"lm-eval has no task {name!r}, nor is it a YAML file: `lm-eval ls tasks` lists them")
+            raise UserError(
+                f"lm-eval has no task {name!r}, nor is it a YAML file: `lm-eval ls tasks` lists them"
+            )
         try:
             tasks |= manager.load([name])["tasks"]
-        except OSError as error:
-            raise ValueError(
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(
                 f"task {name} cannot be loaded ({error}). If it is its dataset: run it once where there is a network and "
                 "bring $HF_HOME along, or name a YAML file that includes the task and has a dataset_path of its own"
             ) from error
@@ -96,7 +97,8 @@ def _answers(server: Server, model: str, tasks: dict, samples: int | None, seed:
     try:
         return evaluate(api, {"tasks": tasks}, limit=samples, bootstrap_iters=0)["samples"]
     except requests.RequestException as error:
-        raise ValueError(f"{server.url}: {error if error.response is None else error.response.text}") from error
+        words = error if error.response is None else error.response.text
+        raise UserError(f"{server.url}: {words}") from error
 
 
 def _pairs(task: str, first: list[dict], second: list[dict]) -> Iterator[dict]:

@@ -8,6 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+from .. import output
+from ..errors import UserError
+from ..options import fill_in, numbers, refuse
+
+# Of the options of measuring; None where it depends on others, or on the machine.
+DEFAULTS = {
+    "preset": "standard", "requests": None, "lengths": None, "threads": None, "implementations": None, "hidden": None,
+    "kv_dtype": "bfloat16", "seconds": 120.0, "output": Path("build/bench"),
+}  # fmt: skip
 _MOST_TOKENS = 1 << 20  # DeepSeek-V4's longest context
 _MOST_HIDDEN = 1 << 16  # several times DeepSeek-V4 Pro's
 
@@ -18,22 +27,24 @@ def add_to(commands) -> None:
         "bench", help="measure every implementation, vLLM's own code and the floor; two minutes by default"
     )
     listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
-    counts = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,M"}
-    bench.add_argument("--preset", choices=("standard", "traffic"), default="standard",
-                       help="standard: calls of several lengths and mixes; traffic: chunks of chats and long documents")
-    bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
-    bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
-    bench.add_argument("--threads", **counts, help="at most the number of cores (default: 1 and that number)")
-    bench.add_argument("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
-    bench.add_argument("--hidden", **counts, help="measure calls that project hidden states of these sizes first, "
-                        "as 4096 (Flash) and 7168 (Pro) do; implementations cpu and vllm")
-    bench.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16",
-                       help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)")
-    bench.add_argument("--seconds", type=float, default=120, help="about how long to measure (default: %(default)s)")
-    bench.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR",
-                       help="for bench.json and bench.svg (default: %(default)s)")  # fmt: skip
-    bench.add_argument("--model", choices=("ascend",),
-                       help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of an emulation")  # fmt: skip
+    counts = {"type": numbers, "metavar": "N,M"}
+    add = bench.add_argument
+    add("--preset", choices=("standard", "traffic"),
+        help="standard (the default): calls of several lengths and mixes; traffic: chunks of chats and long documents")
+    add("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
+    add("--lengths", **counts, help="tokens of a call (default: some for each mix)")
+    add("--threads", **counts, help="at most the number of cores (default: 1 and that number)")
+    add("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
+    add("--hidden", **counts,
+        help="measure calls that project hidden states of these sizes first, as 4096 (Flash) and 7168 (Pro) do; "
+             "implementations cpu and vllm")
+    add("--kv-dtype", choices=("bfloat16", "float32"),
+        help=f"of kv_score; vLLM's CPU engine projects to bfloat16 (default: {DEFAULTS['kv_dtype']})")
+    add("--seconds", type=float, help=f"about how long to measure (default: {DEFAULTS['seconds']:g})")
+    add("--output", type=Path, metavar="DIR",
+        help=f"for bench.json and bench.svg (default: {DEFAULTS['output']})")
+    add("--model", choices=("ascend",),
+        help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of an emulation")  # fmt: skip
     bench.set_defaults(run=_bench)
     others = bench.add_subparsers(metavar="[compare A.json B.json | cost]")
     compare = others.add_parser("compare", help="what changed between two runs")
@@ -45,10 +56,12 @@ def add_to(commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.model:
+    if arguments.model is not None:
         from . import ascend_model
 
+        refuse(arguments, DEFAULTS, "goes with measuring, and --model measures nothing")
         return print(ascend_model.report())
+    fill_in(arguments, DEFAULTS)
     import torch
 
     from ..ops.cpu import ALGORITHMS
@@ -60,6 +73,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     available = [name for name in contestants.available() if name in contestants.PROJECTED or not arguments.hidden]
     names = _chosen(arguments.implementations, available, special)
     threads = arguments.threads or sorted({1, _cores()})
+    files = ["bench.json"] if arguments.hidden else ["bench.json", "bench.svg"]  # the plot's subject is the op
+    output.check(arguments.output, files)
     options = {name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")}
     result = {"machine": machine.describe(), "options": options, "cells": []}
     steps = len(cases) * len(threads)
@@ -72,22 +87,17 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(file=sys.stderr)
 
     print(report.table(result))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    written = {"bench.json": json.dumps(result)}
-    if not arguments.hidden:  # the plot's subject is the op
-        written["bench.svg"] = plot.svg(result)
-    for name, text in written.items():
-        (arguments.output / name).write_text(text)
-        print(f"wrote {arguments.output / name}")
+    texts = {"bench.json": json.dumps, "bench.svg": plot.svg}
+    output.write(arguments.output, {name: texts[name](result) for name in files})
 
 
 def _check(arguments: argparse.Namespace) -> None:
     for option, most in {"lengths": _MOST_TOKENS, "threads": _cores(), "hidden": _MOST_HIDDEN}.items():
         for number in getattr(arguments, option) or ():
             if not 1 <= number <= most:
-                raise ValueError(f"--{option}: {number} is not from 1 to {most}")
+                raise UserError(f"--{option}: {number} is not from 1 to {most}")
     if not 0 <= arguments.seconds < math.inf:  # nor NaN
-        raise ValueError(f"--seconds is {arguments.seconds:g}; it is at least 0, for the fewest rounds, and finite")
+        raise UserError(f"--seconds is {arguments.seconds:g}; it is at least 0, for the fewest rounds, and finite")
 
 
 def _cores() -> int:
@@ -99,7 +109,7 @@ def _cases(arguments: argparse.Namespace) -> list:
 
     if arguments.preset == "traffic":
         if arguments.lengths or arguments.requests:
-            raise ValueError("--preset traffic has its own lengths and requests; leave --lengths and --requests out")
+            raise UserError("--preset traffic has its own lengths and requests; leave --lengths and --requests out")
         found = cases.traffic()
     else:
         mixes = _chosen(arguments.requests, list(cases.LENGTHS))
@@ -113,7 +123,7 @@ def _chosen(asked: list[str] | None, known: list[str], not_by_default: list[str]
     """What was asked for, or everything; a name that is not known is an error."""
     for name in asked or ():
         if name not in known:
-            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+            raise UserError(f"{name!r} is not one of {', '.join(known)}")
     return asked or [name for name in known if name not in not_by_default]
 
 
@@ -126,6 +136,7 @@ def _progress(done: int, steps: int, start: float, what: str) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from . import report
 
+    refuse(arguments, (*DEFAULTS, "model"), "goes with measuring, and `compare` measures nothing")
     print(report.compare(_read(arguments.before), _read(arguments.after)))
 
 
@@ -136,14 +147,17 @@ def _read(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
         report.table(result)  # looks at everything
-    except (TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} was not written by `vllm-dsv4-indexer bench`") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (TypeError, ValueError, AttributeError, IndexError):  # ValueError: no text, or no JSON
+        raise UserError(f"{path} was not written by `vllm-dsv4-indexer bench`") from None
     except KeyError as key:
-        raise ValueError(f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again") from None
+        raise UserError(f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again") from None
     return result
 
 
 def _cost(arguments: argparse.Namespace) -> None:
     from . import cost
 
+    refuse(arguments, (*DEFAULTS, "model"), "goes with measuring, and `cost` measures nothing")
     print(cost.report())
