@@ -14,8 +14,8 @@ SIZES = {"layers": 4, "hidden": 512}  # of --task babble
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand and return its exit status. What the user can mend is one line on stderr and status 2;
-    any other error is a fault, and keeps its traceback."""
+    """Run one subcommand and return its exit status. What the user can mend is one line on stderr
+    and status 2; any other error is a fault, and keeps its traceback."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -47,13 +47,26 @@ def _add_make_checkpoint(commands) -> None:
     )
     add = make.add_argument
     add("directory", metavar="DIR", help="where to; an earlier checkpoint of ours is replaced")
-    add("--task", choices=["babble", "needle"], default="babble",
+    add(
+        "--task",
+        choices=["babble", "needle"],
+        default="babble",
         help="babble: random weights; needle: finds needles in haystacks by its indexer alone "
-             "(default: %(default)s)")
-    add("--layers", type=int, metavar="N", help=f"of babble: layers, at least 3 (default: {SIZES['layers']})")
-    add("--hidden", type=int, metavar="H",
-        help=f"of babble: hidden size, a multiple of 32 (default: {SIZES['hidden']})")
-    add("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")  # fmt: skip
+        "(default: %(default)s)",
+    )
+    add(
+        "--layers",
+        type=int,
+        metavar="N",
+        help=f"of babble: layers, at least 3 (default: {SIZES['layers']})",
+    )
+    add(
+        "--hidden",
+        type=int,
+        metavar="H",
+        help=f"of babble: hidden size, a multiple of 32 (default: {SIZES['hidden']})",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of the weights (default: %(default)s)")
     make.set_defaults(run=_make_checkpoint)
 
 

@@ -1,4 +1,5 @@
-"""The folder of `--output`: known to be writable before anything is measured, and written file by file, whole."""
+"""The folder of `--output`: known to be writable before anything is measured, and written file by
+file, whole."""
 
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -8,7 +9,8 @@ from .errors import UserError
 
 
 def check(folder: Path, names: Iterable[str]) -> None:
-    """Makes the folder. Raises UserError unless files of these names can be written there; what exists stays as it is."""
+    """Makes the folder. Raises UserError unless files of these names can be written there; what
+    exists stays as it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
@@ -21,7 +23,8 @@ def check(folder: Path, names: Iterable[str]) -> None:
 
 
 def write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Writes each text to the file of its name, which appears whole or stays as it was, and says so."""
+    """Writes each text to the file of its name, which appears whole or stays as it was, and says
+    so."""
     for name, text in texts.items():
         file, new = folder / name, folder / f".{name}.new"
         try:

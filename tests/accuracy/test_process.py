@@ -77,12 +77,13 @@ from vllm_dsv4_indexer.accuracy import process
 
 if __name__ == "__main__":
     threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    process.call(time.sleep, 3600)
+    process.call(time.sleep, 120)
 """
 
 
 def test_ctrl_c_ends_the_process_too(tmp_path):
+    """Else it would hold the pipes, and be waited for."""
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
     assert "KeyboardInterrupt" in done.stderr

@@ -25,13 +25,20 @@ def indexer() -> dict[str, torch.Tensor]:
     return weights | {"compressor.ape": draw(4, 256), "compressor.norm.weight": draw(128)}
 
 
-def write(folder: Path, weights: dict[str, torch.Tensor], config: dict | None = None, **others) -> Path:
-    save_file({PREFIX + name: value.contiguous() for name, value in (weights | others).items()}, folder / "1.safetensors")
+def write(
+    folder: Path, weights: dict[str, torch.Tensor], config: dict | None = None, **others
+) -> Path:
+    save_file(
+        {PREFIX + name: value.contiguous() for name, value in (weights | others).items()},
+        folder / "1.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(config or {}))
     return folder
 
 
-def quantised(weight: torch.Tensor, block: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantised(
+    weight: torch.Tensor, block: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales, block by block."""
     blocks = -(-ROWS // block), -(-COLUMNS // block)
     codes, scales = torch.empty_like(weight, dtype=FP8), torch.empty(blocks)
@@ -50,7 +57,9 @@ def quantised(weight: torch.Tensor, block: int, dtype: torch.dtype) -> tuple[tor
 def test_fp8_is_the_weight_that_it_was_made_of_but_for_the_rounding(tmp_path, dtype, block, scale):
     weights = indexer()
     expected = weights["wq_b.weight"].double()
-    weights["wq_b.weight"], weights[f"wq_b.{scale}"] = quantised(weights["wq_b.weight"], block, dtype)
+    weights["wq_b.weight"], weights[f"wq_b.{scale}"] = quantised(
+        weights["wq_b.weight"], block, dtype
+    )
     config = {"quantization_config": {"weight_block_size": [block, block]}} if block != 128 else {}
     read = Indexers(write(tmp_path, weights, config))[1]["wq_b.weight"]
     assert 0.018 < read.square().mean().sqrt() < 0.022
@@ -76,19 +85,38 @@ def test_a_weight_and_its_scales_may_lie_in_two_files(tmp_path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(FP8)}), "wq_b.weight .* has no scales beside it"),
-        (lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(torch.int8)}), "wq_b.weight is of torch.int8"),
-        (lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(torch.float8_e5m2)}), "is of torch.float8_e5m2"),
-        (lambda w: w.update({"compressor.ape": w["compressor.ape"][0].to(FP8)}), "compressor.ape is of .*float8_e4m3"),
         (
-            lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(FP8), "wq_b.scale": torch.ones(1)}),
+            lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(FP8)}),
+            "wq_b.weight .* has no scales beside it",
+        ),
+        (
+            lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(torch.int8)}),
+            "wq_b.weight is of torch.int8",
+        ),
+        (
+            lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(torch.float8_e5m2)}),
+            "is of torch.float8_e5m2",
+        ),
+        (
+            lambda w: w.update({"compressor.ape": w["compressor.ape"][0].to(FP8)}),
+            "compressor.ape is of .*float8_e4m3",
+        ),
+        (
+            lambda w: w.update(
+                {"wq_b.weight": w["wq_b.weight"].to(FP8), "wq_b.scale": torch.ones(1)}
+            ),
             r"scales of layers.1.attn.indexer.wq_b.weight .* shape \[1\]; .* shape \[3, 2\]",
         ),
         (
-            lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(FP8), "wq_b.scale": torch.ones(3, 2).byte()}),
+            lambda w: w.update(
+                {"wq_b.weight": w["wq_b.weight"].to(FP8), "wq_b.scale": torch.ones(3, 2).byte()}
+            ),
             "are of torch.uint8",
         ),
-        (lambda w: w.pop("weights_proj.weight"), "has no layers.1.attn.indexer.weights_proj.weight"),
+        (
+            lambda w: w.pop("weights_proj.weight"),
+            "has no layers.1.attn.indexer.weights_proj.weight",
+        ),
         (lambda w: w.clear(), "no tensor layers.N.attn.indexer"),
     ],
 )

@@ -16,11 +16,15 @@ from vllm_dsv4_indexer.errors import UserError
 
 
 def digests(directory):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 def test_same_arguments_give_the_same_bytes(small, tmp_path):
-    assert digests(make_checkpoint(tmp_path / "again", layers=3, hidden=64, seed=5)) == digests(small)
+    assert digests(make_checkpoint(tmp_path / "again", layers=3, hidden=64, seed=5)) == digests(
+        small
+    )
 
 
 def test_another_seed_gives_other_weights_only(small, tmp_path):
@@ -46,11 +50,21 @@ def test_config_has_every_kind_of_layer(checkpoint):
     assert compress_ratios(3) == [0, 4, 128]
 
 
-def official_tensors(hidden, ratios, hash_layers, heads=8, groups=4, index_heads=16, expert_width=128):
-    """Name to (dtype, shape), written down from the official release and not from the code under test."""
-    expected = {"embed.weight": ("BF16", [129280, hidden]), "head.weight": ("BF16", [129280, hidden])}
+def official_tensors(
+    hidden, ratios, hash_layers, heads=8, groups=4, index_heads=16, expert_width=128
+):
+    """Name to (dtype, shape), written down from the official release and not from the code under
+    test."""
+    expected = {
+        "embed.weight": ("BF16", [129280, hidden]),
+        "head.weight": ("BF16", [129280, hidden]),
+    }
     expected["norm.weight"] = ("BF16", [hidden])
-    expected |= {"hc_head_fn": ("F32", [4, 4 * hidden]), "hc_head_base": ("F32", [4]), "hc_head_scale": ("F32", [1])}
+    expected |= {
+        "hc_head_fn": ("F32", [4, 4 * hidden]),
+        "hc_head_base": ("F32", [4]),
+        "hc_head_scale": ("F32", [1]),
+    }
     for layer, ratio in enumerate(ratios):
         tensors = {
             "attn_norm.weight": ("BF16", [hidden]),
@@ -82,7 +96,9 @@ def official_tensors(hidden, ratios, hash_layers, heads=8, groups=4, index_heads
         else:
             tensors["ffn.gate.bias"] = ("F32", [64])
         for expert in ["shared_experts", *(f"experts.{index}" for index in range(64))]:
-            tensors |= {f"ffn.{expert}.w{part}.weight": ("BF16", [expert_width, hidden]) for part in (1, 3)}
+            tensors |= {
+                f"ffn.{expert}.w{part}.weight": ("BF16", [expert_width, hidden]) for part in (1, 3)
+            }
             tensors[f"ffn.{expert}.w2.weight"] = ("BF16", [hidden, expert_width])
         expected |= {f"layers.{layer}.{name}": value for name, value in tensors.items()}
     return expected
@@ -186,12 +202,17 @@ def assert_only(path, contents):
 
 def refusal(capsys, path) -> str:
     """The one line that the command says."""
-    assert cli.main(["make-checkpoint", str(path), "--layers", "3", "--hidden", "64", "--seed", "1"]) == 2
+    assert (
+        cli.main(["make-checkpoint", str(path), "--layers", "3", "--hidden", "64", "--seed", "1"])
+        == 2
+    )
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_a_disk_that_is_full_for_the_weights_is_one_line_and_leaves_the_earlier_checkpoint(earlier, capsys):
+def test_a_disk_that_is_full_for_the_weights_is_one_line_and_leaves_the_earlier_checkpoint(
+    earlier, capsys
+):
     """Files that must not grow fail as those of a full disk do."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -210,7 +231,9 @@ def test_a_disk_that_is_full_for_the_rest_too(earlier, capsys, monkeypatch):
         raise full
 
     monkeypatch.setattr("shutil.copyfile", fail)
-    assert f"{earlier[0]} cannot be written: [Errno 28] No space left" in refusal(capsys, earlier[0])
+    assert f"{earlier[0]} cannot be written: [Errno 28] No space left" in refusal(
+        capsys, earlier[0]
+    )
     assert_only(*earlier)
 
 

@@ -1,4 +1,5 @@
-"""An earlier checkpoint is replaced by a complete one, or stays: whatever ends the run, and wherever."""
+"""An earlier checkpoint is replaced by a complete one, or stays: whatever ends the run, and
+wherever."""
 
 import fcntl
 import os
@@ -39,7 +40,9 @@ def test_a_directory_is_replaced_and_nothing_else_is_left(target):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("which", ["model", "new"])
-def test_an_interruption_at_either_rename_leaves_the_earlier_directory(target, monkeypatch, which, error):
+def test_an_interruption_at_either_rename_leaves_the_earlier_directory(
+    target, monkeypatch, which, error
+):
     rename = Path.rename
 
     def interrupted(self, to):

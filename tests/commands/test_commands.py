@@ -23,7 +23,9 @@ def status(monkeypatch, error: Exception) -> int:
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("two\n  lines"), ContractError("two lines"), ImportError("two lines")], ids=repr
+    "error",
+    [UserError("two\n  lines"), ContractError("two lines"), ImportError("two lines")],
+    ids=repr,
 )
 def test_what_a_user_can_mend_is_one_line_and_status_2(monkeypatch, capsys, error):
     assert status(monkeypatch, error) == 2
@@ -32,7 +34,14 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(monkeypatch, capsys, erro
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError(), OSError(), RuntimeError(), KeyError(), ModuleNotFoundError(name="torch"), ImportError(name="x")],
+    [
+        ValueError(),
+        OSError(),
+        RuntimeError(),
+        KeyError(),
+        ModuleNotFoundError(name="torch"),
+        ImportError(name="x"),
+    ],
     ids=repr,
 )
 def test_a_fault_keeps_its_traceback(monkeypatch, error):
@@ -74,7 +83,9 @@ def test_a_disk_that_is_full_is_found_out_before(tmp_path, monkeypatch):
             return self
 
         def __exit__(self, *_):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # where a small write reaches the disk
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC)
+            )  # where a small write reaches the disk
 
         def write(self, _):
             pass

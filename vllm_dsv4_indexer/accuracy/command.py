@@ -21,23 +21,30 @@ if TYPE_CHECKING:  # they import torch, which takes longer than an error should
 NEEDLES, RECALL, SERVERS = "needles", "recall", "two servers"
 # The options that have no meaning everywhere, and where they have one.
 MODES = {
-    "engine": [NEEDLES], "url": [NEEDLES, SERVERS], "settings": [NEEDLES, RECALL], "chunk": [NEEDLES, RECALL],
-    "against": [RECALL], "prompts": [RECALL], "schedules": [RECALL, SERVERS],
+    "engine": [NEEDLES], "url": [NEEDLES, SERVERS], "settings": [NEEDLES, RECALL],
+    "chunk": [NEEDLES, RECALL], "against": [RECALL], "prompts": [RECALL],
+    "schedules": [RECALL, SERVERS],
     "against_url": [SERVERS], "tasks": [SERVERS], "samples": [SERVERS],
 }  # fmt: skip
 DEFAULTS = {
-    "lengths": [2048, 4096, 8192, 16384, 32768], "engine": "vllm", "settings": {}, "chunk": 2039, "prompts": 1,
+    "lengths": [2048, 4096, 8192, 16384, 32768], "engine": "vllm", "settings": {}, "chunk": 2039,
+    "prompts": 1,
 }  # fmt: skip
 FILES = ("accuracy.json", "accuracy.svg")
 EXAMPLES = """\
 examples:
-  accuracy NEEDLES                               of make-checkpoint --task needle: find needles at every length and depth
-  accuracy NEEDLES --url http://localhost:8000   the same of a server
-  accuracy MODEL --lengths 4096 --prompts 4      recall: the share of the exact top-k that the engine selects
-  accuracy MODEL --lengths 4096 --schedules 2048 --against '{"impl": "stock", "projection": "engine"}'
-                                                 recall and log-probabilities, beside those of vLLM's own code
-  accuracy MODEL --url http://localhost:8000 --against-url http://localhost:8001 --schedules 2048 --tasks gsm8k
-                                                 what two servers differ in: log-probabilities, lm-eval's scores
+  accuracy NEEDLES
+      of make-checkpoint --task needle: find needles at every length and depth
+  accuracy NEEDLES --url http://localhost:8000
+      the same of a server
+  accuracy MODEL --lengths 4096 --prompts 4
+      recall: the share of the exact top-k that the engine selects
+  accuracy MODEL --lengths 4096 --schedules 2048 \\
+      --against '{"impl": "stock", "projection": "engine"}'
+      recall and log-probabilities, beside those of vLLM's own code
+  accuracy MODEL --url http://localhost:8000 --against-url http://localhost:8001 \\
+      --schedules 2048 --tasks gsm8k
+      what two servers differ in: log-probabilities, lm-eval's scores
 """
 
 
@@ -45,44 +52,90 @@ def add_to(commands) -> None:
     """Adds `accuracy` to the subcommands."""
     accuracy = commands.add_parser(
         "accuracy",
-        help="what the indexer finds, and what it changes in log-probabilities and in lm-eval's scores",
+        help="what the indexer finds, and what it changes in log-probabilities and in lm-eval's "
+        "scores",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    lengths = ",".join(map(str, DEFAULTS["lengths"]))
     stock = '{"impl": "stock", "projection": "engine"}'
     add = accuracy.add_argument
     add("model", metavar="MODEL", help="the checkpoint's directory")
-    add("--lengths", type=_lengths, metavar="N,M",
-        help=f"of documents and prompts, in tokens (default: {','.join(map(str, DEFAULTS['lengths']))}); "
-             "RULER is asked at the greatest")
-    add("--settings", type=_settings, metavar="JSON",
-        help="of our backend in vLLM, e.g. '{\"projection\": \"engine\"}'")
-    add("--chunk", type=int, metavar="N",
-        help=f"tokens of a prefill step; needles lie at its borders, too (default: {DEFAULTS['chunk']})")
-    add("--seed", type=int, default=0, metavar="N",
-        help="of documents, prompts and samples (default: %(default)s)")
-    add("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
-        help=f"for {' and '.join(FILES)} (default: %(default)s)")
+    add(
+        "--lengths",
+        type=_lengths,
+        metavar="N,M",
+        help=f"of documents and prompts, in tokens (default: {lengths}); "
+        "RULER is asked at the greatest",
+    )
+    add(
+        "--settings",
+        type=_settings,
+        metavar="JSON",
+        help='of our backend in vLLM, e.g. \'{"projection": "engine"}\'',
+    )
+    add(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="tokens of a prefill step; needles lie at its borders, too "
+        f"(default: {DEFAULTS['chunk']})",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of documents, prompts and samples (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("build/accuracy"),
+        metavar="DIR",
+        help=f"for {' and '.join(FILES)} (default: %(default)s)",
+    )
 
-    add = accuracy.add_argument_group("needles, if MODEL comes from make-checkpoint --task needle").add_argument
-    add("--engine", choices=("vllm", "transformers"),
-        help=f"transformers: to about 4K tokens (default: {DEFAULTS['engine']})")
+    add = accuracy.add_argument_group(
+        "needles, if MODEL comes from make-checkpoint --task needle"
+    ).add_argument
+    add(
+        "--engine",
+        choices=("vllm", "transformers"),
+        help=f"transformers: to about 4K tokens (default: {DEFAULTS['engine']})",
+    )
     add("--url", help="a server that runs MODEL, instead of an engine")
 
     add = accuracy.add_argument_group("recall, of any other MODEL").add_argument
     add("--prompts", type=int, metavar="N", help=f"how many (default: {DEFAULTS['prompts']})")
-    add("--schedules", type=int, metavar="N",
-        help="compare the log-probabilities of a prompt of N tokens, too: prefilled in chunks of 1 to 8192, "
-             "beside another, decoded, and taken from the prefix cache")
-    add("--against", type=_settings, metavar="JSON",
-        help=f"compare with other settings; '{stock}' is vLLM's own code")
+    add(
+        "--schedules",
+        type=int,
+        metavar="N",
+        help="compare the log-probabilities of a prompt of N tokens, too: prefilled in chunks of "
+        "1 to 8192, beside another, decoded, and taken from the prefix cache",
+    )
+    add(
+        "--against",
+        type=_settings,
+        metavar="JSON",
+        help=f"compare with other settings; '{stock}' is vLLM's own code",
+    )
 
     add = accuracy.add_argument_group("two servers, --url and").add_argument
-    add("--against-url", metavar="URL",
-        help="which runs MODEL, too; with --schedules, --tasks or both")
-    add("--tasks", type=lambda text: text.split(","), metavar="T,U",
-        help="compare the scores in these tasks of lm-eval (names, or YAML files), e.g. gsm8k,niah_single_1")
-    add("--samples", type=int, metavar="N", help="of each task, the first N (default: all)")  # fmt: skip
+    add(
+        "--against-url",
+        metavar="URL",
+        help="which runs MODEL, too; with --schedules, --tasks or both",
+    )
+    add(
+        "--tasks",
+        type=lambda text: text.split(","),
+        metavar="T,U",
+        help="compare the scores in these tasks of lm-eval (names, or YAML files), e.g. "
+        "gsm8k,niah_single_1",
+    )
+    add("--samples", type=int, metavar="N", help="of each task, the first N (default: all)")
     accuracy.set_defaults(run=_accuracy)
 
 
@@ -90,7 +143,10 @@ def _settings(text: str) -> dict:
     try:
         settings = json.loads(text)
         if Settings.read({NAMESPACE: settings}).state_save == "tail":
-            raise ValueError("state_save 'tail' is refused with the prefix cache, which is asked here: leave it out")
+            raise ValueError(
+                "state_save 'tail' is refused with the prefix cache, which is asked here: leave it "
+                "out"
+            )
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     return settings
@@ -129,7 +185,8 @@ def _print(arguments: argparse.Namespace, mode: str, result: dict) -> None:
         print("", report.agreement_table(title, agreements), sep="\n")
     if arguments.schedules and arguments.schedules <= recall.ALL_SELECTED:
         print(
-            f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor need not show.)"
+            f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor "
+            "need not show.)"
         )
 
 
@@ -146,10 +203,14 @@ def _find_needles(arguments: argparse.Namespace) -> dict:
     documents = []
     for length in arguments.lengths:
         start = time.monotonic()
-        document = make_document(length, arguments.seed, arguments.chunk, spacing=max(8, length // 256))
+        document = make_document(
+            length, arguments.seed, arguments.chunk, spacing=max(8, length // 256)
+        )
         entries = [needle.entry for needle in document.needles]
         documents.append({"length": length, "entries": entries} | engine.found(document))
-        print(f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True
+        )
     return {"documents": documents}
 
 
@@ -171,8 +232,8 @@ class _Measured(NamedTuple):
 
 
 def _measure_recall(arguments: argparse.Namespace) -> dict:
-    """With our settings, then with those that are compared with; each engine in a process of its own, which takes
-    what it leaves behind with it."""
+    """With our settings, then with those that are compared with; each engine in a process of its
+    own, which takes what it leaves behind with it."""
     sides = [arguments.settings] + ([] if arguments.against is None else [arguments.against])
     measured = [_measure_apart(arguments, settings) for settings in sides]
     result = {"recall": [one.recall for one in measured]}
@@ -188,8 +249,8 @@ def _measure_apart(arguments: argparse.Namespace, settings: dict) -> _Measured:
         why = f"the engine with the settings {json.dumps(settings)} {death}"
         if death.exitcode == -signal.SIGKILL:
             why += (
-                ". Nothing in it sends that: someone else did, and the system does where memory ends (`dmesg` tells). "
-                "--schedules N takes about 1.4 MiB a token: try fewer"
+                ". Nothing in it sends that signal; the system does where memory ends (`dmesg` "
+                "tells). Try fewer tokens: --schedules N takes about 1.4 MiB a token"
             )
         raise UserError(why) from None
     except Exception as error:
@@ -203,10 +264,14 @@ def _measure_one(arguments: argparse.Namespace, settings: dict) -> _Measured:
     from .recall import recall
 
     longest = arguments.lengths[-1]
-    engine = VllmEngine(arguments.model, settings, longest, max(arguments.chunk, arguments.schedules or 0))
+    engine = VllmEngine(
+        arguments.model, settings, longest, max(arguments.chunk, arguments.schedules or 0)
+    )
     engine.set_chunk(arguments.chunk)
     print(f"{json.dumps(settings)}: recall in {arguments.prompts} x {longest} tokens", flush=True)
-    recalls = recall(engine, arguments.model, longest, range(arguments.seed, arguments.seed + arguments.prompts))
+    recalls = recall(
+        engine, arguments.model, longest, range(arguments.seed, arguments.seed + arguments.prompts)
+    )
     if not arguments.schedules:
         return _Measured(recalls, None)
     print(f"{json.dumps(settings)}: log-probabilities of {arguments.schedules} tokens", flush=True)
@@ -217,7 +282,10 @@ def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
     """By what is compared."""
     from .agreement import compare
 
-    agreements = {who: one.observed.agreement for who, one in zip(("with itself", "the other with itself"), measured)}
+    agreements = {
+        who: one.observed.agreement
+        for who, one in zip(("with itself", "the other with itself"), measured)
+    }
     if len(measured) == 2:
         ours, others = (one.observed.prefilled for one in measured)
         agreements["with the other"] = [compare(name, ours[name], others[name]) for name in ours]
@@ -230,20 +298,25 @@ def _compare_servers(arguments: argparse.Namespace) -> dict:
     servers = Server(arguments.url), Server(arguments.against_url)
     if servers[0].model != servers[1].model:
         raise UserError(
-            f"{servers[0].url} serves {servers[0].model}, {servers[1].url} serves {servers[1].model}: a difference would "
-            "be that of the models. Serve one twice (with two paths to it: under one --served-model-name)"
+            f"{servers[0].url} serves {servers[0].model}, {servers[1].url} serves "
+            f"{servers[1].model}: a difference would be that of the models. Serve one twice (with "
+            "two paths to it: under one --served-model-name)"
         )
     result = {}
     if arguments.tasks:
         from . import tasks
 
         longest = arguments.lengths[-1]
-        scores = tasks.compare(arguments.model, servers, arguments.tasks, longest, arguments.samples, arguments.seed)
+        scores = tasks.compare(
+            arguments.model, servers, arguments.tasks, longest, arguments.samples, arguments.seed
+        )
         result["scores"] = scores
     if arguments.schedules:
         from .agreement import between
 
-        result["agreement"] = {"two servers": between(*servers, arguments.schedules, arguments.seed)}
+        result["agreement"] = {
+            "two servers": between(*servers, arguments.schedules, arguments.seed)
+        }
     return result
 
 
@@ -275,7 +348,9 @@ def _refuse_ignored(arguments: argparse.Namespace, mode: str) -> None:
         if mode not in modes:
             refuse(arguments, [name], f"goes with {' and '.join(modes)}, and this is {mode}")
     if arguments.url is not None:
-        refuse(arguments, ["engine"], "is one of this command's own, and --url names a server instead")
+        refuse(
+            arguments, ["engine"], "is one of this command's own, and --url names a server instead"
+        )
     if arguments.url is not None or arguments.engine == "transformers":
         refuse(
             arguments,
@@ -296,7 +371,8 @@ def _check(arguments: argparse.Namespace, mode: str) -> None:
     asked = arguments.schedules or arguments.tasks
     if mode == SERVERS and not (arguments.url and arguments.against_url and asked):
         raise UserError(
-            "two servers are compared with --url and --against-url together, by the log-probabilities of a prompt "
+            "two servers are compared with --url and --against-url together, by the "
+            "log-probabilities of a prompt "
             "(--schedules N) or by lm-eval (--tasks T,U)"
         )
     if mode == RECALL:
@@ -312,11 +388,21 @@ def _check_lengths(arguments: argparse.Namespace, mode: str) -> None:
     most = _read(Path(arguments.model, "config.json")).get("max_position_embeddings", 0) - RATIO
     for length in arguments.lengths if mode != SERVERS or arguments.tasks else []:
         if not 64 <= length <= most:
-            raise UserError(f"--lengths: {length} is not from 64 to {most}, which is what the model can")
+            raise UserError(
+                f"--lengths: {length} is not from 64 to {most}, which is what the model can"
+            )
         if mode == NEEDLES and length % RATIO:
-            raise UserError(f"--lengths: {length} is no multiple of {RATIO}; a document with needles is made of groups")
+            raise UserError(
+                f"--lengths: {length} is no multiple of {RATIO}; a document with needles is made "
+                "of groups"
+            )
     if mode == RECALL and arguments.lengths[-1] <= ALL_SELECTED:
-        raise UserError(f"recall needs a length above {ALL_SELECTED}: up to there all entries are selected")
+        raise UserError(
+            f"recall needs a length above {ALL_SELECTED}: up to there all entries are selected"
+        )
     longest = arguments.lengths[-1] if mode == RECALL else most
     if arguments.schedules is not None and not 16 <= arguments.schedules <= longest:
-        raise UserError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest length, {longest}")
+        raise UserError(
+            f"--schedules is {arguments.schedules}; it goes from 16 to the greatest length, "
+            f"{longest}"
+        )

@@ -1,7 +1,9 @@
-"""What is asked: vLLM in this process or a server for needles and log-probabilities, transformers for needles.
+"""What is asked: vLLM in this process or a server for needles and log-probabilities, transformers
+for needles.
 
-Each has a method `found(document)`, which returns for each needle of the document whether the model says its value,
-asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
+Each has a method `found(document)`, which returns for each needle of the document whether the model
+says its value, asked for by its key and by its distance:
+{"key": [bool, ...], "distance": [bool, ...]}.
 """
 
 import http.client
@@ -26,8 +28,8 @@ Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine 
 
 @contextmanager
 def _starting(how: str) -> Iterator[None]:
-    """What a library says against a model or its settings is for the user, and is raised as such. But a ValueError may
-    be a fault, too: its trace is printed."""
+    """What a library says against a model or its settings is for the user, and is raised as such.
+    But a ValueError may be a fault, too: its trace is printed."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -44,7 +46,8 @@ class Engine(ABC):
 
     @abstractmethod
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
-        """By prompt, for each token but the first, the log-probabilities of it and of the most likely one."""
+        """By prompt, for each token but the first, the log-probabilities of it and of the most
+        likely one."""
 
     @abstractmethod
     def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
@@ -54,7 +57,10 @@ class Engine(ABC):
         self.answers([document.tokens])  # from now on it comes from the prefix cache
         needles = document.needles
         prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
-        hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
+        hits = [
+            answer == needle.value
+            for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)
+        ]
         return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
 
 
@@ -74,19 +80,28 @@ class Server(Engine):
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
         asked = {"return_token_ids": True, "max_tokens": 1}
-        batches = [prompts[start : start + self.AT_ONCE] for start in range(0, len(prompts), self.AT_ONCE)]
-        return [choice["token_ids"][0] for batch in batches for choice in self._complete(batch, **asked)]
+        batches = [
+            prompts[start : start + self.AT_ONCE] for start in range(0, len(prompts), self.AT_ONCE)
+        ]
+        return [
+            choice["token_ids"][0] for batch in batches for choice in self._complete(batch, **asked)
+        ]
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
         choices = self._complete(prompts, max_tokens=1, prompt_logprobs=1)
         return [
-            [{int(token): entry["logprob"] for token, entry in position.items()} for position in choice["prompt_logprobs"][1:]]
+            [
+                {int(token): entry["logprob"] for token, entry in position.items()}
+                for position in choice["prompt_logprobs"][1:]
+            ]
             for choice in choices
         ]
 
     def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
         asked = {"max_tokens": tokens, "ignore_eos": True, "logprobs": 1}
-        (said,) = self._complete([prompt], **asked, return_token_ids=True, return_tokens_as_token_ids=True)
+        (said,) = self._complete(
+            [prompt], **asked, return_token_ids=True, return_tokens_as_token_ids=True
+        )
         return said["token_ids"], [
             {int(name.removeprefix("token_id:")): value for name, value in position.items()}
             for position in said["logprobs"]["top_logprobs"]
@@ -95,11 +110,15 @@ class Server(Engine):
     def _complete(self, prompts: list[list[int]], **asked) -> list[dict]:
         """The answers to prompts that are asked at once."""
         asked |= {"model": self.model, "prompt": prompts, "temperature": 0}
-        return sorted(self._json("/v1/completions", asked)["choices"], key=lambda choice: choice["index"])
+        return sorted(
+            self._json("/v1/completions", asked)["choices"], key=lambda choice: choice["index"]
+        )
 
     def _json(self, path: str, asked: dict | None = None) -> dict:
         data = None if asked is None else json.dumps(asked).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return json.load(answer)
@@ -114,8 +133,8 @@ class VllmEngine(Engine):
     """An engine in this process, with our backend."""
 
     def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
-        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a
-        prompt. abreast: how many prompts it takes so many tokens of."""
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a
+        step takes of a prompt. abreast: how many prompts it takes so many tokens of."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
         need("vllm", "an engine in this process")
@@ -139,12 +158,15 @@ class VllmEngine(Engine):
     def set_chunk(self, chunk: int, abreast: int = 1) -> None:
         """Both as above, from now on; not more tokens together than the engine was made for."""
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        scheduler.scheduler_config.long_prefill_token_threshold = chunk  # vLLM looks at it if there are several prompts
+        # vLLM looks at the first if there are several prompts.
+        scheduler.scheduler_config.long_prefill_token_threshold = chunk
         scheduler.max_num_scheduled_tokens = abreast * chunk
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
         outputs = self._generate(prompts, max_tokens=1, prompt_logprobs=1)
-        return [[_values(position) for position in output.prompt_logprobs[1:]] for output in outputs]
+        return [
+            [_values(position) for position in output.prompt_logprobs[1:]] for output in outputs
+        ]
 
     def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
         (output,) = self._generate([prompt], max_tokens=tokens, logprobs=1, ignore_eos=True)
@@ -155,13 +177,23 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
 
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return self.llm.generate(requests, SamplingParams(temperature=0, **sampling), use_tqdm=False)
+        return self.llm.generate(
+            requests, SamplingParams(temperature=0, **sampling), use_tqdm=False
+        )
 
     def indexed_layers(self) -> dict:
         """The attention modules that have an indexer, by the number of their layer."""
         model = self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
-        attention = {name.split(".")[-2]: module for name, module in model.named_modules() if name.endswith(".attn")}
-        return {int(number): module for number, module in attention.items() if module.indexer is not None}
+        attention = {
+            name.split(".")[-2]: module
+            for name, module in model.named_modules()
+            if name.endswith(".attn")
+        }
+        return {
+            int(number): module
+            for number, module in attention.items()
+            if module.indexer is not None
+        }
 
 
 def _values(position: dict) -> dict[int, float]:
@@ -169,8 +201,8 @@ def _values(position: dict) -> dict[int, float]:
 
 
 class Transformers:
-    """transformers' own implementation in fp32, which computes a document and all its questions at once: about 4K
-    tokens."""
+    """transformers' own implementation in fp32, which computes a document and all its questions at
+    once: about 4K tokens."""
 
     def __init__(self, model: str):
         need("transformers", "--engine transformers")
@@ -186,6 +218,12 @@ class Transformers:
         questions = document.all_questions()
         with torch.inference_mode():
             tokens = torch.tensor([[*document.tokens, *questions]])
-            answers = self.model(tokens, use_cache=False, logits_to_keep=len(questions)).logits[0].argmax(dim=-1)
+            answers = (
+                self.model(tokens, use_cache=False, logits_to_keep=len(questions))
+                .logits[0]
+                .argmax(dim=-1)
+            )
         values = torch.tensor([needle.value for needle in document.needles])
-        return {how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))}
+        return {
+            how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))
+        }

@@ -1,4 +1,5 @@
-"""A function in a process of its own, which takes what it leaves behind with it; and what a process died of."""
+"""A function in a process of its own, which takes what it leaves behind with it; and what a process
+died of."""
 
 import multiprocessing
 import signal
@@ -23,8 +24,9 @@ class Died(Exception):
 def call(function: Callable, *arguments) -> Any:
     """`function(*arguments)`, called in a new process.
 
-    Raises its UserErrors; RuntimeError with the words of any other exception, whose trace it has printed (not all of
-    vLLM's can be sent); Died if it ended without an answer. If this process is interrupted, it is killed.
+    Raises its UserErrors; RuntimeError with the words of any other exception, whose trace it has
+    printed (not all of vLLM's can be sent); Died if it ended without an answer. If this process is
+    interrupted, it is killed.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -55,7 +57,9 @@ def _answer(to: Connection, function: Callable, arguments: tuple) -> None:
     to.send((answer, sent))
 
 
-def _received(answers: Connection, process: multiprocessing.Process) -> tuple[Any, Exception | None]:
+def _received(
+    answers: Connection, process: multiprocessing.Process
+) -> tuple[Any, Exception | None]:
     while not answers.poll(_LOOK_AGAIN) and process.is_alive():
         pass  # the end of the pipe alone tells no death: a child of the process may hold it, too
     try:

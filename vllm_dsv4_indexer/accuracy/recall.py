@@ -1,7 +1,9 @@
-"""Indexer recall: of the 512 entries that exact arithmetic selects, the share that the engine selected.
+"""Indexer recall: of the 512 entries that exact arithmetic selects, the share that the engine
+selected.
 
-Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with nothing quantised.
-What the engine loses against it is its projection's rounding, the eight bits of its keys, and those of its queries.
+Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with
+nothing quantised. What the engine loses against it is its projection's rounding, the eight bits of
+its keys, and those of its queries.
 """
 
 import random
@@ -23,7 +25,8 @@ EVERY = 4  # every so many positions one selection is compared
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 
 
-Recall = dict[int, list[tuple[int, float]]]  # by layer, pairs of the entries to choose from and the recall
+# By layer, pairs of the entries to choose from and the recall.
+Recall = dict[int, list[tuple[int, float]]]
 
 
 def recall(engine: VllmEngine, model: str, length: int, seeds: Iterable[int]) -> Recall:
@@ -34,13 +37,18 @@ def recall(engine: VllmEngine, model: str, length: int, seeds: Iterable[int]) ->
     """
     indexers = Indexers(model)
     by_prompt = [_recall_in_prompt(engine, indexers, random_prompt(length, seed)) for seed in seeds]
-    return {number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]}
+    return {
+        number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]
+    }
 
 
 def _recall_in_prompt(engine: VllmEngine, indexers: Indexers, prompt: list[int]) -> Recall:
     with ExitStack() as stack:
         layers = engine.indexed_layers()
-        steps = {number: stack.enter_context(_recording(attention)) for number, attention in layers.items()}
+        steps = {
+            number: stack.enter_context(_recording(attention))
+            for number, attention in layers.items()
+        }
         engine.answers([prompt])
     return {
         number: _recall_of_layer(
@@ -59,8 +67,8 @@ def random_prompt(length: int, seed: int) -> list[int]:
 class _Step(NamedTuple):
     """What went into a layer's indexer in one step, and what it selected.
 
-    positions: [S] those that are compared. hidden: [T, H] of all tokens. low_rank_query: [S, R]. selected: [S, 512]
-    entries."""
+    positions: [S] those that are compared. hidden: [T, H] of all tokens. low_rank_query: [S, R].
+    selected: [S, 512] entries."""
 
     positions: Tensor
     hidden: Tensor
@@ -79,7 +87,9 @@ def _recording(attention: torch.nn.Module) -> Iterator[list[_Step]]:
         positions = others[-2]
         seldom = positions % EVERY == EVERY - 1
         selected = attention.topk_indices_buffer[: len(positions)]
-        steps.append(_Step(positions[seldom], hidden.clone(), low_rank_query[seldom], selected[seldom]))
+        steps.append(
+            _Step(positions[seldom], hidden.clone(), low_rank_query[seldom], selected[seldom])
+        )
 
     attention._prepare_and_attn_fn = record
     try:
@@ -88,27 +98,38 @@ def _recording(attention: torch.nn.Module) -> Iterator[list[_Step]]:
         attention._prepare_and_attn_fn = compute
 
 
-def _recall_of_layer(step: _Step, weights: dict[str, Tensor], cos_sin: Tensor) -> list[tuple[int, float]]:
+def _recall_of_layer(
+    step: _Step, weights: dict[str, Tensor], cos_sin: Tensor
+) -> list[tuple[int, float]]:
     """step: all steps in one."""
     keys = _keys(step.hidden.double(), weights, cos_sin)
-    queries = (step.low_rank_query.double() @ weights["wq_b.weight"].T).unflatten(1, (-1, INDEX_HEAD_DIM))
+    queries = (step.low_rank_query.double() @ weights["wq_b.weight"].T).unflatten(
+        1, (-1, INDEX_HEAD_DIM)
+    )
     head_weights = step.hidden[step.positions].double() @ weights["weights_proj.weight"].T
     result = []
-    for position, query, of_head, chosen in zip(step.positions.tolist(), queries, head_weights, step.selected, strict=True):
+    for position, query, of_head, chosen in zip(
+        step.positions.tolist(), queries, head_weights, step.selected, strict=True
+    ):
         entries = (position + 1) // RATIO
         if entries > INDEX_TOPK:
             scores = of_head @ (reference._rope(query, cos_sin[position]) @ keys[:entries].T).relu()
-            result.append((entries, torch.isin(scores.topk(INDEX_TOPK).indices, chosen).double().mean().item()))
+            selected = torch.isin(scores.topk(INDEX_TOPK).indices, chosen)
+            result.append((entries, selected.double().mean().item()))
     return result
 
 
 def _keys(hidden: Tensor, weights: dict[str, Tensor], cos_sin: Tensor) -> Tensor:
     """[E, 128]: the indexer's keys of a whole prompt, before any rounding."""
     tokens = len(hidden) // RATIO * RATIO
-    kv, gate = (hidden[:tokens] @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate"))
+    kv, gate = (
+        hidden[:tokens] @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate")
+    )
     rows = torch.cat([kv, gate + weights["compressor.ape"].repeat(tokens // RATIO, 1)], dim=1)
     before = rows.new_zeros(RATIO, 2 * KV_WIDTH)
     before[:, KV_WIDTH:] = -torch.inf
     windows = torch.cat([before, rows]).unfold(0, WINDOW, RATIO).transpose(1, 2)
     pooled = reference._pool(windows)
-    return reference._rope(reference._rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO])
+    return reference._rope(
+        reference._rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO]
+    )

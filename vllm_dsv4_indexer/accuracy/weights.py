@@ -1,7 +1,8 @@
 """The weights of a checkpoint's indexers as numbers, which is what recall calculates with.
 
-They lie in `layers.N.attn.indexer.*` of its safetensors files, in bfloat16 or wider, or in FP8 (e4m3) with a scale for
-each block of the matrix, in fp32 or as a power of two (ue8m0), as in DeepSeek's own checkpoints: there `wq_b` does.
+They lie in `layers.N.attn.indexer.*` of its safetensors files, in bfloat16 or wider, or in FP8
+(e4m3) with a scale for each block of the matrix, in fp32 or as a power of two (ue8m0), as in
+DeepSeek's own checkpoints: there `wq_b` does.
 """
 
 import json
@@ -16,8 +17,8 @@ from torch import Tensor
 from ..errors import UserError
 
 NEEDED = (
-    "wq_b.weight", "weights_proj.weight", "compressor.wkv.weight", "compressor.wgate.weight", "compressor.ape",
-    "compressor.norm.weight",
+    "wq_b.weight", "weights_proj.weight", "compressor.wkv.weight", "compressor.wgate.weight",
+    "compressor.ape", "compressor.norm.weight",
 )  # fmt: skip
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
@@ -27,14 +28,17 @@ _NAME = re.compile(r"layers\.(\d+)\.attn\.indexer\.(.+)")
 
 
 class Indexers:
-    """By number of the layer, what a checkpoint says of its indexer. Raises UserError at once if that is too little, or
-    in a format that is not known here."""
+    """By number of the layer, what a checkpoint says of its indexer. Raises UserError at once if
+    that is too little, or in a format that is not known here."""
 
     def __init__(self, model: str | Path):
         self._stored = _stored(model)
         self._block = _block(model)
         if not self._stored:
-            raise UserError(f"{model} has no tensor layers.N.attn.indexer.* in *.safetensors: recall is of these")
+            raise UserError(
+                f"{model} has no tensor layers.N.attn.indexer.* in *.safetensors, and recall "
+                "calculates with these"
+            )
         for number in self._stored:
             for name in NEEDED:
                 self._check(number, name)
@@ -58,20 +62,22 @@ class Indexers:
             return
         if weight.dtype != FP8 or weight.dim() != 2:
             raise UserError(
-                f"{whole} is of {weight.dtype}, shape {list(weight.shape)}; recall reads bfloat16, float16, float32, "
-                "and matrices of float8_e4m3fn with a scale for each block: bring a checkpoint in one of these"
+                f"{whole} is of {weight.dtype}, shape {list(weight.shape)}; recall reads bfloat16, "
+                "float16, float32, and matrices of float8_e4m3fn with a scale for each block: "
+                "bring a checkpoint in one of these"
             )
         scale = _scale_of(stored, name)
         if scale is None:
             raise UserError(
-                f"{whole} is of float8_e4m3fn, and has no scales beside it (named {', '.join(SCALES)}): its codes "
-                "alone are no weights"
+                f"{whole} is of float8_e4m3fn, and has no scales beside it "
+                f"({', '.join(SCALES)}): its codes alone are no weights"
             )
         expected = [-(-size // block) for size, block in zip(weight.shape, self._block)]
         if list(stored[scale].shape) != expected or stored[scale].dtype not in SCALE_DTYPES:
             raise UserError(
-                f"the scales of {whole} are of {stored[scale].dtype}, shape {list(stored[scale].shape)}; recall reads "
-                f"float32, bfloat16 and float8_e8m0fnu, of shape {expected}, one for each block of {self._block}"
+                f"the scales of {whole} are of {stored[scale].dtype}, shape "
+                f"{list(stored[scale].shape)}; recall reads float32, bfloat16 and float8_e8m0fnu, "
+                f"of shape {expected}, one for each block of {self._block}"
             )
 
 

@@ -14,9 +14,16 @@ from ..options import fill_in, numbers, refuse
 
 # Of the options of measuring; None where it depends on others, or on the machine.
 DEFAULTS = {
-    "preset": "standard", "requests": None, "lengths": None, "threads": None, "implementations": None, "hidden": None,
-    "kv_dtype": "bfloat16", "seconds": 120.0, "output": Path("build/bench"),
-}  # fmt: skip
+    "preset": "standard",
+    "requests": None,
+    "lengths": None,
+    "threads": None,
+    "implementations": None,
+    "hidden": None,
+    "kv_dtype": "bfloat16",
+    "seconds": 120.0,
+    "output": Path("build/bench"),
+}
 _MOST_TOKENS = 1 << 20  # DeepSeek-V4's longest context
 _MOST_HIDDEN = 1 << 16  # several times DeepSeek-V4 Pro's
 
@@ -24,34 +31,64 @@ _MOST_HIDDEN = 1 << 16  # several times DeepSeek-V4 Pro's
 def add_to(commands) -> None:
     """Adds `bench`, `bench compare` and `bench cost` to the subcommands."""
     bench = commands.add_parser(
-        "bench", help="measure every implementation, vLLM's own code and the floor; two minutes by default"
+        "bench",
+        help="measure every implementation, vLLM's own code and the floor; two minutes by default",
     )
     listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
     counts = {"type": numbers, "metavar": "N,M"}
     add = bench.add_argument
-    add("--preset", choices=("standard", "traffic"),
-        help="standard (the default): calls of several lengths and mixes; traffic: chunks of chats and long documents")
+    add(
+        "--preset",
+        choices=("standard", "traffic"),
+        help="standard (the default): calls of several lengths and mixes; traffic: chunks of chats "
+        "and long documents",
+    )
     add("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
     add("--lengths", **counts, help="tokens of a call (default: some for each mix)")
     add("--threads", **counts, help="at most the number of cores (default: 1 and that number)")
-    add("--implementations", **listed, help="default: all but reference, tail; for traffic: cpu, vLLM")
-    add("--hidden", **counts,
-        help="measure calls that project hidden states of these sizes first, as 4096 (Flash) and 7168 (Pro) do; "
-             "implementations cpu and vllm")
-    add("--kv-dtype", choices=("bfloat16", "float32"),
-        help=f"of kv_score; vLLM's CPU engine projects to bfloat16 (default: {DEFAULTS['kv_dtype']})")
-    add("--seconds", type=float, help=f"about how long to measure (default: {DEFAULTS['seconds']:g})")
-    add("--output", type=Path, metavar="DIR",
-        help=f"for bench.json and bench.svg (default: {DEFAULTS['output']})")
-    add("--model", choices=("ascend",),
-        help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of an emulation")  # fmt: skip
+    add(
+        "--implementations",
+        **listed,
+        help="default: all but reference, tail; for traffic: cpu, vLLM",
+    )
+    add(
+        "--hidden",
+        **counts,
+        help="measure calls that project hidden states of these sizes first, as 4096 (Flash) and "
+        "7168 (Pro) do; implementations cpu and vllm",
+    )
+    add(
+        "--kv-dtype",
+        choices=("bfloat16", "float32"),
+        help="of kv_score; vLLM's CPU engine projects to bfloat16 "
+        f"(default: {DEFAULTS['kv_dtype']})",
+    )
+    add(
+        "--seconds",
+        type=float,
+        help=f"about how long to measure (default: {DEFAULTS['seconds']:g})",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"for bench.json and bench.svg (default: {DEFAULTS['output']})",
+    )
+    add(
+        "--model",
+        choices=("ascend",),
+        help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of "
+        "an emulation",
+    )
     bench.set_defaults(run=_bench)
     others = bench.add_subparsers(metavar="[compare A.json B.json | cost]")
     compare = others.add_parser("compare", help="what changed between two runs")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     compare.set_defaults(run=_compare)
-    cost = others.add_parser("cost", help="bytes moved and held, on paper and counted on the op; takes seconds")
+    cost = others.add_parser(
+        "cost", help="bytes moved and held, on paper and counted on the op; takes seconds"
+    )
     cost.set_defaults(run=_cost)
 
 
@@ -69,19 +106,33 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     _check(arguments)
     cases = _cases(arguments)
-    special = ["reference", *contestants.TAILS, *(ALGORITHMS if arguments.preset == "traffic" else ())]
-    available = [name for name in contestants.available() if name in contestants.PROJECTED or not arguments.hidden]
+    special = [
+        "reference",
+        *contestants.TAILS,
+        *(ALGORITHMS if arguments.preset == "traffic" else ()),
+    ]
+    available = [
+        name
+        for name in contestants.available()
+        if name in contestants.PROJECTED or not arguments.hidden
+    ]
     names = _chosen(arguments.implementations, available, special)
     threads = arguments.threads or sorted({1, _cores()})
-    files = ["bench.json"] if arguments.hidden else ["bench.json", "bench.svg"]  # the plot's subject is the op
+    files = (
+        ["bench.json"] if arguments.hidden else ["bench.json", "bench.svg"]
+    )  # the plot's subject is the op
     output.check(arguments.output, files)
-    options = {name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")}
+    options = {
+        name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")
+    }
     result = {"machine": machine.describe(), "options": options, "cells": []}
     steps = len(cases) * len(threads)
     start = time.monotonic()
     _progress(0, steps, start, "starting")
     kv_dtype = getattr(torch, arguments.kv_dtype)
-    for done, cells in enumerate(measure.measure(cases, names, threads, kv_dtype, arguments.seconds), 1):
+    for done, cells in enumerate(
+        measure.measure(cases, names, threads, kv_dtype, arguments.seconds), 1
+    ):
         result["cells"] += cells
         _progress(done, steps, start, f"{cells[0]['case']}, threads: {cells[0]['threads']}")
     print(file=sys.stderr)
@@ -92,12 +143,19 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for option, most in {"lengths": _MOST_TOKENS, "threads": _cores(), "hidden": _MOST_HIDDEN}.items():
+    for option, most in {
+        "lengths": _MOST_TOKENS,
+        "threads": _cores(),
+        "hidden": _MOST_HIDDEN,
+    }.items():
         for number in getattr(arguments, option) or ():
             if not 1 <= number <= most:
                 raise UserError(f"--{option}: {number} is not from 1 to {most}")
     if not 0 <= arguments.seconds < math.inf:  # nor NaN
-        raise UserError(f"--seconds is {arguments.seconds:g}; it is at least 0, for the fewest rounds, and finite")
+        raise UserError(
+            f"--seconds is {arguments.seconds:g}; it is at least 0, for the fewest rounds, and "
+            "finite"
+        )
 
 
 def _cores() -> int:
@@ -109,11 +167,18 @@ def _cases(arguments: argparse.Namespace) -> list:
 
     if arguments.preset == "traffic":
         if arguments.lengths or arguments.requests:
-            raise UserError("--preset traffic has its own lengths and requests; leave --lengths and --requests out")
+            raise UserError(
+                "--preset traffic has its own lengths and requests; leave --lengths and --requests "
+                "out"
+            )
         found = cases.traffic()
     else:
         mixes = _chosen(arguments.requests, list(cases.LENGTHS))
-        found = [cases.mix(mix, length) for mix in mixes for length in arguments.lengths or cases.LENGTHS[mix]]
+        found = [
+            cases.mix(mix, length)
+            for mix in mixes
+            for length in arguments.lengths or cases.LENGTHS[mix]
+        ]
     if arguments.hidden:
         return [cases.projected(case, hidden) for hidden in arguments.hidden for case in found]
     return found
@@ -152,7 +217,9 @@ def _read(path: Path) -> dict:
     except (TypeError, ValueError, AttributeError, IndexError):  # ValueError: no text, or no JSON
         raise UserError(f"{path} was not written by `vllm-dsv4-indexer bench`") from None
     except KeyError as key:
-        raise UserError(f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again") from None
+        raise UserError(
+            f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again"
+        ) from None
     return result
 
 

@@ -1,8 +1,9 @@
-"""A directory that is written aside and then takes the place of an earlier one, which no interruption can lose.
+"""A directory that is written aside and then takes the place of an earlier one, which no
+interruption can lose.
 
-A directory cannot be renamed onto one that is not empty, so the earlier one must step aside for a moment. It does so
-into a hidden directory beside it. Whatever ends the run in that moment, the earlier one is put back: by this run, or,
-if it was killed, by the next.
+A directory cannot be renamed onto one that is not empty, so the earlier one must step aside for a
+moment. It does so into a hidden directory beside it. Whatever ends the run in that moment, the
+earlier one is put back: by this run, or, if it was killed, by the next.
 """
 
 import fcntl
@@ -46,13 +47,16 @@ def _put_back(earlier: Path, target: Path) -> None:
 
 
 def _lock(directory: Path, target: Path) -> int:
-    """A descriptor that holds the directory until it is closed, at the latest when this process ends."""
+    """A descriptor that holds the directory until it is closed, at the latest when this process
+    ends."""
     lock = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(f"another make-checkpoint is writing {target}: let it end, then try again") from None
+        raise UserError(
+            f"another make-checkpoint is writing {target}: let it end, then try again"
+        ) from None
     except OSError:
         pass  # a file system without locks
     return lock
