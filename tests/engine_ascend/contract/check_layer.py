@@ -51,13 +51,10 @@ def test_context_parallel_steps_store_the_reference(config, seed, monkeypatch):
     layer = Layer(config, seed=seed)
     assert type(layer.attention) is engine.ContextParallelAttention
 
-    def run(rows, x):
-        metadata = layer.metadata(rows)
-        starts = metadata[0].req_metadata.query_start_loc
-        with torch.inference_mode():
-            layer.attention._update_indexer_cache(x, layer.kv_cache, metadata, starts)
-
-    assert_stores_the_reference(layer, Schedule(seed, layer.page, layer.k_page), run)
+    schedule = Schedule(seed, layer.page, layer.k_page)
+    assert_stores_the_reference(
+        layer, schedule, lambda rows, x: layer.run_context_parallel(x, layer.metadata(rows))
+    )
 
 
 def test_requests_that_a_graph_adds_store_nothing(config):
