@@ -5,14 +5,13 @@ stays the stock one, since vllm-ascend compares it by identity. They replace, pe
 Hadamard product, quantisation, two scatters on A2 and A3; compressor, Hadamard product, one fused store on A5) by two
 launches: the projection, one matmul of torch_npu's for `wkv` and `wgate` joined, and `ops.compress`.
 
-Nothing here waits for the device, and every tensor's shape follows from the shapes of the step's metadata, so that a
-captured graph replays: it reads query_start_loc, start_pos and the block tables where vllm-ascend refreshes them.
+Nothing here waits for the device, so that a graph can be captured. What a step's layers share: vllm_ascend_step.py.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch_npu
@@ -33,6 +32,7 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.vllm_ascend_step import Requests, Step, make_step, once_a_step
 from vllm_dsv4_indexer.settings import Settings
 
 logger = init_logger("vllm.dsv4_indexer")
@@ -59,46 +59,6 @@ class Worker(Accountable, NPUWorker):
 # ---- the attention -------------------------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
-    """The op's arguments that are the same for all layers whose state pages and K pages come from the same tables."""
-
-    positions: Tensor
-    token_to_req: Tensor
-    state_slots: Tensor
-    state_table: Tensor
-    k_slots: Tensor
-
-
-def make_step(state: Any, keys: Any, tokens: int, state_page: int, k_page: int) -> Step:
-    """Derive the op's per-token arguments from vllm-ascend's metadata of the state and of the K cache.
-
-    The metadata say where each request's tokens start (`query_start_loc` [R + 1]), at which position (`start_pos` [R])
-    and in which pages its rows and entries lie (`block_table` [R, M] each, of `state_page` positions and `k_page`
-    entries). A token beyond the last request, as a graph's padding has them, gets no slots. Neither does one in block
-    0, the table entry of padding requests: stock writes no state there; the K entries that it writes are never read.
-    """
-    starts, requests = keys.query_start_loc, keys.start_pos.shape[0]
-    token = torch.arange(tokens, dtype=torch.int32, device=starts.device)
-    request = torch.searchsorted(starts[1 : requests + 1], token, right=True, out_int32=True)
-    real = request < requests
-    request = request.clamp(max=requests - 1)
-    position = keys.start_pos[request] + token - starts[request]
-    real &= position >= 0
-    position = position.masked_fill(~real, 0)  # so that the look-ups below stay inside the tables
-
-    def slots(table: Tensor, index: Tensor, page: int, wanted: Tensor) -> Tensor:
-        block = table[request, index // page].long()
-        return (block * page + index % page).masked_fill(~(wanted & (block > 0)), -1)
-
-    return Step(
-        position.long(),
-        request,
-        slots(state.block_table, position, state_page, real),
-        state.block_table,
-        slots(keys.block_table, position // RATIO, k_page, real & (position % RATIO == RATIO - 1)),
-    )
-
-
 class OnePassIndexer:
     """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our op."""
 
@@ -122,14 +82,14 @@ class OnePassIndexer:
         """[T, hidden] to kv_score [T, 512] in fp32, not rounded in between."""
         return torch.mm(x, self.wkv_wgate.t(), out_dtype=torch.float32)
 
-    def step(self, state: Any, keys: Any, tokens: int, kv_cache: tuple[Tensor, ...]) -> Step:
-        """This step's arguments: made by the first layer that asks, and kept on the metadata, which vllm-ascend makes
-        anew for every step, substep and capture."""
-        made = vars(keys).setdefault("dsv4_indexer_steps", {})
-        if id(state) not in made:  # lives as long as `keys`: both belong to the step
+    def step(self, state: Any, keys: Any, kv_cache: tuple[Tensor, ...]) -> Step:
+        """This step's arguments, made by the first layer that asks. `state`, `keys`: the metadata of the two caches."""
+
+        def make() -> Step:
             state_cache, k_cache, _, _ = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
-            made[id(state)] = make_step(state, keys, tokens, state_cache.shape[1], k_cache.shape[1])
-        return made[id(state)]
+            return make_step(Requests.of(*self.parts(state, keys)), state_cache.shape[1], k_cache.shape[1])
+
+        return once_a_step(state, keys, make)
 
     def compress(self, kv_score: Tensor, kv_cache: tuple[Tensor, ...], step: Step) -> None:
         """Save the state rows, write the K entries. The caches have a dimension for the one head."""
@@ -157,7 +117,37 @@ class OnePassIndexer:
 
 
 class Attention(OnePassIndexer, AscendDSAImpl):
-    """The attention without context parallelism. Prefill and decode requests come in two calls."""
+    """The attention without context parallelism. Prefill requests come in one call, and decode requests in another.
+
+    A step that has both is compressed as one, in the first call. A request's prefix may lie in pages that another one
+    fills in this step, and either may be of either kind: a last token of a prompt is a "decode", and so is a prompt of
+    which the cache holds all but one.
+    """
+
+    mixed: Tensor | None = None  # the hidden states of such a step, while it runs
+
+    def forward(
+        self, layer_name, hidden_states, kv_cache, attn_metadata, need_gather_q_kv=False, output=None,
+    ):  # fmt: skip
+        if self.indexer is None or not attn_metadata or not _is_mixed(attn_metadata[0]):
+            return super().forward(layer_name, hidden_states, kv_cache, attn_metadata, need_gather_q_kv, output)
+        x = torch.ops.vllm.maybe_all_gather_and_maybe_unpad(hidden_states, need_gather_q_kv)
+        self.mixed = x[: attn_metadata[0].num_actual_tokens]
+        try:  # gathered once
+            return super().forward(layer_name, x, kv_cache, attn_metadata, False, output)
+        finally:
+            self.mixed = None
+
+    @staticmethod
+    def parts(state: Any, keys: Any) -> list[tuple[Any, Any]]:
+        """The metadata of the decode and of the prefill requests, if there are any, in the order of their tokens."""
+        return [part for part in ((state.decode, keys.decode), (state.prefill, keys.prefill)) if part[1] is not None]
+
+    def to_compress(self, x: Tensor, with_prefill: bool) -> Tensor | None:
+        """The hidden states that this call compresses: its own, or a mixed step's in the first call; then None."""
+        if self.mixed is None:
+            return x
+        return self.mixed if with_prefill else None
 
     def _indexer_qkv_prepare(
         self, x, qr, kv_cache, attn_metadata, cos, sin, actual_seq_lengths_query, with_prefill=False,
@@ -165,8 +155,8 @@ class Attention(OnePassIndexer, AscendDSAImpl):
     ):  # fmt: skip
         """The indexer on one stream. The None in the place of `kv` makes the caller store nothing."""
         state, keys = attn_metadata[2:4]
-        step = self.step(*_part(state, keys, with_prefill), x.shape[0], kv_cache)
-        self.compress(self.project(x), kv_cache, step)
+        if (tokens := self.to_compress(x, with_prefill)) is not None:
+            self.compress(self.project(tokens), kv_cache, self.step(state, keys, kv_cache))
         q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
         _, *caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
         return q, None, *caches, state, keys, None, with_prefill
@@ -178,8 +168,10 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         """The indexer on two streams, vllm-ascend's default: our op, which needs vector cores only, beside the query's
         matrix products."""
         state, keys = attn_metadata[2:4]
-        step = self.step(*_part(state, keys, with_prefill), x.shape[0], kv_cache)
-        kv_score = self.project(x)
+        if (tokens := self.to_compress(x, with_prefill)) is None:
+            return self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
+        step = self.step(state, keys, kv_cache)
+        kv_score = self.project(tokens)
         main, beside = torch.npu.current_stream(), dsa_v1.dsv4_dsa_overlap_stream()
         projected = main.record_event()
         with utils.npu_stream_switch(beside, enabled=True):
@@ -205,17 +197,21 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         return dsa_v1.rotate_activation(q, hadamard)
 
 
-def _part(state: Any, keys: Any, with_prefill: bool) -> tuple[Any, Any]:
-    return (state.prefill, keys.prefill) if with_prefill else (state.decode, keys.decode)
+def _is_mixed(metadata: Any) -> bool:
+    return metadata.num_prefills > 0 and metadata.num_decodes > 0
 
 
 class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
     """The attention with vllm-ascend's `enable_dsa_cp`: every rank keeps all keys, and scores its own tokens."""
 
+    @staticmethod
+    def parts(state: Any, keys: Any) -> list[tuple[Any, Any]]:
+        """All requests are one part."""
+        return [(state.req_metadata, keys.req_metadata)]
+
     def _update_indexer_cache(self, x, kv_cache, attn_metadata, actual_seq_lengths_query):
-        state, keys = (metadata.req_metadata for metadata in attn_metadata[2:4])
-        step = self.step(state, keys, x.shape[0], kv_cache)
-        self.compress(self.project(x), kv_cache, step)
+        state, keys = attn_metadata[2:4]
+        self.compress(self.project(x), kv_cache, self.step(state, keys, kv_cache))
 
 
 # ---- installation --------------------------------------------------------------------------------------------------
@@ -223,6 +219,7 @@ class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
 
 OURS = {AscendDSAImpl: Attention, AscendDSACPImpl: ContextParallelAttention}
 OVERRIDDEN = {
+    Attention.forward: AscendDSAImpl,
     Attention._indexer_qkv_prepare: AscendDSAImpl,
     Attention.cv_indexer_select_qli: AscendDSAImpl,
     ContextParallelAttention._update_indexer_cache: AscendDSACPImpl,

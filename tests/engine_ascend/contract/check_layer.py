@@ -4,7 +4,7 @@ import npu
 import pytest
 import stock
 import torch
-from layer import Layer, Rows
+from layer import Layer, Rows, forward_call
 from schedule import Schedule, store
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_ascend import utils
@@ -72,6 +72,26 @@ def test_requests_that_a_graph_adds_store_nothing(config):
         assert all(map(torch.equal, layer.storages, expected))
 
 
+@pytest.mark.parametrize("decode_tokens", [1, 4], ids="decode_{}".format)
+@pytest.mark.parametrize("path", ["one_stream", "two_streams", "context_parallel"])
+def test_a_dummy_run_on_live_tables_stores_nothing(config, path, decode_tokens, monkeypatch):
+    """A rank without requests of its own runs one with those that have others: as long as a decode step, its tables
+    are those of requests that may live, and only its slots say that nothing is written."""
+    if path == "context_parallel":
+        monkeypatch.setattr(utils, "enable_dsa_cp", lambda: True)
+    layer = Layer(config, multistream=path == "two_streams")
+    for builder in layer.builders:
+        builder.decode_threshold = decode_tokens
+    run = layer.run_context_parallel if path == "context_parallel" else layer.run
+    blocks = [list(range(first, first + 4)) for first in range(1, 32, 4)]
+    live = [storage.clone() for storage in layer.storages]
+    for lengths in ([8], [4, 4], [1] * 8):
+        rows = Rows([0] * len(lengths), lengths, blocks[: len(lengths)], blocks[: len(lengths)])
+        run(layer.hidden_states(8), layer.metadata(rows, dummy=True))
+        for name, now, before in zip(("state", "K"), layer.storages, live):
+            assert not (changed := (now != before).sum()), f"{changed} bytes of the live {name} cache, {lengths}"
+
+
 def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monkeypatch):
     """State rows and slots the same; int8 codes at most 2 apart, fp8 values by 2 or their last bit, scales within
     1 %: stock rounds to bf16 before, in the middle and after its Hadamard product, and on A2 and A3 its scale to fp16
@@ -119,10 +139,11 @@ def test_a_layer_launches_the_projection_and_the_op(config):
     layer = Layer(config)
     attention = layer.attention
     x, metadata = two_decodes(layer)
-    with torch.inference_mode():
-        step = attention.step(metadata[2].decode, metadata[3].decode, len(x), layer.kv_cache)
+    state, keys = metadata[2:4]
+    with forward_call(metadata, len(x)):
+        step = attention.step(state, keys, layer.kv_cache)
         with Launches() as launches:
-            assert attention.step(metadata[2].decode, metadata[3].decode, len(x), layer.kv_cache) is step
+            assert attention.step(state, keys, layer.kv_cache) is step
             attention.compress(attention.project(x), layer.kv_cache, step)
     assert launches.names == ["aten.mm.dtype", "dsv4_indexer.compress.default"]
 

@@ -1,7 +1,5 @@
 """The op's per-token arguments: right for every batch, and made so that a captured graph can make them again."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from layer import Rows
@@ -11,14 +9,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dsv4_indexer.contract import RATIO
-from vllm_dsv4_indexer.engines.vllm_ascend_worker import Step, make_step
+from vllm_dsv4_indexer.engines.vllm_ascend_step import Requests, Step, make_step
 
 PAGE, K_PAGE, WIDTH = 4, 64, 128
 
 
-def tensors(rows: Rows, padding: int = 0, empty: bool = False) -> tuple[Tensor, ...]:
-    """query_start_loc, start_pos and the tables of state and K cache, as vllm-ascend's buffers hold them. Requests of
-    padding have one token each, or none (`empty`), and zeros for the rest."""
+def tensors(rows: Rows, padding: int = 0, empty: bool = False) -> Requests:
+    """What vllm-ascend's buffers hold. Requests of padding have one token each, or none (`empty`), and zeros for the
+    rest. The slots say "write" everywhere, as in the capture of a graph."""
     lengths = torch.tensor(rows.lengths + [0 if empty else 1] * padding)
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
 
@@ -26,13 +24,12 @@ def tensors(rows: Rows, padding: int = 0, empty: bool = False) -> tuple[Tensor, 
         return torch.tensor([row + [0] * (WIDTH - len(row)) for row in blocks + [[]] * padding], dtype=torch.int32)
 
     start_pos = torch.tensor(rows.starts + [0] * padding, dtype=torch.int32)
-    return starts, start_pos, table(rows.state_tables), table(rows.k_tables)
+    written = torch.zeros(sum(rows.lengths) + padding, dtype=torch.int32)
+    return Requests(starts, start_pos, table(rows.state_tables), table(rows.k_tables), written)
 
 
-def step_of(starts: Tensor, start_pos: Tensor, state_table: Tensor, k_table: Tensor, tokens: int) -> Step:
-    state = SimpleNamespace(block_table=state_table)
-    keys = SimpleNamespace(query_start_loc=starts, start_pos=start_pos, block_table=k_table)
-    return make_step(state, keys, tokens, PAGE, K_PAGE)
+def step_of(*requests: Tensor) -> Step:
+    return make_step(Requests(*requests), PAGE, K_PAGE)
 
 
 def assert_is(step: Step, rows: Rows, padding: int = 0) -> None:
@@ -53,7 +50,7 @@ def test_positions_requests_and_slots_are_those_of_the_tables(seed):
     schedule = Schedule(seed, PAGE, K_PAGE)
     for _ in range(20):
         rows = schedule.step()
-        assert_is(step_of(*tensors(rows), sum(rows.lengths)), rows)
+        assert_is(step_of(*tensors(rows)), rows)
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -61,13 +58,14 @@ def test_padding_has_no_slots_and_stays_inside_the_tables(empty):
     schedule = Schedule(0, PAGE, K_PAGE)
     for _ in range(20):
         rows = schedule.step()
-        step = step_of(*tensors(rows, padding=3, empty=empty), sum(rows.lengths) + 3)
+        step = step_of(*tensors(rows, padding=3, empty=empty))
         assert_is(step, rows, padding=3)
 
 
 def test_a_token_behind_a_request_that_fills_its_tables_stays_inside_them():
     last = WIDTH * PAGE - 1
-    step = step_of(*tensors(Rows([last], [1], [[1] * WIDTH], [[1] * WIDTH])), 3)
+    requests = tensors(Rows([last], [1], [[1] * WIDTH], [[1] * WIDTH]))
+    step = step_of(*requests._replace(written=torch.zeros(3)))
     assert step.state_slots.tolist() == [PAGE + last % PAGE, -1, -1]
     assert step.k_slots.tolist() == [K_PAGE + last // RATIO % K_PAGE, -1, -1]
 
@@ -75,13 +73,23 @@ def test_a_token_behind_a_request_that_fills_its_tables_stays_inside_them():
 def test_a_request_that_would_start_before_its_first_token_has_no_slots():
     """A profiling step can have one: its length is set and its tokens are not."""
     rows = Rows([-3], [3], [[1] * WIDTH], [[1] * WIDTH])
-    step = step_of(*tensors(rows), 3)
+    step = step_of(*tensors(rows))
     assert step.state_slots.tolist() == step.k_slots.tolist() == [-1, -1, -1]
+
+
+def test_a_token_that_is_not_to_be_written_has_no_slots():
+    rows = Schedule(0, PAGE, K_PAGE).step()
+    requests = tensors(rows)
+    requests.written[::2] = -1
+    step = step_of(*requests)
+    state_slots, k_slots = slots(rows, PAGE, K_PAGE)
+    assert step.state_slots.tolist() == [-1 if i % 2 == 0 else slot for i, slot in enumerate(state_slots)]
+    assert step.k_slots.tolist() == [-1 if i % 2 == 0 else slot for i, slot in enumerate(k_slots)]
 
 
 @pytest.mark.parametrize("blocks", [[0], [-1]])
 def test_a_block_that_is_null_gives_no_slots(blocks):
-    step = step_of(*tensors(Rows([0], [4], [blocks], [blocks])), 4)
+    step = step_of(*tensors(Rows([0], [4], [blocks], [blocks])))
     assert step.state_slots.tolist() == step.k_slots.tolist() == [-1] * 4
 
 
@@ -108,10 +116,11 @@ class OnTheDevice(TorchDispatchMode):
 
 def test_a_step_is_made_without_a_value_on_the_host():
     rows = Schedule(0, PAGE, K_PAGE).step()
+    tokens = sum(rows.lengths)
     with OnTheDevice():
-        step_of(*tensors(rows), sum(rows.lengths))
-    meta = step_of(*(tensor.to("meta") for tensor in tensors(rows)), 7)
-    assert [argument.shape for argument in meta] == [(7,), (7,), (7,), meta.state_table.shape, (7,)]
+        step_of(*tensors(rows))
+    meta = step_of(*(tensor.to("meta") for tensor in tensors(rows)))
+    assert [argument.shape for argument in meta] == [(tokens,), (tokens,), (tokens,), meta.state_table.shape, (tokens,)]
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -120,7 +129,7 @@ def test_a_graph_captured_once_makes_later_steps_from_the_same_buffers(empty):
     buffers, with fewer requests than were captured."""
     captured = Rows([0] * 8, [1] * 8, [[]] * 8, [[]] * 8)
     buffers = tensors(captured)
-    graph = make_fx(lambda *buffers: step_of(*buffers, 8))(*buffers)
+    graph = make_fx(step_of)(*buffers)
     schedule = Schedule(0, PAGE, K_PAGE)
     schedule._length = lambda: 1
     for _ in range(50):
