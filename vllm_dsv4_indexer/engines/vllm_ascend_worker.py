@@ -11,7 +11,7 @@ Nothing here waits for the device, so that a graph can be captured. What a step'
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch_npu
@@ -32,8 +32,12 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.vllm_ascend import FOUND
 from vllm_dsv4_indexer.engines.vllm_ascend_step import Requests, Step, make_step, once_a_step
 from vllm_dsv4_indexer.settings import Settings
+
+# 0.23.0 does it after a dummy run's metadata are built, which so have the slots of the step before.
+SLOTS_ARE_VOIDED_LATE = FOUND[0] == "0.23.0"
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -50,10 +54,27 @@ class Worker(Accountable, NPUWorker):
             return
         ops.prepare(impl, current_platform.device_type)
         check_signatures()
-        with one_pass_indexers():
+        with one_pass_indexers() as made:
             super().load_model()
         finish_loading(self.model_runner.get_model(), impl, indexers, self.vllm_config.model_config.max_model_len)
+        refuse_drafts(made)
         logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, indexers)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if scheduler_output.total_num_scheduled_tokens == 0:  # the runner may make a dummy run of it
+            self._void_slots()
+        return super().execute_model(scheduler_output)
+
+    def execute_dummy_batch(self) -> None:
+        self._void_slots()
+        super().execute_dummy_batch()
+
+    def _void_slots(self) -> None:
+        """Have the tokens of a dummy run say "write nothing" before their metadata are built."""
+        if not SLOTS_ARE_VOIDED_LATE:
+            return
+        for table in self.model_runner.input_batch.block_table.block_tables:
+            table.slot_mapping.gpu.fill_(-1)
 
 
 # ---- the attention -------------------------------------------------------------------------------------------------
@@ -62,14 +83,16 @@ class Worker(Accountable, NPUWorker):
 class OnePassIndexer:
     """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our op."""
 
+    made: ClassVar[list["OnePassIndexer"]]  # those with an indexer, while a model is loaded
     impl: str
     cos_sin: Tensor
-    wkv_wgate: Tensor
+    wkv_wgate: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.indexer is not None:  # layers of ratio 128, and those of the sliding window alone, have none
             refuse_quantised(self.indexer.compressor)
+            self.made.append(self)
 
     def finish_loading(self, impl: str, cos_sin: Tensor) -> None:
         """Join the loaded wkv and wgate. They become views, so that weights which are loaded again arrive here, too."""
@@ -251,14 +274,16 @@ def check_signatures() -> None:
 
 
 @contextmanager
-def one_pass_indexers() -> Iterator[None]:
-    """Attention layers that are made inside get our implementations."""
+def one_pass_indexers() -> Iterator[list[OnePassIndexer]]:
+    """Attention layers that are made inside get our implementations, which are listed."""
     stock = vars(AscendDSABackend)["get_impl_cls"]
     AscendDSABackend.get_impl_cls = staticmethod(lambda: OURS[stock()])
+    OnePassIndexer.made = []
     try:
-        yield
+        yield OnePassIndexer.made
     finally:
         AscendDSABackend.get_impl_cls = stock
+        del OnePassIndexer.made
 
 
 def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positions: int) -> None:
@@ -277,6 +302,17 @@ def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positio
     cos_sin = torch.cat(halves, dim=1)
     for attention in found:
         attention.finish_loading(impl, cos_sin)
+
+
+def refuse_drafts(made: list[OnePassIndexer]) -> None:
+    """Refuse an indexer that was made while the model was loaded, and does not belong to it."""
+    for attention in made:
+        if attention.wkv_wgate is None:
+            refuse(
+                f"{attention.indexer.compressor.wkv.prefix} is in an indexer of a draft model",
+                "draft models whose layers have none, as the published ones",
+                "take another draft model, or leave the speculative configuration out",
+            )
 
 
 def refuse_quantised(compressor: torch.nn.Module) -> None:
