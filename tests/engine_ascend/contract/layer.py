@@ -22,7 +22,7 @@ from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, HEAD_DIM, ROW_WIDTH
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
 INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
-POSITIONS = 64  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
+POSITIONS = 128  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
 BLOCKS = 160  # physical, of the state and of the K cache
 _models = itertools.count()
 
