@@ -29,11 +29,11 @@ from vllm_ascend.ops import rope_dsv4
 from vllm_ascend.worker.worker import NPUWorker
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM
+from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, Layer
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.engines.vllm_ascend import FOUND
-from vllm_dsv4_indexer.engines.vllm_ascend_step import Requests, Step, make_step, once_a_step
+from vllm_dsv4_indexer.engines.vllm_ascend_step import Metadata, once_a_step, plan_requests, requests_of
 from vllm_dsv4_indexer.settings import Settings
 
 # 0.23.0 does it after a dummy run's metadata are built, which so have the slots of the step before.
@@ -52,7 +52,7 @@ class Worker(Accountable, NPUWorker):
             super().load_model()
             logger.info("DSV4_INDEXER: vllm-ascend's own compressor compresses for the indexers of %d layers", indexers)
             return
-        ops.prepare(impl, current_platform.device_type)
+        ops.prepare(impl, current_platform.device_type, k_format())
         check_signatures()
         with one_pass_indexers() as made:
             super().load_model()
@@ -87,6 +87,8 @@ class OnePassIndexer:
     impl: str
     cos_sin: Tensor
     wkv_wgate: Tensor | None = None
+    bound: ops.BoundLayer | None = None
+    bound_to: tuple[Tensor | None, ...]  # the tensors that `bound` was made of
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,38 +107,43 @@ class OnePassIndexer:
         """[T, hidden] to kv_score [T, 512] in fp32, not rounded in between."""
         return torch.mm(x, self.wkv_wgate.t(), out_dtype=torch.float32)
 
-    def step(self, state: Any, keys: Any, kv_cache: tuple[Tensor, ...]) -> Step:
-        """This step's arguments, made by the first layer that asks. `state`, `keys`: the metadata of the two caches."""
-
-        def make() -> Step:
-            state_cache, k_cache, _, _ = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
-            return make_step(Requests.of(*self.parts(state, keys)), state_cache.shape[1], k_cache.shape[1])
-
-        return once_a_step(state, keys, make)
-
-    def compress(self, kv_score: Tensor, kv_cache: tuple[Tensor, ...], step: Step) -> None:
-        """Save the state rows, write the K entries. The caches have a dimension for the one head."""
-        state, k_cache, scale_cache, page = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
-        if page is None:  # A2, A3
-            store = dict(k_cache=k_cache.squeeze(2), k_scale_cache=scale_cache[:, :, 0, 0], k_format="int8_hadamard")
-        else:  # A5: values and scales of a page, of which the other two are views
-            store = dict(k_cache=page.view(torch.uint8).squeeze(2), k_format="fp8_amax")
+    def bind(self, kv_cache: tuple[Tensor, ...]) -> ops.BoundLayer:
+        """The op on this layer's tensors: made in the first step, and again if one of them has been replaced."""
         compressor = self.indexer.compressor
-        ops.compress(
-            kv_score,
-            compressor.ape,
-            compressor.norm.weight,
-            self.cos_sin,
-            step.positions,
-            step.token_to_req,
-            step.state_slots,
-            step.state_table,
-            state.squeeze(2),
-            step.k_slots,
-            **store,
-            eps=compressor.norm_eps,
-            impl=self.impl,
-        )
+        caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
+        tensors = compressor.ape, compressor.norm.weight, self.cos_sin, *caches
+        if self.bound is None or any(new is not old for new, old in zip(tensors, self.bound_to)):
+            layer = Layer(*tensors[:3], *_without_heads(*caches))
+            options = dict(eps=compressor.norm_eps, k_format=k_format(), impl=self.impl)
+            self.bound, self.bound_to = ops.BoundLayer(layer, **options), tensors
+        return self.bound
+
+    def plan(self, metadata: Metadata, bound: ops.BoundLayer) -> Tensor:
+        """This step's plan, made by the first layer that asks. `metadata`: those of the layer's state and K cache."""
+
+        def make() -> Tensor:
+            k_page = bound.layer.k_cache.shape[1]
+            return plan_requests(requests_of(*self.parts(*metadata)), bound.extents, k_page, self.impl)
+
+        return once_a_step(metadata, bound.extents, make)
+
+    def compress(self, x: Tensor, kv_cache: tuple[Tensor, ...], metadata: Metadata) -> None:
+        """Save the state rows of these tokens, write their K entries."""
+        bound = self.bind(kv_cache)
+        plan = self.plan(metadata, bound)
+        bound.run(self.project(x), plan)
+
+
+def k_format() -> str:
+    """Of vllm-ascend's indexer cache."""
+    return "fp8_amax" if utils.get_ascend_device_type() is utils.AscendDeviceType.A5 else "int8_hadamard"
+
+
+def _without_heads(state: Tensor, k_cache: Tensor, scales: Tensor, page: Tensor | None) -> tuple[Tensor, ...]:
+    """vllm-ascend's caches as the op takes them, which has no dimension for the one head."""
+    if page is not None:  # an A5's pages hold values and scales, of which the other two are views
+        return state.squeeze(2), page.view(torch.uint8).squeeze(2)
+    return state.squeeze(2), k_cache.squeeze(2), scales[:, :, 0, 0]
 
 
 class Attention(OnePassIndexer, AscendDSAImpl):
@@ -162,7 +169,7 @@ class Attention(OnePassIndexer, AscendDSAImpl):
             self.mixed = None
 
     @staticmethod
-    def parts(state: Any, keys: Any) -> list[tuple[Any, Any]]:
+    def parts(state: Any, keys: Any) -> list[Metadata]:
         """The metadata of the decode and of the prefill requests, if there are any, in the order of their tokens."""
         return [part for part in ((state.decode, keys.decode), (state.prefill, keys.prefill)) if part[1] is not None]
 
@@ -179,7 +186,7 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         """The indexer on one stream. The None in the place of `kv` makes the caller store nothing."""
         state, keys = attn_metadata[2:4]
         if (tokens := self.to_compress(x, with_prefill)) is not None:
-            self.compress(self.project(tokens), kv_cache, self.step(state, keys, kv_cache))
+            self.compress(tokens, kv_cache, (state, keys))
         q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
         _, *caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
         return q, None, *caches, state, keys, None, with_prefill
@@ -193,13 +200,14 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         state, keys = attn_metadata[2:4]
         if (tokens := self.to_compress(x, with_prefill)) is None:
             return self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
-        step = self.step(state, keys, kv_cache)
+        bound = self.bind(kv_cache)
+        plan = self.plan((state, keys), bound)
         kv_score = self.project(tokens)
         main, beside = torch.npu.current_stream(), dsa_v1.dsv4_dsa_overlap_stream()
         projected = main.record_event()
         with utils.npu_stream_switch(beside, enabled=True):
             beside.wait_event(projected)
-            self.compress(kv_score, kv_cache, step)
+            bound.run(kv_score, plan)
         q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
         main.wait_stream(beside)
         return q
@@ -228,13 +236,13 @@ class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
     """The attention with vllm-ascend's `enable_dsa_cp`: every rank keeps all keys, and scores its own tokens."""
 
     @staticmethod
-    def parts(state: Any, keys: Any) -> list[tuple[Any, Any]]:
+    def parts(state: Any, keys: Any) -> list[Metadata]:
         """All requests are one part."""
         return [(state.req_metadata, keys.req_metadata)]
 
     def _update_indexer_cache(self, x, kv_cache, attn_metadata, actual_seq_lengths_query):
         state, keys = attn_metadata[2:4]
-        self.compress(self.project(x), kv_cache, self.step(state, keys, kv_cache))
+        self.compress(x, kv_cache, (state, keys))
 
 
 # ---- installation --------------------------------------------------------------------------------------------------

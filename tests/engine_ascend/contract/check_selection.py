@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from types import SimpleNamespace
 
+import npu
 import pytest
 import torch
 import vllm
@@ -90,7 +91,7 @@ def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded
     asked = []
     monkeypatch.setattr(engine.ops, "prepare", lambda *arguments: asked.append(arguments))
     model = load(configure())
-    assert asked == [("ascend", "npu")]
+    assert asked == [("ascend", "npu", {"A2": "int8_hadamard", "A5": "fp8_amax"}[npu.PRODUCT])]
     assert {layer.dsa_attn.dsa_attn.impl.impl for layer in model} == {"ascend"}
 
 

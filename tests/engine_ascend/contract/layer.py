@@ -71,8 +71,9 @@ class Layer:
             engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
         cache = config.cache_config
         with mock.patch.object(cache, "cache_dtype", cache.cache_dtype):  # an A5's specs change it for layers to come
-            self._allocate()
+            self._read_specs()
             self._make_builders()
+        self.allocate()
 
     def _draw_weights(self) -> None:
         """Random, but for the projection's: multiples of 1/32 that make every sum of products exact in fp32."""
@@ -84,12 +85,14 @@ class Layer:
         compressor.ape.data.normal_(std=0.15, generator=self.numbers)
         compressor.norm.weight.data.normal_(0.7, 0.26, generator=self.numbers)
 
-    def _allocate(self) -> None:
-        """Random bytes, and among them numbers in the state, since padding may ask for rows of page 0."""
+    def _read_specs(self) -> None:
         indexer = self.module.indexer
         self.state_spec = indexer.compressor.state_cache.get_kv_cache_spec(self.config)
         self.k_spec = indexer.k_cache.get_kv_cache_spec(self.config)
         self.page, self.k_page = self.state_spec.block_size, self.k_spec.block_size
+
+    def allocate(self) -> None:
+        """Random bytes, and among them numbers in the state, since padding may ask for rows of page 0."""
         self.storages = [
             torch.randint(-(2**7), 2**7, (BLOCKS * spec.page_size_bytes,), dtype=torch.int8, generator=self.numbers)
             for spec in (self.state_spec, self.k_spec)
