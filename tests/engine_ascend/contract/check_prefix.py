@@ -130,7 +130,7 @@ def test_a_prompt_behind_one_that_is_itself_behind_another(burst):
     burst.assert_each_stored_what_it_stores_alone()
 
 
-@pytest.mark.parametrize("last", [1, 2, 3, 4], ids="last_{}".format)
+@pytest.mark.parametrize("last", [1, 4], ids="last_{}".format)
 @pytest.mark.parametrize("own", [4, 50], ids="own_{}".format)
 def test_a_prompt_behind_the_last_tokens_of_another(burst, last, own):
     """Such last tokens count as a decode: vllm-ascend calls it after the prefills, whose windows need its rows."""
