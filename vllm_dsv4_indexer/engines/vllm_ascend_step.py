@@ -1,9 +1,10 @@
 """From vllm-ascend's metadata of a step's requests to the op's plan, once for all layers.
 
-Nothing here waits for the device, and every tensor's shape follows from the shapes of the metadata, so that a captured
-graph replays: it reads the metadata where vllm-ascend refreshes them.
+Nothing here waits for the device, and every tensor's shape follows from the shapes of the metadata,
+so that a captured graph replays: it reads the metadata where vllm-ascend refreshes them.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,9 @@ Metadata = tuple[Any, Any]  # vllm-ascend's, of the state and of the K cache
 def requests_of(*parts: Metadata) -> Requests:
     """The requests of one or more parts of a step, in the order of their tokens.
 
-    Of a layer's metadata, those of the state have a slot for each token. Both caches have the same tokens, and a slot
-    that says "write nothing" means both: it is padding's, or a dummy run's, whose tables and positions are live ones.
+    Of a layer's metadata, those of the state have a slot for each token. A slot that says "write
+    nothing" means both caches: it is padding's, or a dummy run's, whose tables and positions are
+    those of live requests.
     """
     first, *others = (_requests_of_part(state, keys) for state, keys in parts)
     for part in others:
@@ -50,14 +52,16 @@ def plan_requests(requests: Requests, extents: Extents, k_page: int, impl: str) 
 
 
 def once_a_step(metadata: Metadata, extents: Extents, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` returns: called once in a forward call for all layers whose caches have these metadata and extents.
+    """What `make` returns, called once in a forward call for all layers with these metadata.
 
-    It is kept with the forward call. vllm-ascend makes a context for every step and for every capture of a graph, also
-    where it refreshes tensors in place; so a capture records the planning, too, and no step gets another's.
+    It is kept with the forward call, not with the metadata: vllm-ascend makes a context for every
+    step and for every capture of a graph, also where it refreshes tensors in place. What was made
+    before a capture began is not used in it: a graph has to make its plan again in every replay.
     """
+    key = *metadata, torch.npu.is_current_stream_capturing(), extents
     made = get_forward_context().additional_kwargs.setdefault("dsv4_indexer_plans", [])
-    for (state, keys), its_extents, plan in made:  # one for each group of caches: a few
-        if state is metadata[0] and keys is metadata[1] and its_extents == extents:
+    for known, plan in made:  # one for each group of caches: a few
+        if all(map(operator.is_, known[:3], key[:3])) and known[3] == extents:
             return plan
-    made.append((metadata, extents, plan := make()))
+    made.append((key, plan := make()))
     return plan

@@ -3,7 +3,7 @@
 While the worker loads its model, `AscendDSABackend.get_impl_cls` answers with the subclasses below; the backend itself
 stays the stock one, since vllm-ascend compares it by identity. They replace, per layer, the stock chain (compressor,
 Hadamard product, quantisation, two scatters on A2 and A3; compressor, Hadamard product, one fused store on A5) by two
-launches: the projection, one matmul of torch_npu's for `wkv` and `wgate` joined, and `ops.compress`.
+launches: the projection, one matmul of torch_npu's for `wkv` and `wgate` joined, and the op with the step's plan.
 
 Nothing here waits for the device, so that a graph can be captured. What a step's layers share: vllm_ascend_step.py.
 """
@@ -151,7 +151,8 @@ class Attention(OnePassIndexer, AscendDSAImpl):
 
     A step that has both is compressed as one, in the first call. A request's prefix may lie in pages that another one
     fills in this step, and either may be of either kind: a last token of a prompt is a "decode", and so is a prompt of
-    which the cache holds all but one.
+    which the cache holds all but one. (What stock stores itself, for the sliding window and in the main compressor, it
+    stores call by call: behind such a last token its prefills read those caches too early.)
     """
 
     mixed: Tensor | None = None  # the hidden states of such a step, while it runs

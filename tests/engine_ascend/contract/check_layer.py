@@ -161,6 +161,19 @@ def test_layers_whose_caches_have_the_same_metadata_share_one_plan_a_step(config
             assert ops.work.plans == before + 2 * step
 
 
+def test_a_capture_makes_a_plan_of_its_own(config, monkeypatch):
+    """So that the graph makes it again in every replay, and does not keep what was made before it."""
+    layer = Layer(config)
+    x, metadata = two_decodes(layer)
+    before = ops.work.plans
+    with forward_call(metadata, len(x)):
+        layer.attention.compress(x, layer.kv_cache, metadata[2:4])
+        monkeypatch.setattr(torch.npu, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            layer.attention.compress(x, layer.kv_cache, metadata[2:4])
+    assert ops.work.plans == before + 2
+
+
 def test_metadata_that_are_refreshed_in_place_are_planned_again(config):
     """As a captured graph has them, whose tensors vllm-ascend's builders write anew for every step."""
     layer = Layer(config)

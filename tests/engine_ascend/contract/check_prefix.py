@@ -1,7 +1,9 @@
-"""Requests that share a prefix which one of them computes in the same step: what they store is what each stores alone.
+"""Requests that share a prefix which one of them computes in the same step store what each stores
+alone.
 
-vLLM's scheduler gives a request the pages of another's prefix as computed when that one is scheduled, not when it has
-run. So a step can hold a prompt and others that begin where its full pages end; their first windows need its rows.
+vLLM's scheduler gives a request the pages of another's prefix as computed when that one is
+scheduled, not when it has run. So a step can hold a prompt and others that begin where its full
+pages end; their first windows need its rows.
 """
 
 import random
@@ -42,7 +44,9 @@ class Burst:
         self.decode_tokens = decode_tokens
         for builder in self.layer.builders:
             builder.decode_threshold = decode_tokens
-        self.free, self.k_free = (random.Random(0).sample(range(1, BLOCKS), BLOCKS - 1) for _ in range(2))
+        self.free, self.k_free = (
+            random.Random(seed).sample(range(1, BLOCKS), BLOCKS - 1) for seed in range(2)
+        )
         self.page, self.k_page = self.layer.page, self.layer.k_page * RATIO  # in positions
         self.before = [storage.clone() for storage in self.layer.storages]
         self.prompts: list[Prompt] = []
@@ -52,14 +56,15 @@ class Burst:
         hidden, state_pages, k_pages = self.layer.hidden_states(own), [], []
         if like:
             hidden = torch.cat([like.hidden[:hit], hidden])
-            state_pages, k_pages = like.state_pages[: hit // self.page], like.k_pages[: hit // self.k_page]
-        state_pages = state_pages + [self.free.pop() for _ in range(len(state_pages) * self.page, len(hidden), self.page)]
-        k_pages = k_pages + [self.k_free.pop() for _ in range(len(k_pages) * self.k_page, len(hidden), self.k_page)]
+            state_pages = like.state_pages[: hit // self.page]
+            k_pages = like.k_pages[: hit // self.k_page]
+        state_pages += [self.free.pop() for _ in range(hit, len(hidden), self.page)]
+        k_pages += [self.k_free.pop() for _ in range(hit, len(hidden), self.k_page)]
         self.prompts.append(Prompt(hidden, state_pages, k_pages))
         return self.prompts[-1]
 
     def step(self, *chunks: Chunk) -> None:
-        """One step of these chunks: as many tokens as a decode has come first, as vllm-ascend sorts them."""
+        """One step of these chunks. Those as short as a decode come first, as in vllm-ascend."""
         chunks = sorted(chunks, key=lambda chunk: chunk.end - chunk.start > self.decode_tokens)
         rows = Rows(
             starts=[chunk.start for chunk in chunks],
@@ -71,9 +76,9 @@ class Burst:
         self.run(x, self.layer.metadata(rows))
 
     def _state_table(self, chunk: Chunk) -> list[int]:
-        """The pages from which a window can still read, and those of the chunk; vLLM frees, or never hits, others."""
-        kept = chunk.start - (WINDOW - 1)
-        return [p if (i + 1) * self.page > kept else 0 for i, p in enumerate(chunk.prompt.state_pages)]
+        """The pages a window can still read, and the chunk's; vLLM frees or never hits others."""
+        kept, pages = chunk.start - (WINDOW - 1), chunk.prompt.state_pages
+        return [page if (i + 1) * self.page > kept else 0 for i, page in enumerate(pages)]
 
     def assert_each_stored_what_it_stores_alone(self) -> None:
         expected = [storage.clone() for storage in self.before]
@@ -82,7 +87,7 @@ class Burst:
             with torch.inference_mode():
                 store(self.layer, expected, rows, prompt.hidden)
         for name, actual, wanted in zip(("state", "K"), self.layer.storages, expected):
-            assert not (differ := (actual != wanted).sum()), f"{differ} bytes of the {name} cache differ"
+            assert not (differ := (actual != wanted).sum()), f"{differ} bytes of {name} differ"
 
 
 @pytest.fixture(params=["one_stream", "two_streams", "context_parallel"])
@@ -105,7 +110,7 @@ def test_prompts_behind_one_whose_prefix_they_share(burst, decode_tokens):
     hit = burst.k_page
     owner = burst.prompt(hit + 60)
     others = [burst.prompt(own, like=owner, hit=hit) for own in (1, 3, 4, 5, 8, 61)]
-    burst.step(Chunk(owner, 0, hit + 60), *(Chunk(other, hit, len(other.hidden)) for other in others))
+    burst.step(Chunk(owner, 0, hit + 60), *(Chunk(o, hit, len(o.hidden)) for o in others))
     burst.assert_each_stored_what_it_stores_alone()
 
 
@@ -113,9 +118,8 @@ def test_prompts_that_are_the_same(burst):
     burst = burst()
     hit = burst.k_page
     owner = burst.prompt(hit + 7)
-    same = burst.prompt(0, like=owner, hit=hit + 7)
-    same.state_pages = owner.state_pages[: hit // burst.page] + [burst.free.pop() for _ in range(0, 7, burst.page)]
-    same.k_pages = [owner.k_pages[0], burst.k_free.pop()]
+    same = burst.prompt(7, like=owner, hit=hit)
+    same.hidden = owner.hidden
     burst.step(Chunk(owner, 0, hit + 7), Chunk(same, hit, hit + 7))
     burst.assert_each_stored_what_it_stores_alone()
 
@@ -126,14 +130,19 @@ def test_a_prompt_behind_one_that_is_itself_behind_another(burst):
     first = burst.prompt(hit + 5)
     second = burst.prompt(hit + 3, like=first, hit=hit)
     third = burst.prompt(9, like=second, hit=2 * hit)
-    burst.step(Chunk(third, 2 * hit, 2 * hit + 9), Chunk(first, 0, hit + 5), Chunk(second, hit, 2 * hit + 3))
+    burst.step(
+        Chunk(third, 2 * hit, 2 * hit + 9),
+        Chunk(first, 0, hit + 5),
+        Chunk(second, hit, 2 * hit + 3),
+    )
     burst.assert_each_stored_what_it_stores_alone()
 
 
 @pytest.mark.parametrize("last", [1, 4], ids="last_{}".format)
 @pytest.mark.parametrize("own", [4, 50], ids="own_{}".format)
 def test_a_prompt_behind_the_last_tokens_of_another(burst, last, own):
-    """Such last tokens count as a decode: vllm-ascend calls it after the prefills, whose windows need its rows."""
+    """Such last tokens count as a decode, which vllm-ascend calls after the prefills that need its
+    rows."""
     burst = burst(decode_tokens=4)
     hit = burst.k_page
     owner = burst.prompt(hit)

@@ -207,7 +207,7 @@ CALLED = [
 ]
 
 
-@pytest.mark.parametrize("owner, name", CALLED)
+@pytest.mark.parametrize("owner, name", [*CALLED, (AscendDSAImpl, "forward")])
 def test_another_signature_is_named(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda more: None)
     with pytest.raises(

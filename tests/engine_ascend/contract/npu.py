@@ -86,6 +86,7 @@ def install() -> None:
     torch.utils.rename_privateuse1_backend("npu")  # so that torch.device("npu") is one
     torch.npu = torch_npu.npu
     torch.npu.is_available = lambda: False  # transformers asks
+    torch.npu.is_current_stream_capturing = lambda: False
     Stream.current = Stream("main")
     torch.npu.Stream, torch.npu.stream, torch.npu.current_stream = Stream, on_stream, lambda: Stream.current
     built_for = sys.modules["vllm_ascend._build_info"] = types.ModuleType("vllm_ascend._build_info")
