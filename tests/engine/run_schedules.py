@@ -1,0 +1,76 @@
+"""Runs schedules in one engine, in a process of its own: `python run_schedules.py JOB.json RESULT.pickle`.
+
+JOB: {"options": arguments of LLM, "schedules": as in schedules.py}. Each schedule meets an empty prefix cache, and
+the engine core is in this process, so that the steps are the same every time.
+RESULT: {"schedules": [[by request, what each worker stored], ...], "alone": [what each worker stored, ...], "metrics":
+vLLM's counters}. Each sequence of tokens that was stored is computed again alone, with nothing cached.
+"""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+from stored import Stored, take, watch
+from vllm import LLM, SamplingParams
+from vllm.v1.metrics.reader import Counter
+
+
+def main(job_file: str, result_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    llm = LLM(**job["options"])
+    llm.collective_rpc(watch)
+    schedules = [run(llm, **schedule) for schedule in job["schedules"]]
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    sequences = {tuple(workers[0].tokens) for requests in schedules for workers in requests}
+    alone = [run(llm, "alone", [request])[0] for request in unlike(sequences)]
+    result = dict(schedules=schedules, alone=alone, metrics=metrics)
+    Path(result_file).write_bytes(pickle.dumps(result))
+
+
+def run(llm: LLM, name: str, requests: list[dict], budget: int | None = None) -> list[list[Stored]]:
+    """By request, what each worker stored. budget: no more than the engine was made for, which is what None means."""
+    engine = llm.llm_engine
+    scheduler, most = engine.engine_core.engine_core.scheduler, llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    scheduler.max_num_scheduled_tokens = min(budget or most, most)
+    llm.reset_prefix_cache()
+    print(f"schedule: {name}", flush=True)
+    coming, tokens, step = dict(enumerate(requests)), {}, 0
+    while coming or engine.has_unfinished_requests():
+        for number, prompt in due(coming, tokens, step).items():
+            sampling = SamplingParams(temperature=0, max_tokens=coming.pop(number)["max_tokens"], ignore_eos=True)
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+        for output in engine.step():
+            tokens[int(output.request_id)] = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        step += 1
+    workers = [by_number(stored) for stored in llm.collective_rpc(take)]
+    return [[stored[number] for stored in workers] for number in range(len(requests))]
+
+
+def due(coming: dict[int, dict], tokens: dict[int, list[int]], step: int) -> dict[int, list[int]]:
+    """By request, the prompts of those that are to come before this step; tokens: of those that have run."""
+    prompts = {}
+    for number, one in coming.items():
+        if "of" not in one and one["step"] <= step:
+            prompts[number] = one["prompt"]
+        elif "of" in one and len(tokens.get(one["of"], [])) >= one["at"]:
+            prompts[number] = [*tokens[one["of"]][: one["at"]], *one["prompt"]]
+    return prompts
+
+
+def by_number(stored: dict[str, Stored]) -> dict[int, Stored]:
+    """vLLM's names are ours and something random."""
+    return {int(name.split("-")[0]): one for name, one in stored.items()}
+
+
+def unlike(sequences: set[tuple[int, ...]]) -> list[dict]:
+    """Requests of one token for all sequences of which no other is the beginning of a longer one."""
+    kept = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if not any(longer[: len(sequence)] == sequence for longer in kept):
+            kept.append(sequence)
+    return [dict(prompt=list(sequence), step=0, max_tokens=1) for sequence in kept]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Schedules: which requests come when, with prefixes that they share.
+
+A request is a dict: `prompt`, `max_tokens`, and `step`, before which it comes; or, for a fork, `of` and `at`: it comes
+when request number `of` is `at` tokens long, and its prompt stands behind these.
+A schedule is a dict: its `name`, its `requests`, and `budget`, the tokens that a step takes.
+"""
+
+import random
+
+from engine import prompt
+
+BLOCK = 256  # tokens: what requests share is whole blocks
+WHOLE, MIXED = 8192, 1009  # all prompts in one step; a prime, so that steps end anywhere
+LONGEST = 3 * BLOCK  # of what a random schedule shares
+ANSWER = 6  # tokens: at least one entry is of these
+
+
+def burst(common: int, *tails: int, budget: int = WHOLE) -> dict:
+    """Requests that come at once, with `common` tokens in common and `tails` of their own; those with tails of the same
+    length are identical."""
+    prefix = prompt(common, seed=5)
+    requests = [_request([*prefix, *prompt(tail, seed=6)]) for tail in tails]
+    return dict(name=f"burst of {common}, {budget} a step", budget=budget, requests=requests)
+
+
+def forks() -> dict:
+    """Requests that come while another fills, with a token that it says itself, the block that they share with it."""
+    lengths = BLOCK - 3, 2 * BLOCK - 4
+    first = [_request(prompt(length, seed=7), max_tokens=9) for length in lengths]
+    later = [_fork(of, (of + 1) * BLOCK, tail) for of in range(len(first)) for tail in (1, 4, 61)]
+    return dict(name="forks", budget=WHOLE, requests=[*first, *later])
+
+
+def random_schedule(seed: int, requests: int = 9) -> dict:
+    """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may share them, too, and
+    some are forks of one that runs."""
+    draw = random.Random(f"schedule {seed}")
+    first = prompt(BLOCK * draw.randint(1, 3) - draw.randint(1, 20), seed=seed)
+    chosen = [_request(first, max_tokens=24), _request(prompt(BLOCK + 1, seed=seed), max_tokens=8)]
+    while len(chosen) < requests:
+        number = draw.choice([i for i, one in enumerate(chosen) if "of" not in one])
+        tail = draw.choice([0, 1, 2, 3, 4, 5, 60, 130, BLOCK])
+        length, answer = len(chosen[number]["prompt"]), chosen[number]["max_tokens"]
+        filled = BLOCK * (length // BLOCK + 1)
+        if draw.random() < 0.4 and filled < min(length + answer, LONGEST):
+            chosen.append(_fork(number, filled, tail))
+        elif length >= BLOCK:
+            shared = chosen[number]["prompt"][: BLOCK * draw.randint(1, min(length, LONGEST) // BLOCK)]
+            step = chosen[number]["step"] + draw.choice([0, 0, 1, 4])
+            chosen.append(_request([*shared, *prompt(tail, seed=len(chosen))], step, draw.randint(1, 12)))
+    return dict(name=f"seed {seed}", budget=draw.choice([WHOLE, MIXED, 509, 131]), requests=chosen)
+
+
+def _request(tokens: list[int], step: int = 0, max_tokens: int = ANSWER) -> dict:
+    return dict(prompt=tokens, step=step, max_tokens=max_tokens)
+
+
+def _fork(of: int, at: int, tail: int) -> dict:
+    return dict(of=of, at=at, prompt=prompt(tail, seed=8), max_tokens=ANSWER)

@@ -1,0 +1,131 @@
+"""Requests that share a prefix: whoever fills a block, and when, an entry is the one that its tokens give alone.
+
+vLLM caches the blocks of a request when it schedules it. So a request that is scheduled later in the same step gets, as
+computed, blocks that the first one fills only in that step.
+To try other schedules at random, or one again: SCHEDULE_SEEDS=7,8 pytest tests/engine/test_shared_prefix.py
+"""
+
+import os
+import pickle
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from conftest import two_processes
+from engine import complete, launch
+from schedules import MIXED, burst, forks, random_schedule
+from stored import Stored
+
+from vllm_dsv4_indexer.contract import RATIO
+
+SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1,2").split(",")]
+RANDOM = [random_schedule(seed) for seed in SEEDS]
+BURSTS = [
+    burst(256, 0, 0, 1, 3, 4, 60, 60, 130),
+    burst(512, 0, 0, 4, 60, 130),
+    burst(512, 0, 0, 4, 60, 130, budget=MIXED),
+    burst(1280, 0, 4, 130, 130),
+    burst(1280, 0, 4, 130, 130, budget=MIXED),
+    burst(4096, 0, 5, 5),
+]
+FORKS = forks()
+ONE_WORKER, TWO_WORKERS = [*BURSTS, FORKS, *RANDOM], [*BURSTS[:2], FORKS]
+CROWDED = [schedule | dict(name=f"{schedule['name']}, {how}") for how in ("new", "again") for schedule in RANDOM]
+
+
+@dataclass
+class Ran:
+    """By schedule and request, what each worker stored; and what each stored for the same tokens alone."""
+
+    schedules: dict[str, list[list[Stored]]]
+    alone: list[list[Stored]]
+    metrics: dict[str, int]
+
+    def expected(self, one: Stored, worker: int) -> np.ndarray:
+        """The entries of the same tokens, computed alone."""
+        count = len(one.tokens)
+        longer = next(workers[worker] for workers in self.alone if workers[worker].tokens[:count] == one.tokens)
+        return longer.entries[:, : count // RATIO]
+
+
+@pytest.fixture(scope="session")
+def run_schedules(checkpoint, tmp_path_factory):
+    """Runs schedules in one engine: `run_schedules(name, schedules, **options)`."""
+
+    def run(name: str, schedules: list[dict], environment=None, **options) -> Ran:
+        folder = tmp_path_factory.mktemp(name)
+        job = dict(options=complete(checkpoint, options), schedules=schedules)
+        launch("run_schedules.py", folder, job, folder / "result.pickle", environment)
+        result = pickle.loads((folder / "result.pickle").read_bytes())
+        result["schedules"] = dict(zip(names(schedules), result["schedules"], strict=True))
+        return Ran(**result)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def one_worker(run_schedules) -> Ran:
+    return run_schedules("one_worker", ONE_WORKER)
+
+
+@pytest.fixture(scope="session")
+def two_workers(run_schedules) -> Ran:
+    environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return run_schedules("two_workers", TWO_WORKERS, environment, tensor_parallel_size=2)
+
+
+@pytest.fixture(scope="session")
+def crowded(run_schedules) -> Ran:
+    """Drafts, of which some are wrong, and a KV cache that does not hold all requests at once."""
+    drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
+    memory = dict(max_model_len=1100, kv_cache_memory_bytes=8 << 20, max_num_batched_tokens=509)
+    memory |= dict(max_num_seqs=8, scheduler_reserve_full_isl=False)
+    return run_schedules("crowded", CROWDED, speculative_config=drafts, **memory)
+
+
+def names(schedules: list[dict]) -> list[str]:
+    return [one["name"] for one in schedules]
+
+
+@pytest.mark.parametrize("name", names(ONE_WORKER))
+def test_every_entry_is_the_one_that_its_tokens_give_alone(one_worker, name):
+    assert_as_alone(one_worker, name)
+
+
+@pytest.mark.parametrize("name", names(TWO_WORKERS))
+def test_in_each_of_two_workers_too(two_workers, name):
+    assert_as_alone(two_workers, name)
+
+
+@pytest.mark.parametrize("name", names(CROWDED))
+def test_with_rejected_drafts_and_preempted_requests_too(crowded, name):
+    assert_as_alone(crowded, name)
+
+
+def assert_as_alone(ran: Ran, name: str) -> None:
+    """Bit for bit."""
+    for number, workers in enumerate(ran.schedules[name]):
+        for worker, one in enumerate(workers):
+            differ = (one.entries != ran.expected(one, worker)).any(axis=(0, 2))
+            wrong = [RATIO * int(entry) + RATIO - 1 for entry in np.flatnonzero(differ)]
+            assert not wrong, f"{name}, request {number}, worker {worker}: entries of the positions {wrong}"
+
+
+@pytest.mark.parametrize("name", names([*BURSTS, FORKS]))
+def test_blocks_are_shared_in_the_step_that_fills_them(one_worker, name):
+    """Else the tests above would show nothing."""
+    requests = [workers[0] for workers in one_worker.schedules[name]]
+    assert sum(any(filled_in_the_same_step(one, other) for other in requests) for one in requests) >= 2
+
+
+def filled_in_the_same_step(one: Stored, other: Stored) -> bool:
+    """Whether `one` came with blocks counted as computed of which `other` computed the last in that very step."""
+    step, (cached, _) = next(iter(one.lengths.items()))
+    before, behind = other.lengths.get(step, (0, 0))
+    return before < cached <= behind and one.tokens[:cached] == other.tokens[:cached]
+
+
+def test_drafts_are_rejected_and_requests_preempted(crowded):
+    drafted, accepted = (crowded.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert drafted > accepted > 0
+    assert crowded.metrics["vllm:num_preemptions"] > 0
