@@ -8,9 +8,10 @@ Source of the numbers: DeepSeek-V4's configuration and vLLM 0.32's cache specs. 
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .errors import UserError
 
@@ -30,7 +31,7 @@ INT8_MAX = 127.0
 
 
 class ContractError(UserError):
-    """The arguments of `compress` break its contract. Nothing was written."""
+    """The arguments of the op break its contract. Nothing was written."""
 
 
 class Argument(NamedTuple):
@@ -40,59 +41,224 @@ class Argument(NamedTuple):
     an engine's shared storage.
     """
 
-    name: str
     sizes: tuple[int | str, ...]
     dtypes: tuple[torch.dtype, ...]
     dense: int = 1
 
 
-_FLOATS = (torch.float32, torch.bfloat16)
-_COMMON = (
-    Argument("kv_score", ("T", ROW_WIDTH), _FLOATS),
-    Argument("ape", (RATIO, KV_WIDTH), (torch.float32,), dense=2),
-    Argument("norm_weight", (HEAD_DIM,), _FLOATS),
-    Argument("cos_sin_cache", ("max_pos", ROPE_DIM), (torch.float32,)),
-    Argument("positions", ("T",), (torch.int64,)),
-    Argument("token_to_req", ("T",), (torch.int32,)),
-    Argument("inner_state_slot_mapping", ("T",), (torch.int64,)),
-    Argument("inner_state_block_table", ("R", "M"), (torch.int32,)),
-    Argument("inner_state_cache", ("pages", "page", ROW_WIDTH), (torch.float32,)),
-    Argument("k_slot_mapping", ("T",), (torch.int64,)),
-)
+class Step(NamedTuple):
+    """What a step's tokens are, and where their rows and entries go: the same for all layers of a cache group."""
+
+    positions: Tensor
+    token_to_req: Tensor
+    inner_state_slot_mapping: Tensor
+    inner_state_block_table: Tensor
+    k_slot_mapping: Tensor
+
+
+class Layer(NamedTuple):
+    """A layer's weights and caches: the same in every step."""
+
+    ape: Tensor
+    norm_weight: Tensor
+    cos_sin_cache: Tensor
+    inner_state_cache: Tensor
+    k_cache: Tensor
+    k_scale_cache: Tensor | None = None
+
+
+class Extents(NamedTuple):
+    """How far the values of a step may reach: those of the caches and tables that it is planned for."""
+
+    state_pages: int
+    state_page: int  # tokens per state page
+    k_entries: int  # pages times entries of a page
+    max_pos: int  # rows of cos_sin_cache
+
+    @staticmethod
+    def of(layer: Layer) -> "Extents":
+        k_entries = layer.k_cache.shape[0] * layer.k_cache.shape[1]
+        return Extents(*layer.inner_state_cache.shape[:2], k_entries, layer.cos_sin_cache.shape[0])
+
+
+class Call(NamedTuple):
+    """The tensors of `compress`, in the order of its signature."""
+
+    kv_score: Tensor
+    ape: Tensor
+    norm_weight: Tensor
+    cos_sin_cache: Tensor
+    positions: Tensor
+    token_to_req: Tensor
+    inner_state_slot_mapping: Tensor
+    inner_state_block_table: Tensor
+    inner_state_cache: Tensor
+    k_slot_mapping: Tensor
+    k_cache: Tensor
+    k_scale_cache: Tensor | None = None
+
+    @property
+    def step(self) -> Step:
+        return Step(*(getattr(self, name) for name in Step._fields))
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(*(getattr(self, name) for name in Layer._fields))
+
+
+FLOATS = (torch.float32, torch.bfloat16)
+_COMMON = {
+    "kv_score": Argument(("T", ROW_WIDTH), FLOATS),
+    "ape": Argument((RATIO, KV_WIDTH), (torch.float32,), dense=2),
+    "norm_weight": Argument((HEAD_DIM,), FLOATS),
+    "cos_sin_cache": Argument(("max_pos", ROPE_DIM), (torch.float32,)),
+    "positions": Argument(("T",), (torch.int64,)),
+    "token_to_req": Argument(("T",), (torch.int32,)),
+    "inner_state_slot_mapping": Argument(("T",), (torch.int64,)),
+    "inner_state_block_table": Argument(("R", "M"), (torch.int32,)),
+    "inner_state_cache": Argument(("pages", "page", ROW_WIDTH), (torch.float32,)),
+    "k_slot_mapping": Argument(("T",), (torch.int64,)),
+}
 K_FORMATS = {
-    "fp8_pow2": (
-        *_COMMON,
-        Argument("k_cache", ("k_pages", FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES), (torch.uint8,), dense=2),
-    ),
-    "int8_hadamard": (
-        *_COMMON,
-        Argument("k_cache", ("k_pages", "bs", HEAD_DIM), (torch.int8,)),
-        Argument("k_scale_cache", ("k_pages", "bs"), (torch.float32, torch.float16), dense=0),
-    ),
-    "fp8_amax": (
-        *_COMMON,
-        Argument("k_cache", ("k_pages", "bs", FP8_ENTRY_BYTES), (torch.uint8,), dense=2),
-    ),
+    "fp8_pow2": _COMMON
+    | {"k_cache": Argument(("k_pages", FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES), (torch.uint8,), dense=2)},
+    "int8_hadamard": _COMMON
+    | {
+        "k_cache": Argument(("k_pages", "bs", HEAD_DIM), (torch.int8,)),
+        "k_scale_cache": Argument(("k_pages", "bs"), (torch.float32, torch.float16), dense=0),
+    },
+    "fp8_amax": _COMMON | {"k_cache": Argument(("k_pages", "bs", FP8_ENTRY_BYTES), (torch.uint8,), dense=2)},
 }
 
 
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+class PlanHeader(NamedTuple):
+    """The first numbers of a plan. csrc/plan.h repeats them."""
+
+    layout: int  # PLAN_LAYOUT
+    tokens: int  # T
+    entries: int  # windows that the step closes; -1 if only the device knows
+    early: int  # how many of them are EARLY; -1 if only the device knows
+    unique: int  # 1 if no slot occurs twice, so that tokens may be written in any order
+    state_pages: int  # the extents that the step was planned for
+    state_page: int
+    k_entries: int
+    max_pos: int
+
+
+class Plan(NamedTuple):
+    """The sections of a plan, which is one int64 tensor: PLAN_HEADER numbers, then these, as views.
+
+    One tensor, so that a graph replays a plan from one persistent buffer and a layer's call carries one argument.
+    """
+
+    header: Tensor  # [PLAN_HEADER], a PlanHeader and zeros
+    positions: Tensor  # [T]; of a padding row anything
+    requests: Tensor  # [T]; of a padding row anything
+    state_slots: Tensor  # [T]: the row to save, -1 for none
+    k_slots: Tensor  # [T]: the entry of the window that the token closes, -1 for none
+    windows: Tensor  # [T]: NO_WINDOW, EARLY or LATE
+    sources: Tensor  # [T, 8]: of a token that closes an EARLY window, where its rows come from; else undefined
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Plan":
+        header, rest = tensor[:PLAN_HEADER], tensor[PLAN_HEADER:]
+        tokens = len(rest) // PLAN_WIDTH
+        *sections, sources = rest.split([tokens] * (PLAN_WIDTH - WINDOW) + [tokens * WINDOW])
+        return Plan(header, *sections, sources.view(tokens, WINDOW))
+
+
+PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: another number for another arrangement
+STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
+PLAN_HEADER = 16
+PLAN_WIDTH = 5 + WINDOW  # numbers per token
+NO_WINDOW, EARLY, LATE = 0, 1, 2  # an EARLY window is pooled before any row is saved, a LATE one from its own call's rows
+# A source is a token of the call, or MASKED, or `row_source(slot)`, a row of the state as it was before the call.
+MASKED = -1
+
+
+def row_source(slot: Any) -> Any:
+    """The source that is the state row `slot`, and back."""
+    return -2 - slot
+
+
+def plan_size(tokens: int) -> int:
+    """How many int64 a plan of that many tokens has."""
+    return PLAN_HEADER + PLAN_WIDTH * tokens
+
+
+def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
+    """Checks what can be told of a plan without reading it."""
+    if plan.device != device:
+        raise ContractError(f"plan is on {plan.device}; expected {device}, the device of the layer")
+    if plan.dtype is not torch.int64 or plan.dim() != 1 or not plan.is_contiguous():
+        raise ContractError(f"plan is {plan.dtype} {list(plan.shape)}; expected the tensor that `plan` returned")
+    if len(plan) != plan_size(tokens):
+        raise ContractError(f"plan has {len(plan)} numbers, one for {tokens} tokens {plan_size(tokens)}: plan each step")
+
+
+def check_plan_header(plan: Tensor, tokens: int, extents: Extents, layout: int = PLAN_LAYOUT) -> None:
+    """Checks that a plan on the host was made for such an implementation, that many tokens, and no larger caches."""
+    header = PlanHeader(*plan[: len(PlanHeader._fields)].tolist())
+    if header.layout != layout:
+        raise ContractError("plan was not made by this version's `plan` for this implementation; plan the step again")
+    if header.tokens != tokens:
+        raise ContractError(f"plan is for {header.tokens} tokens, and kv_score has {tokens}: plan each step")
+    for name, most in extents._asdict().items():
+        planned = getattr(header, name)
+        if planned > most or (name == "state_page" and planned != most):
+            raise ContractError(f"plan is for caches of {name} {planned}, and the layer's have {most}")
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
+
+
 # A number among the sizes is a symbol bound to itself.
-_NUMBERS = {n: n for arguments in K_FORMATS.values() for a in arguments for n in a.sizes if isinstance(n, int)}
+_NUMBERS = {n: n for arguments in K_FORMATS.values() for a in arguments.values() for n in a.sizes if isinstance(n, int)}
 
 
-def check_metadata(tensors: tuple[torch.Tensor | None, ...], k_format: str) -> None:
-    """Checks `tensors`, in the order of the op's signature, against the table of `k_format`."""
-    arguments = K_FORMATS.get(k_format)
-    if arguments is None:
+def check_call(call: Call, k_format: str) -> None:
+    """Checks the tensors of `compress` against the table of `k_format`; raises ContractError."""
+    _check_scales(call.k_scale_cache, k_format)
+    _check(call._asdict(), K_FORMATS[k_format])
+
+
+def check_step(step: Step) -> None:
+    """Checks the tensors of `plan`."""
+    _check(step._asdict(), _COMMON)
+
+
+def check_layer(layer: Layer, k_format: str) -> None:
+    """Checks a layer's tensors."""
+    _check_scales(layer.k_scale_cache, k_format)
+    _check(layer._asdict(), K_FORMATS[k_format])
+
+
+def check_kv_score(kv_score: Tensor, device: torch.device) -> None:
+    """Checks a layer's projection."""
+    _check({"kv_score": kv_score}, _COMMON)
+    if kv_score.device != device:
+        raise ContractError(f"kv_score is on {kv_score.device}; expected {device}, the device of the layer")
+
+
+def _check_scales(k_scale_cache: Tensor | None, k_format: str) -> None:
+    if k_format not in K_FORMATS:
         raise ContractError(f"k_format is {k_format!r}; the formats are {', '.join(map(repr, K_FORMATS))}")
-    if len(arguments) < len(tensors) and tensors[-1] is not None:
+    if k_scale_cache is not None and "k_scale_cache" not in K_FORMATS[k_format]:
         raise ContractError(f"k_scale_cache must be None: the pages of k_format {k_format!r} hold their own scales")
-    device = getattr(tensors[0], "device", None)
-    bound = dict(_NUMBERS)
-    for argument, tensor in zip(arguments, tensors):
-        name, sizes, dtypes, dense = argument
+
+
+def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> None:
+    bound, first = dict(_NUMBERS), next(iter(tensors))
+    device = getattr(tensors[first], "device", None)
+    for name, tensor in tensors.items():
+        if name not in table:
+            continue
+        sizes, dtypes, dense = table[name]
         if tensor is None:
-            raise ContractError(f"{argument.name} is None, but k_format {k_format!r} needs it")
+            raise ContractError(f"{name} is None, but the op and this k_format need it")
         if tensor.dtype not in dtypes:
             raise ContractError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
         shape = tensor.shape
@@ -102,8 +268,8 @@ def check_metadata(tensors: tuple[torch.Tensor | None, ...], k_format: str) -> N
         if not tensor.is_contiguous() and not _is_dense(tensor, dense):
             raise ContractError(f"{name} has strides {tensor.stride()}; expected its last {dense} dim(s) contiguous")
         if tensor.device != device:
-            raise ContractError(f"{name} is on {tensor.device}; expected {device}, the device of kv_score")
-    if bound["page"] not in STATE_PAGES:
+            raise ContractError(f"{name} is on {tensor.device}; expected {device}, the device of {first}")
+    if bound.get("page", STATE_PAGES[0]) not in STATE_PAGES:
         raise ContractError(f"inner_state_cache has pages of {bound['page']} tokens; expected one of {STATE_PAGES}")
 
 
