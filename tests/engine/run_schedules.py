@@ -23,20 +23,22 @@ def main(job_file: str, result_file: str) -> None:
     schedules = [run(llm, **schedule) for schedule in job["schedules"]]
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
     sequences = {tuple(workers[0].tokens) for requests in schedules for workers in requests}
-    alone = [run(llm, "alone", [request])[0] for request in unlike(sequences)]
+    budget = job["options"]["max_num_batched_tokens"]
+    alone = [run(llm, "alone", [request], budget)[0] for request in unlike(sequences)]
     result = dict(schedules=schedules, alone=alone, metrics=metrics)
     Path(result_file).write_bytes(pickle.dumps(result))
 
 
-def run(llm: LLM, name: str, requests: list[dict], budget: int | None = None) -> list[list[Stored]]:
-    """By request, what each worker stored. budget: no more than the engine was made for, which is what None means."""
-    engine = llm.llm_engine
-    scheduler, most = engine.engine_core.engine_core.scheduler, llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
-    scheduler.max_num_scheduled_tokens = min(budget or most, most)
-    llm.reset_prefix_cache()
+def run(llm: LLM, name: str, requests: list[dict], budget: int, restart: int = 0) -> list[list[Stored]]:
+    """By request, what each worker stored."""
     print(f"schedule: {name}", flush=True)
+    engine = llm.llm_engine
+    engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = budget
+    llm.reset_prefix_cache()
     coming, tokens, step = dict(enumerate(requests)), {}, 0
     while coming or engine.has_unfinished_requests():
+        if step == restart > 0:
+            llm.reset_prefix_cache(reset_running_requests=True)
         for number, prompt in due(coming, tokens, step).items():
             sampling = SamplingParams(temperature=0, max_tokens=coming.pop(number)["max_tokens"], ignore_eos=True)
             engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)

@@ -2,7 +2,8 @@
 
 A request is a dict: `prompt`, `max_tokens`, and `step`, before which it comes; or, for a fork, `of` and `at`: it comes
 when request number `of` is `at` tokens long, and its prompt stands behind these.
-A schedule is a dict: its `name`, its `requests`, and `budget`, the tokens that a step takes.
+A schedule is a dict: its `name`, its `requests`, `budget`, the tokens that a step takes, and `restart`, the step before
+which all that runs is preempted and the prefix cache emptied (0: never), so that all of it begins again at once.
 """
 
 import random
@@ -20,7 +21,7 @@ def burst(common: int, *tails: int, budget: int = WHOLE) -> dict:
     length are identical."""
     prefix = prompt(common, seed=5)
     requests = [_request([*prefix, *prompt(tail, seed=6)]) for tail in tails]
-    return dict(name=f"burst of {common}, {budget} a step", budget=budget, requests=requests)
+    return _schedule(f"burst of {common}, {budget} a step", requests, budget)
 
 
 def forks() -> dict:
@@ -28,10 +29,10 @@ def forks() -> dict:
     lengths = BLOCK - 3, 2 * BLOCK - 4
     first = [_request(prompt(length, seed=7), max_tokens=9) for length in lengths]
     later = [_fork(of, (of + 1) * BLOCK, tail) for of in range(len(first)) for tail in (1, 4, 61)]
-    return dict(name="forks", budget=WHOLE, requests=[*first, *later])
+    return _schedule("forks", [*first, *later])
 
 
-def random_schedule(seed: int, requests: int = 9) -> dict:
+def random_schedule(seed: int, requests: int = 8) -> dict:
     """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may share them, too, and
     some are forks of one that runs."""
     draw = random.Random(f"schedule {seed}")
@@ -48,7 +49,11 @@ def random_schedule(seed: int, requests: int = 9) -> dict:
             shared = chosen[number]["prompt"][: BLOCK * draw.randint(1, min(length, LONGEST) // BLOCK)]
             step = chosen[number]["step"] + draw.choice([0, 0, 1, 4])
             chosen.append(_request([*shared, *prompt(tail, seed=len(chosen))], step, draw.randint(1, 12)))
-    return dict(name=f"seed {seed}", budget=draw.choice([WHOLE, MIXED, 509, 131]), requests=chosen)
+    return _schedule(f"seed {seed}", chosen, draw.choice([WHOLE, MIXED, 509, 131]), draw.randint(2, 12))
+
+
+def _schedule(name: str, requests: list[dict], budget: int = WHOLE, restart: int = 0) -> dict:
+    return dict(name=name, requests=requests, budget=budget, restart=restart)
 
 
 def _request(tokens: list[int], step: int = 0, max_tokens: int = ANSWER) -> dict:

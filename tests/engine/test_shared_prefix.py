@@ -18,19 +18,20 @@ from stored import Stored
 
 from vllm_dsv4_indexer.contract import RATIO
 
-SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1,2").split(",")]
+SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1").split(",")]
 RANDOM = [random_schedule(seed) for seed in SEEDS]
-BURSTS = [
+AGAIN = [schedule | dict(name=f"{schedule['name']} again") for schedule in RANDOM]
+WRITTEN = [
     burst(256, 0, 0, 1, 3, 4, 60, 60, 130),
-    burst(512, 0, 0, 4, 60, 130),
-    burst(512, 0, 0, 4, 60, 130, budget=MIXED),
-    burst(1280, 0, 4, 130, 130),
-    burst(1280, 0, 4, 130, 130, budget=MIXED),
-    burst(4096, 0, 5, 5),
+    burst(512, 0, 0, 4, 130),
+    burst(512, 0, 0, 4, 130, budget=MIXED),
+    burst(1280, 0, 130, 130),
+    burst(1280, 0, 130, 130, budget=MIXED),
+    burst(4096, 5, 5, 5),
+    forks(),
 ]
-FORKS = forks()
-ONE_WORKER, TWO_WORKERS = [*BURSTS, FORKS, *RANDOM], [*BURSTS[:2], FORKS]
-CROWDED = [schedule | dict(name=f"{schedule['name']}, {how}") for how in ("new", "again") for schedule in RANDOM]
+ONE_WORKER = [*WRITTEN, *RANDOM]
+TWO_WORKERS = [WRITTEN[0], WRITTEN[-1], *RANDOM, *AGAIN]
 
 
 @dataclass
@@ -70,17 +71,10 @@ def one_worker(run_schedules) -> Ran:
 
 @pytest.fixture(scope="session")
 def two_workers(run_schedules) -> Ran:
-    environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return run_schedules("two_workers", TWO_WORKERS, environment, tensor_parallel_size=2)
-
-
-@pytest.fixture(scope="session")
-def crowded(run_schedules) -> Ran:
-    """Drafts, of which some are wrong, and a KV cache that does not hold all requests at once."""
+    """With drafts, of which some are wrong: what was answered once is drafted when it is asked again."""
     drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
-    memory = dict(max_model_len=1100, kv_cache_memory_bytes=8 << 20, max_num_batched_tokens=509)
-    memory |= dict(max_num_seqs=8, scheduler_reserve_full_isl=False)
-    return run_schedules("crowded", CROWDED, speculative_config=drafts, **memory)
+    environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return run_schedules("two_workers", TWO_WORKERS, environment, tensor_parallel_size=2, speculative_config=drafts)
 
 
 def names(schedules: list[dict]) -> list[str]:
@@ -93,13 +87,8 @@ def test_every_entry_is_the_one_that_its_tokens_give_alone(one_worker, name):
 
 
 @pytest.mark.parametrize("name", names(TWO_WORKERS))
-def test_in_each_of_two_workers_too(two_workers, name):
+def test_so_it_is_in_each_of_two_workers_and_with_rejected_drafts(two_workers, name):
     assert_as_alone(two_workers, name)
-
-
-@pytest.mark.parametrize("name", names(CROWDED))
-def test_with_rejected_drafts_and_preempted_requests_too(crowded, name):
-    assert_as_alone(crowded, name)
 
 
 def assert_as_alone(ran: Ran, name: str) -> None:
@@ -111,7 +100,7 @@ def assert_as_alone(ran: Ran, name: str) -> None:
             assert not wrong, f"{name}, request {number}, worker {worker}: entries of the positions {wrong}"
 
 
-@pytest.mark.parametrize("name", names([*BURSTS, FORKS]))
+@pytest.mark.parametrize("name", names(WRITTEN))
 def test_blocks_are_shared_in_the_step_that_fills_them(one_worker, name):
     """Else the tests above would show nothing."""
     requests = [workers[0] for workers in one_worker.schedules[name]]
@@ -125,7 +114,7 @@ def filled_in_the_same_step(one: Stored, other: Stored) -> bool:
     return before < cached <= behind and one.tokens[:cached] == other.tokens[:cached]
 
 
-def test_drafts_are_rejected_and_requests_preempted(crowded):
-    drafted, accepted = (crowded.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+def test_drafts_are_rejected_and_requests_preempted(two_workers):
+    drafted, accepted = (two_workers.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
     assert drafted > accepted > 0
-    assert crowded.metrics["vllm:num_preemptions"] > 0
+    assert two_workers.metrics["vllm:num_preemptions"] > 0

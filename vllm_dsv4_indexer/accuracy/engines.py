@@ -11,7 +11,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 
 from ..settings import NAMESPACE
-from .document import Document
+from .document import Document, Needle
 
 SECONDS = 3600  # that a server may take for one request
 Found = dict[str, list[bool]]
@@ -35,9 +35,16 @@ class Engine(ABC):
 
     def found(self, document: Document) -> Found:
         self.answers([document.tokens])  # from now on it comes from the prefix cache
-        needles = document.needles
-        prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
-        hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
+        return self._ask([(document, needle) for needle in document.needles])
+
+    def found_at_once(self, documents: list[Document]) -> Found:
+        """The same of documents that begin alike, and of which the engine knows nothing: all is asked at once."""
+        return self._ask([(document, needle) for document in documents for needle in document.needles])
+
+    def _ask(self, needles: list[tuple[Document, Needle]]) -> Found:
+        prompts = [document.ask_by_key(needle) for document, needle in needles]
+        prompts += [document.ask_by_distance(needle) for document, needle in needles]
+        hits = [answer == needle.value for answer, (_, needle) in zip(self.answers(prompts), 2 * needles, strict=True)]
         return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
 
 
