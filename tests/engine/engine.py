@@ -14,6 +14,7 @@ import numpy as np
 INDEXERS = 2  # layers of the demo checkpoint that have one
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
+SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
 
 
@@ -110,6 +111,12 @@ def launch(script: str, folder: Path, job: dict, result: Path, environment: dict
         lines = log.read()
     assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
     return lines
+
+
+def two_processes() -> dict[str, str]:
+    """An environment in which each of two workers has a core of its own."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    return SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
 
 
 def largest_difference(one: dict, other: dict) -> float:

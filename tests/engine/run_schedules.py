@@ -1,9 +1,10 @@
-"""Runs schedules in one engine, in a process of its own: `python run_schedules.py JOB.json RESULT.pickle`.
+"""Runs schedules in one engine: `python run_schedules.py JOB.json RESULT.pickle`.
 
-JOB: {"options": arguments of LLM, "schedules": as in schedules.py}. Each schedule meets an empty prefix cache, and
-the engine core is in this process, so that the steps are the same every time.
-RESULT: {"schedules": [[by request, what each worker stored], ...], "alone": [what each worker stored, ...], "metrics":
-vLLM's counters}. Each sequence of tokens that was stored is computed again alone, with nothing cached.
+JOB: {"options": arguments of LLM, "schedules": as in schedules.py}. Each schedule meets an empty prefix
+cache, and the engine core is in this process, so that the steps are the same every time.
+RESULT: {"schedules": [[by request, what each worker stored], ...], "alone": [what each worker stored,
+...], "metrics": vLLM's counters}. "alone" has every sequence of tokens that the model took, computed
+again with no other request and nothing cached.
 """
 
 import json
@@ -21,7 +22,8 @@ def main(job_file: str, result_file: str) -> None:
     llm = LLM(**job["options"])
     llm.collective_rpc(watch)
     schedules = [run(llm, **schedule) for schedule in job["schedules"]]
-    metrics = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    counters = [metric for metric in llm.get_metrics() if isinstance(metric, Counter)]
+    metrics = {counter.name: counter.value for counter in counters}
     sequences = {tuple(workers[0].tokens) for requests in schedules for workers in requests}
     budget = job["options"]["max_num_batched_tokens"]
     alone = [run(llm, "alone", [request], budget)[0] for request in unlike(sequences)]
@@ -29,7 +31,9 @@ def main(job_file: str, result_file: str) -> None:
     Path(result_file).write_bytes(pickle.dumps(result))
 
 
-def run(llm: LLM, name: str, requests: list[dict], budget: int, restart: int = 0) -> list[list[Stored]]:
+def run(
+    llm: LLM, name: str, requests: list[dict], budget: int, restart: int = 0
+) -> list[list[Stored]]:
     """By request, what each worker stored."""
     print(f"schedule: {name}", flush=True)
     engine = llm.llm_engine
@@ -40,17 +44,21 @@ def run(llm: LLM, name: str, requests: list[dict], budget: int, restart: int = 0
         if step == restart > 0:
             llm.reset_prefix_cache(reset_running_requests=True)
         for number, prompt in due(coming, tokens, step).items():
-            sampling = SamplingParams(temperature=0, max_tokens=coming.pop(number)["max_tokens"], ignore_eos=True)
+            most = coming.pop(number)["max_tokens"]
+            sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
             engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
         for output in engine.step():
-            tokens[int(output.request_id)] = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+            (answer,) = output.outputs
+            tokens[int(output.request_id)] = [*output.prompt_token_ids, *answer.token_ids]
         step += 1
     workers = [by_number(stored) for stored in llm.collective_rpc(take)]
     return [[stored[number] for stored in workers] for number in range(len(requests))]
 
 
-def due(coming: dict[int, dict], tokens: dict[int, list[int]], step: int) -> dict[int, list[int]]:
-    """By request, the prompts of those that are to come before this step; tokens: of those that have run."""
+def due(
+    coming: dict[int, dict], tokens: dict[int, list[int]], step: int
+) -> dict[int, list[int]]:
+    """The prompts of the requests that are to come before this step; tokens: of those that ran."""
     prompts = {}
     for number, one in coming.items():
         if "of" not in one and one["step"] <= step:
@@ -66,7 +74,7 @@ def by_number(stored: dict[str, Stored]) -> dict[int, Stored]:
 
 
 def unlike(sequences: set[tuple[int, ...]]) -> list[dict]:
-    """Requests of one token for all sequences of which no other is the beginning of a longer one."""
+    """A request for every sequence that is not the beginning of another one."""
     kept = []
     for sequence in sorted(sequences, key=len, reverse=True):
         if not any(longer[: len(sequence)] == sequence for longer in kept):

@@ -1,9 +1,11 @@
 """Schedules: which requests come when, with prefixes that they share.
 
-A request is a dict: `prompt`, `max_tokens`, and `step`, before which it comes; or, for a fork, `of` and `at`: it comes
-when request number `of` is `at` tokens long, and its prompt stands behind these.
-A schedule is a dict: its `name`, its `requests`, `budget`, the tokens that a step takes, and `restart`, the step before
-which all that runs is preempted and the prefix cache emptied (0: never), so that all of it begins again at once.
+A request is a dict: `prompt`, `max_tokens`, and `step`, before which it comes. A fork has `of` and
+`at` instead: it comes when request number `of` is `at` tokens long, and its prompt stands behind these.
+
+A schedule is a dict: `name`, `requests`, `budget`, the tokens that a step takes, and `restart`, the
+step before which all that runs is preempted and the prefix cache emptied (0: never). Then all of it
+begins again at once.
 """
 
 import random
@@ -17,27 +19,29 @@ ANSWER = 6  # tokens: at least one entry is of these
 
 
 def burst(common: int, *tails: int, budget: int = WHOLE) -> dict:
-    """Requests that come at once, with `common` tokens in common and `tails` of their own; those with tails of the same
-    length are identical."""
+    """Requests that come at once, with `common` tokens in common and `tails` of their own.
+
+    Those with tails of the same length are identical."""
     prefix = prompt(common, seed=5)
     requests = [_request([*prefix, *prompt(tail, seed=6)]) for tail in tails]
     return _schedule(f"burst of {common}, {budget} a step", requests, budget)
 
 
 def forks() -> dict:
-    """Requests that come while another fills, with a token that it says itself, the block that they share with it."""
+    """Requests that come while another one fills the block that they share, with a token that it says."""
     lengths = BLOCK - 3, 2 * BLOCK - 4
     first = [_request(prompt(length, seed=7), max_tokens=9) for length in lengths]
-    later = [_fork(of, (of + 1) * BLOCK, tail) for of in range(len(first)) for tail in (1, 4, 61)]
+    later = [_fork(of, (of + 1) * BLOCK, tail) for of in (0, 1) for tail in (1, 4, 61)]
     return _schedule("forks", [*first, *later])
 
 
 def random_schedule(seed: int, requests: int = 8) -> dict:
-    """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may share them, too, and
-    some are forks of one that runs."""
+    """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may itself
+    share them, and some are forks of one that runs."""
     draw = random.Random(f"schedule {seed}")
     first = prompt(BLOCK * draw.randint(1, 3) - draw.randint(1, 20), seed=seed)
-    chosen = [_request(first, max_tokens=24), _request(prompt(BLOCK + 1, seed=seed), max_tokens=8)]
+    second = prompt(BLOCK + 1, seed=seed)
+    chosen = [_request(first, max_tokens=24), _request(second, max_tokens=8)]
     while len(chosen) < requests:
         number = draw.choice([i for i, one in enumerate(chosen) if "of" not in one])
         tail = draw.choice([0, 1, 2, 3, 4, 5, 60, 130, BLOCK])
@@ -48,8 +52,10 @@ def random_schedule(seed: int, requests: int = 8) -> dict:
         elif length >= BLOCK:
             shared = chosen[number]["prompt"][: BLOCK * draw.randint(1, min(length, LONGEST) // BLOCK)]
             step = chosen[number]["step"] + draw.choice([0, 0, 1, 4])
-            chosen.append(_request([*shared, *prompt(tail, seed=len(chosen))], step, draw.randint(1, 12)))
-    return _schedule(f"seed {seed}", chosen, draw.choice([WHOLE, MIXED, 509, 131]), draw.randint(2, 12))
+            tokens = [*shared, *prompt(tail, seed=len(chosen))]
+            chosen.append(_request(tokens, step, draw.randint(1, 12)))
+    budget, restart = draw.choice([WHOLE, MIXED, 509, 131]), draw.randint(2, 12)
+    return _schedule(f"seed {seed}", chosen, budget, restart)
 
 
 def _schedule(name: str, requests: list[dict], budget: int = WHOLE, restart: int = 0) -> dict:

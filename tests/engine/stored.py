@@ -1,6 +1,6 @@
-"""What the indexers' K caches hold for each request of a running engine, read as the engine itself reads it.
+"""What the indexers' K caches hold for each request of a running engine, read as the engine reads it.
 
-The functions run in the workers: `llm.collective_rpc(watch)` before, `llm.collective_rpc(take)` after.
+The functions run in the workers: `llm.collective_rpc(watch)` before, `take` after.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Stored:
     """A request as its last step left it.
 
     lengths: by step, how many tokens counted as computed before it, and behind it.
-    tokens: all that the model took, drafts too. entries: of these, uint8 [layers, len(tokens) // 4, 132].
+    tokens: all that the model took, drafts too. entries: of these, uint8 [layers, tokens // 4, 132].
     """
 
     lengths: dict[int, tuple[int, int]]
@@ -25,7 +25,7 @@ class Stored:
 
 
 def watch(worker: Any) -> None:
-    """From now on read the entries of each request, through its own block table, behind every step that it is in."""
+    """From now on read each request's entries, through its block table, behind every step it is in."""
     runner = worker.model_runner
     runner.stored, runner.step = {}, 0
     execute = runner.execute_model

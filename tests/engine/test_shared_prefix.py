@@ -1,8 +1,8 @@
-"""Requests that share a prefix: whoever fills a block, and when, an entry is the one that its tokens give alone.
+"""Requests that share a prefix: whoever fills a block, and when, each entry is what its tokens give alone.
 
-vLLM caches the blocks of a request when it schedules it. So a request that is scheduled later in the same step gets, as
-computed, blocks that the first one fills only in that step.
-To try other schedules at random, or one again: SCHEDULE_SEEDS=7,8 pytest tests/engine/test_shared_prefix.py
+vLLM caches the blocks of a request when it schedules it. So a request that is scheduled later in the
+same step gets, as computed, blocks that the first one fills only in that step.
+Other random schedules, or one again: SCHEDULE_SEEDS=7,8 pytest tests/engine/test_shared_prefix.py
 """
 
 import os
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import two_processes
-from engine import complete, launch
+from engine import complete, launch, two_processes
 from schedules import MIXED, burst, forks, random_schedule
 from stored import Stored
 
@@ -36,17 +35,18 @@ TWO_WORKERS = [WRITTEN[0], WRITTEN[-1], *RANDOM, *AGAIN]
 
 @dataclass
 class Ran:
-    """By schedule and request, what each worker stored; and what each stored for the same tokens alone."""
+    """What an engine stored. Of a request each worker stores its own."""
 
-    schedules: dict[str, list[list[Stored]]]
-    alone: list[list[Stored]]
+    schedules: dict[str, list[list[Stored]]]  # by schedule and request
+    alone: list[list[Stored]]  # by sequence of tokens
     metrics: dict[str, int]
 
     def expected(self, one: Stored, worker: int) -> np.ndarray:
         """The entries of the same tokens, computed alone."""
         count = len(one.tokens)
-        longer = next(workers[worker] for workers in self.alone if workers[worker].tokens[:count] == one.tokens)
-        return longer.entries[:, : count // RATIO]
+        alone = (workers[worker] for workers in self.alone)
+        same = next(other for other in alone if other.tokens[:count] == one.tokens)
+        return same.entries[:, : count // RATIO]
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +70,12 @@ def one_worker(run_schedules) -> Ran:
 
 
 @pytest.fixture(scope="session")
-def two_workers(run_schedules) -> Ran:
-    """With drafts, of which some are wrong: what was answered once is drafted when it is asked again."""
+def two_drafting_workers(run_schedules) -> Ran:
+    """What was answered once is drafted when it is asked again, and some of the drafts are wrong."""
     drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
     environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return run_schedules("two_workers", TWO_WORKERS, environment, tensor_parallel_size=2, speculative_config=drafts)
+    options = dict(tensor_parallel_size=2, speculative_config=drafts)
+    return run_schedules("two_drafting_workers", TWO_WORKERS, environment, **options)
 
 
 def names(schedules: list[dict]) -> list[str]:
@@ -87,8 +88,8 @@ def test_every_entry_is_the_one_that_its_tokens_give_alone(one_worker, name):
 
 
 @pytest.mark.parametrize("name", names(TWO_WORKERS))
-def test_so_it_is_in_each_of_two_workers_and_with_rejected_drafts(two_workers, name):
-    assert_as_alone(two_workers, name)
+def test_so_it_is_in_each_of_two_workers_and_with_rejected_drafts(two_drafting_workers, name):
+    assert_as_alone(two_drafting_workers, name)
 
 
 def assert_as_alone(ran: Ran, name: str) -> None:
@@ -97,24 +98,26 @@ def assert_as_alone(ran: Ran, name: str) -> None:
         for worker, one in enumerate(workers):
             differ = (one.entries != ran.expected(one, worker)).any(axis=(0, 2))
             wrong = [RATIO * int(entry) + RATIO - 1 for entry in np.flatnonzero(differ)]
-            assert not wrong, f"{name}, request {number}, worker {worker}: entries of the positions {wrong}"
+            assert not wrong, f"{name}, request {number}, worker {worker}: entries of positions {wrong}"
 
 
 @pytest.mark.parametrize("name", names(WRITTEN))
 def test_blocks_are_shared_in_the_step_that_fills_them(one_worker, name):
     """Else the tests above would show nothing."""
     requests = [workers[0] for workers in one_worker.schedules[name]]
-    assert sum(any(filled_in_the_same_step(one, other) for other in requests) for one in requests) >= 2
+    shared = [any(filled_in_the_same_step(one, other) for other in requests) for one in requests]
+    assert sum(shared) >= 2
 
 
 def filled_in_the_same_step(one: Stored, other: Stored) -> bool:
-    """Whether `one` came with blocks counted as computed of which `other` computed the last in that very step."""
+    """Whether `one` came with blocks, as computed, of which `other` computed the last in that step."""
     step, (cached, _) = next(iter(one.lengths.items()))
     before, behind = other.lengths.get(step, (0, 0))
     return before < cached <= behind and one.tokens[:cached] == other.tokens[:cached]
 
 
-def test_drafts_are_rejected_and_requests_preempted(two_workers):
-    drafted, accepted = (two_workers.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
-    assert drafted > accepted > 0
-    assert two_workers.metrics["vllm:num_preemptions"] > 0
+def test_drafts_are_rejected_and_requests_preempted(two_drafting_workers):
+    metrics = two_drafting_workers.metrics
+    accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
+    assert metrics["vllm:spec_decode_num_draft_tokens"] > accepted > 0
+    assert metrics["vllm:num_preemptions"] > 0
