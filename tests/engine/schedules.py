@@ -62,6 +62,12 @@ def _schedule(name: str, requests: list[dict], budget: int = WHOLE, restart: int
     return dict(name=name, requests=requests, budget=budget, restart=restart)
 
 
+def written(requests: list[dict], number: int) -> int:
+    """How many tokens of the request nobody had to say first: its prompt, or that of the one it forks."""
+    one = requests[number]
+    return written(requests, one["of"]) if "of" in one else len(one["prompt"])
+
+
 def _request(tokens: list[int], step: int = 0, max_tokens: int = ANSWER) -> dict:
     return dict(prompt=tokens, step=step, max_tokens=max_tokens)
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from engine import complete, launch, two_processes
-from schedules import MIXED, burst, forks, random_schedule
+from schedules import MIXED, burst, forks, random_schedule, written
 from stored import Stored
 
-from vllm_dsv4_indexer.contract import RATIO
+from vllm_dsv4_indexer.contract import HEAD_DIM, RATIO
 
 SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1").split(",")]
 RANDOM = [random_schedule(seed) for seed in SEEDS]
@@ -31,6 +32,7 @@ WRITTEN = [
 ]
 ONE_WORKER = [*WRITTEN, *RANDOM]
 TWO_WORKERS = [WRITTEN[0], WRITTEN[-1], *RANDOM, *AGAIN]
+CLOSE = 0.99  # cosine of two keys; of a wrong and a right one it is below 0.9
 
 
 @dataclass
@@ -82,23 +84,35 @@ def names(schedules: list[dict]) -> list[str]:
     return [one["name"] for one in schedules]
 
 
-@pytest.mark.parametrize("name", names(ONE_WORKER))
-def test_every_entry_is_the_one_that_its_tokens_give_alone(one_worker, name):
-    assert_as_alone(one_worker, name)
+@pytest.mark.parametrize("schedule", ONE_WORKER, ids=names(ONE_WORKER))
+def test_every_entry_is_the_one_that_its_tokens_give_alone(one_worker, schedule):
+    assert_as_alone(one_worker, schedule)
 
 
-@pytest.mark.parametrize("name", names(TWO_WORKERS))
-def test_so_it_is_in_each_of_two_workers_and_with_rejected_drafts(two_drafting_workers, name):
-    assert_as_alone(two_drafting_workers, name)
+@pytest.mark.parametrize("schedule", TWO_WORKERS, ids=names(TWO_WORKERS))
+def test_so_it_is_in_each_of_two_workers_and_with_rejected_drafts(two_drafting_workers, schedule):
+    assert_as_alone(two_drafting_workers, schedule)
 
 
-def assert_as_alone(ran: Ran, name: str) -> None:
-    """Bit for bit."""
-    for number, workers in enumerate(ran.schedules[name]):
+def assert_as_alone(ran: Ran, schedule: dict) -> None:
+    """Bit for bit, as far as the tokens were written. Of those that the model said the engine's own
+    layers, which take them one by one, round a little differently, and so may the entries."""
+    for number, workers in enumerate(ran.schedules[schedule["name"]]):
+        exact = written(schedule["requests"], number) // RATIO
         for worker, one in enumerate(workers):
-            differ = (one.entries != ran.expected(one, worker)).any(axis=(0, 2))
-            wrong = [RATIO * int(entry) + RATIO - 1 for entry in np.flatnonzero(differ)]
-            assert not wrong, f"{name}, request {number}, worker {worker}: entries of positions {wrong}"
+            alone = ran.expected(one, worker)
+            wrong = (one.entries != alone).any(axis=2)
+            wrong[:, exact:] = similarity(one.entries[:, exact:], alone[:, exact:]) < CLOSE
+            positions = [RATIO * entry + RATIO - 1 for entry in np.flatnonzero(wrong.any(axis=0)).tolist()]
+            who = f"{schedule['name']}, request {number}, worker {worker}"
+            assert not positions, f"{who}: wrong entries at the positions {positions}"
+
+
+def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The cosines of their keys."""
+    keys = (torch.from_numpy(one[..., :HEAD_DIM].copy()) for one in (some, others))
+    keys = [one.view(torch.float8_e4m3fn).float() for one in keys]
+    return torch.cosine_similarity(*keys, dim=-1).numpy()
 
 
 @pytest.mark.parametrize("name", names(WRITTEN))
