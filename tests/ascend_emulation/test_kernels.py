@@ -131,7 +131,7 @@ def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options,
         batch = make_batch(MIXED, seed=seed, page=page, k_page=32, **options)
         ascend_emulation.use(product_of(options), cores=7)
         expected = batch.clone().run("ascend")
-        ascend.compress(*batch.tensors(), eps=1e-6, k_format=batch.k_format, algorithm=algorithm)
+        ascend.compress(*batch.call, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)
         assert_identical(batch, expected)
 
 

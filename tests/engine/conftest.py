@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from engine import (
-    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, SPAWNED, STAGED, Result, run_engine,
-    two_processes,
+    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, MORE_LENGTHS, MORE_MIXTURES, PREEMPTED, PREFIXES,
+    REPEATED, SHORT_LENGTHS, SHORT_MIXTURES, SHORT_STEP, SPAWNED, STAGED, Result, alone_and_mixed,
+    run_engine, two_processes,
 )  # fmt: skip
 
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
@@ -56,6 +57,23 @@ def chunked(engine) -> Result:
     """
     twice = [dict(prompts=[one], sampling=GREEDY) for one in PREFIXES for _ in range(2)]
     return engine("chunked", [*ALONE, *twice], environment=SPAWNED, max_num_batched_tokens=509)
+
+
+@pytest.fixture(scope="session")
+def short_prompts(engine) -> Result:
+    """Rounds: a prompt of each of the MORE_LENGTHS alone; each of the MORE_MIXTURES."""
+    rounds = alone_and_mixed(MORE_LENGTHS, MORE_MIXTURES)
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    return engine("short_prompts", rounds, **options)
+
+
+@pytest.fixture(scope="session")
+def short_prompts_stock(engine) -> Result:
+    """Fewer of them, with nothing of ours but the metadata."""
+    rounds = alone_and_mixed(SHORT_LENGTHS, SHORT_MIXTURES)
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    settings = {"dsv4_indexer": {"impl": "stock", "projection": "engine"}}
+    return engine("short_prompts_stock", rounds, additional_config=settings, **options)
 
 
 @pytest.fixture(scope="session")

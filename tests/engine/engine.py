@@ -35,6 +35,23 @@ STAGED = [*(dict(prompts=[one], sampling=GREEDY) for one in MIXED["prompts"]), M
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
+# Short prompts beside long ones, by length. With steps of 2100 tokens, what is behind a prompt of 2100
+# starts while that one decodes, and what is behind another long one starts with its last chunk. So
+# there are steps whose prefills have no entry, and steps whose last prefill has none.
+SHORT_STEP = 2100
+SHORT_MIXTURES = ((2100, 3, 2, 1), (2100, 4, 3), (1, 2100, 4, 2))
+SHORT_LENGTHS = (1, 2, 3, 4, 2100)  # of these mixtures
+MORE_MIXTURES = (*SHORT_MIXTURES, (5000, 4, 3, 2, 1), (3, 2, 2040, 1, 2100, 3))
+MORE_LENGTHS = (*SHORT_LENGTHS, 2040, 5000)
+
+
+def alone_and_mixed(lengths: tuple[int, ...], mixtures: tuple[tuple[int, ...], ...]) -> list[dict]:
+    """Rounds: a prompt of each of the lengths alone; each of the mixtures."""
+    sampling = GREEDY | dict(max_tokens=4)
+    rounds = (*zip(lengths), *mixtures)
+    return [dict(prompts=list(map(prompt, one)), sampling=sampling) for one in rounds]
+
+
 DRAFTED_LENGTHS, DRAFTED_TOKENS = (1, 6, 129, 2010), 37
 DRAFTED = dict(
     prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS)
@@ -45,6 +62,7 @@ DRAFTED = dict(
 class Result:
     rounds: list[list[dict]]
     metrics: dict[str, int]  # vLLM's own counters
+    native: bool  # whether the process loaded our native library; its workers, if it has any, are not asked
     saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
     log: str
 

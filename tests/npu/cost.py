@@ -57,7 +57,7 @@ def main() -> None:
             prompts = [(0, min(tokens, LONGEST))] * max(1, tokens // LONGEST)
             batch = on("npu", paged_batch(prompts, PAGES[0], k_format))
             times = kernel_times(
-                lambda: ascend.compress(*batch.tensors(), eps=1e-6, k_format=k_format, algorithm=algorithm)
+                lambda: ascend.compress(*batch.call, eps=1e-6, k_format=k_format, algorithm=algorithm)
             )
             total = sum(map(sum, times.values())) / CALLS
             kernels = ", ".join(f"{name} {statistics.median(t):.1f} x {len(t) / CALLS:g}" for name, t in times.items())
