@@ -1,15 +1,14 @@
 """The engines of this folder. Starting one takes half a minute, so each runs once, with all that is asked of it."""
 
-import os
 from pathlib import Path
 
 import pytest
 from engine import (
-    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, MORE_LENGTHS, MORE_MIXTURES, SHORT_LENGTHS,
-    SHORT_MIXTURES, SHORT_STEP, STAGED, Result, alone_and_mixed, run_engine,
+    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, MORE_LENGTHS, MORE_MIXTURES, PREEMPTED, PREFIXES,
+    REPEATED, SHORT_LENGTHS, SHORT_MIXTURES, SHORT_STEP, SPAWNED, STAGED, Result, alone_and_mixed,
+    run_engine, two_processes,
 )  # fmt: skip
 
-SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
 TAIL = {"dsv4_indexer": {"state_save": "tail"}}
 
@@ -92,12 +91,6 @@ def two_worker_options() -> dict:
     return dict(
         environment=two_processes(), tensor_parallel_size=2, enforce_eager=False, max_num_batched_tokens=1024
     )
-
-
-def two_processes() -> dict[str, str]:
-    """An environment in which each of two workers has a core of its own."""
-    first, second = sorted(os.sched_getaffinity(0))[:2]
-    return SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from ..errors import UserError
 from ..packages import need
 from ..settings import NAMESPACE
-from .document import Document
+from .document import Document, Needle
 
 SECONDS = 3600  # that a server may take for one request
 Found = dict[str, list[bool]]
@@ -55,12 +55,17 @@ class Engine(ABC):
 
     def found(self, document: Document) -> Found:
         self.answers([document.tokens])  # from now on it comes from the prefix cache
-        needles = document.needles
-        prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
-        hits = [
-            answer == needle.value
-            for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)
-        ]
+        return self._ask([(document, needle) for needle in document.needles])
+
+    def found_at_once(self, documents: list[Document]) -> Found:
+        """The same of documents that begin alike, unknown to the engine: all is asked at once."""
+        return self._ask([(document, needle) for document in documents for needle in document.needles])
+
+    def _ask(self, needles: list[tuple[Document, Needle]]) -> Found:
+        prompts = [document.ask_by_key(needle) for document, needle in needles]
+        prompts += [document.ask_by_distance(needle) for document, needle in needles]
+        answers = zip(self.answers(prompts), 2 * needles, strict=True)
+        hits = [answer == needle.value for answer, (_, needle) in answers]
         return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
 
 
