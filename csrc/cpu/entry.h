@@ -141,8 +141,8 @@ Ints fp8_codes(Floats v) {
   const Ints sign = (Ints)v >> 24 & 0x80;
   Floats magnitude = (Floats)magnitude_bits(v);
   if (!finite) magnitude = magnitude > kFp8Max ? broadcast(kFp8Max) : magnitude;
-  const Ints bits = (Ints)magnitude;
-  const Ints normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);  // exponent bias 127 -> 7
+  const UnsignedInts bits = (UnsignedInts)magnitude;  // of a NaN the sum below goes beyond an int
+  const Ints normal = (Ints)((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120 << 3);  // exponent bias 127 -> 7
   constexpr float kSubnormalRounder = 16384.0f;  // its last place is 2^-9, the smallest e4m3fn
   const Ints subnormal = (Ints)(magnitude + kSubnormalRounder) - bits_of(kSubnormalRounder);
   const Ints code = sign | (magnitude < 0x1p-6f ? subnormal : normal);
