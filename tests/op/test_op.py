@@ -1,5 +1,6 @@
 """The op as torch and Python see it."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from batches import IMPLS_WHERE_ROWS_ARE_UNIQUE, assert_identical, make_batch
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.contract import Call, Extents, Layer, Step
 from vllm_dsv4_indexer.ops import cpu, library
 
 OPS = torch.ops.dsv4_indexer
@@ -127,3 +128,16 @@ def test_prepare_says_what_is_wrong_before_the_first_call():
     environment = os.environ | {"DSV4_INDEXER_ISA": "sse9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "DSV4_INDEXER_ISA is 'sse9'; it names one of avx512, avx2, generic" in done.stderr
+
+
+def test_the_schemas_have_the_fields_of_the_contract_in_its_order():
+    def arguments(op) -> list[str]:
+        return [argument.name for argument in op.default._schema.arguments]
+
+    options = ["eps", "k_format", "impl"]
+    ape, norm_weight, cos_sin_cache, *caches = Layer._fields
+    assert arguments(OPS.compress) == [*Call._fields, *options]
+    assert arguments(OPS.plan) == [*Step._fields, *Extents._fields, "impl"]
+    assert arguments(OPS.run) == ["kv_score", ape, norm_weight, cos_sin_cache, "plan", *caches, *options]
+    for function, op in ((ops.compress, OPS.compress), (ops.plan, OPS.plan), (ops.run, OPS.run)):
+        assert list(inspect.signature(function).parameters) == arguments(op)
