@@ -18,6 +18,8 @@ using AscendC::TPosition;
 using AscendC::TQue;
 using AscendC::TQueBind;
 
+constexpr uint32_t kBlockBytes = 32;  // of the unified buffer: what is aligned is aligned to it
+
 // What the first pipe of `kEvent` was given so far is over before the second goes on.
 template <HardEvent kEvent>
 __aicore__ inline void Order(TPipe* pipe) {

@@ -28,17 +28,20 @@ class Emulator:
         path = folder / "libdsv4_indexer_ascend_emulation.so"
         subprocess.run([COMPILER, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
-        self.library.emulation_configure.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]
+        self.library.emulation_configure.argtypes = (
+            [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64] * 2
+        )
         self.use()
 
     def use(
-        self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0, built_for: int | None = None
+        self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0,
+        built_for: int | None = None, failing: bool = False,
     ) -> None:
         """The machine of the next calls. `noise`, if not 0, is the seed of the last-bit errors of Exp, Div and Sqrt,
         `order` that of the order in which the cores run, `built_for` the architecture of the library, by default the
-        product's. Forgets the counts."""
+        product's. If `failing`, every launch fails. Forgets the counts."""
         built_for = built_for or (A5 if product == "Ascend950" else A2)
-        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order, built_for)
+        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order, built_for, failing)
 
     def counts(self) -> list[list[dict]]:
         """What each core of each launch since `use` has done; see `Counts` in machine.h."""
