@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,28 @@ FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".s
 class Emulator:
     """The emulated machine. One at a time, and not for several threads."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, sources: Path = HERE):
         path = folder / "libdsv4_indexer_ascend_emulation.so"
-        subprocess.run([COMPILER, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
+        subprocess.run([COMPILER, *FLAGS, f"-I{sources}", sources / "emulate.cpp", "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_configure.argtypes = (
             [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64] * 2
         )
         self.use()
+
+    @staticmethod
+    def with_mistake(folder: Path, file: str, mistakes: list[tuple[str, str]]) -> "Emulator":
+        """An emulation of kernels whose `file` has other text in some places."""
+        root = HERE.parents[1]
+        for part in ("csrc", "tests/ascend_emulation"):
+            shutil.copytree(root / part, folder / part)
+        kernel = folder / "csrc" / "ascend" / file
+        text = kernel.read_text()
+        for right, wrong in mistakes:
+            assert text.count(right) == 1, right
+            text = text.replace(right, wrong)
+        kernel.write_text(text)
+        return Emulator(folder, folder / "tests" / "ascend_emulation")
 
     def use(
         self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from emulator import COMPILER, HERE
+from vllm_dsv4_indexer.ops import ascend
 
 ASCEND = HERE.parents[1] / "csrc" / "ascend"
 WHEEL = Path(sys.prefix, "beside", "torch-npu-2.10.0.post4")  # `make test` puts it there
@@ -27,13 +28,18 @@ Kernel* configured(Kernel* kernel, uint32_t, void*, aclrtStream) { return kernel
 SOURCE = (ASCEND / "launch.asc").read_text()
 LAUNCH = re.compile(r"(\w+)<<<(.+?)>>>")
 
+STRUCT = re.compile(r"^struct (\w+) \{$(.+?)^\};$", re.DOTALL | re.MULTILINE)
+FIELD = re.compile(r"^  (\w+) (\w+);", re.MULTILINE)
+TYPES = {"int64_t": int, "uint64_t": int, "float": float}
+
 MISTAKES = {
     "a value for a pointer": ("aclrtGetDevice(&device)", "aclrtGetDevice(device)"),
     "a pointer to another type": ("CORE_NUM, &cores)", "CORE_NUM, &device)"),
     "a number for an enumerator": ("ACL_DEV_ATTR_VECTOR_CORE_NUM", "201"),
     "a launch on what is no stream": ("save_int8<<<cores, nullptr, stream", "save_int8<<<cores, nullptr, cores"),
     "a launch of other values": ("save_fp8<<<cores, nullptr, stream>>>(a", "save_fp8<<<cores, nullptr, stream>>>(t"),
-    "another signature than abi.h's": ("const Arguments* arguments", "Arguments* arguments"),
+    "another signature than abi.h's": ("const RunArguments* arguments", "RunArguments* arguments"),
+    "no level of errors": ("error = aclrtGetLastError(ACL_RT_THREAD_LEVEL)", "error = aclrtGetLastError(0)"),
 }
 
 
@@ -57,3 +63,12 @@ def test_a_mistake_is_reported_where_it_stands(mistake):
     before, behind = SOURCE.split(right)
     line = before.count("\n") + 1
     assert re.search(rf"launch\.asc:{line}:\d+: error:", errors(before + wrong + behind, 3510))
+
+
+def test_python_has_the_fields_of_abi_h_in_name_order_and_width():
+    structs = dict(STRUCT.findall((ASCEND / "abi.h").read_text()))
+    assert set(structs) == {"PlanArguments", "RunArguments"}
+    for name, body in structs.items():
+        fields = {field: TYPES[type_name] for type_name, field in FIELD.findall(body)}
+        assert len(fields) == body.count(";\n") + body.count("; ")
+        assert list(fields.items()) == list(getattr(ascend, name).__annotations__.items())

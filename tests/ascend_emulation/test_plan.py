@@ -1,0 +1,284 @@
+"""The plans that the AscendC kernels make, run by the emulation, are the reference's."""
+
+import random
+
+import pytest
+import torch
+from batches import MAX_POSITION, Batch, make_batch
+from batches import random_case as random_batch
+from sharing import SHARED, Request, random_sharing, shared_batch
+from torch import Tensor
+
+from vllm_dsv4_indexer.contract import (
+    EARLY, LATE, NO_WINDOW, RATIO, Call, Extents, Plan, PlanHeader, Step, row_source,
+)  # fmt: skip
+from vllm_dsv4_indexer.ops import ascend, reference
+from vllm_dsv4_indexer.ops.requests import Requests, step_of
+
+CORES = (1, 7, 48)
+PAGES = (2, 4, 8)
+K_PAGE = 32
+INT8 = {"k_format": "int8_hadamard", "k_page": K_PAGE}
+MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (31, 1), (99, 4)]
+
+
+def step_and_extents(batch: Batch) -> tuple[Step, Extents]:
+    call = Call(*batch.tensors())
+    return call.step, Extents.of(call.layer)
+
+
+def assert_same(actual: Tensor, expected: Tensor, case: object = "") -> None:
+    """But for what a device cannot know: how many windows there are, and whether slots are unique. The
+    reference has all windows early if they are not."""
+    ours, theirs = Plan.of(actual), Plan.of(expected)
+    told = PlanHeader(*theirs.header[: len(PlanHeader._fields)].tolist())
+    header = told._replace(entries=-1, early=-1, unique=1)
+    assert ours.header.tolist() == [*header] + [0] * (len(ours.header) - len(header)), case
+    for name in ("positions", "requests", "state_slots", "k_slots"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, case)
+    if told.unique:
+        assert torch.equal(ours.windows, theirs.windows), case
+    early = ours.windows == EARLY
+    assert torch.equal(ours.sources[early], theirs.sources[early]), case
+
+
+def compare(emulation, batch: Batch, case: object = "", cores: tuple[int, ...] = CORES) -> Plan:
+    step, extents = step_and_extents(batch)
+    expected = reference.plan(step, extents)
+    for count in cores:
+        emulation.use(cores=count, order=count)
+        assert_same(ascend.plan(step, extents), expected, (case, count))
+    return Plan.of(expected)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_mixed_batch_with_padding_is_planned_as_by_the_reference(ascend_emulation, page):
+    for seed in range(5):
+        batch = make_batch(MIXED, seed=seed, page=page, padding=5, **INT8)
+        plan = compare(ascend_emulation, batch, seed)
+        assert {EARLY, LATE, NO_WINDOW} == set(plan.windows.tolist())
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("name", SHARED)
+def test_a_prefix_that_the_call_fills_comes_from_its_tokens(ascend_emulation, name, page):
+    batch = shared_batch(SHARED[name], page=page, padding=3, **INT8)
+    plan = compare(ascend_emulation, batch, name)
+    sharer = next(row for row, request in enumerate(SHARED[name]) if request.of is not None)
+    first = (plan.requests == sharer).nonzero()[0, 0]
+    sources = plan.sources[plan.windows == EARLY]
+    assert ((sources >= 0) & (sources < first)).any()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_batches_with_shared_prefixes_are_planned_as_by_the_reference(ascend_emulation, seed):
+    pick = random.Random(seed)
+    requests = random_sharing(pick)
+    options = {"page": pick.choice(PAGES), "seed": seed, "padding": pick.choice((0, 4))}
+    compare(ascend_emulation, shared_batch(requests, **options, **INT8), (requests, options), (pick.randrange(1, 49),))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_batches_also_in_rings_are_planned_as_by_the_reference(ascend_emulation, seed):
+    """A plan asks nothing of the slots: only running it does."""
+    pick = random.Random(seed)
+    case = random_batch(pick) | INT8 | {"layout": "dense"}
+    compare(ascend_emulation, make_batch(**case), case, (pick.randrange(1, 49),))
+
+
+def test_two_tokens_that_hold_one_row_count_as_the_last_of_them(ascend_emulation):
+    """Two requests fill the same pages, and a third shares them."""
+    requests = [Request(0, 16), Request(0, 16), Request(16, 8, of=0)]
+    batch = shared_batch(requests, **INT8)
+    batch.inner_state_block_table[1] = batch.inner_state_block_table[0]
+    batch.inner_state_slot_mapping[16:32] = batch.inner_state_slot_mapping[:16]
+    plan = compare(ascend_emulation, batch)
+    assert plan.sources[35].tolist() == [28, 29, 30, 31, 32, 33, 34, 35]
+
+
+def test_tokens_in_any_order_are_planned_as_by_the_reference(ascend_emulation):
+    batch = shared_batch(SHARED["beside other prompts and decode tokens"], **INT8)
+    for seed in range(5):
+        order = torch.randperm(len(batch.positions), generator=torch.Generator().manual_seed(seed))
+        compare(ascend_emulation, batch.take(order), seed)
+
+
+def test_a_call_of_more_tokens_than_a_core_looks_at_in_a_piece_is_planned_as_by_the_reference(ascend_emulation):
+    owners = [Request(0, 400), Request(7, 300), Request(3, 450), *(Request(s, 1) for s in range(300))]
+    batch = shared_batch([*owners, Request(400, 40, of=0), Request(304, 5, of=1)], page=8, **INT8)
+    compare(ascend_emulation, batch, cores=(1, 2))
+
+
+@pytest.mark.parametrize("tokens", (0, 1))
+def test_an_empty_call_has_a_plan_too(ascend_emulation, tokens):
+    batch = make_batch([(7, 1)], **INT8).take(slice(0, tokens))
+    compare(ascend_emulation, batch)
+
+
+def test_what_has_no_page_is_masked_and_what_is_out_of_range_is_not_written(ascend_emulation):
+    """Where the reference refuses, a kernel that must not wait goes on."""
+    ascend_emulation.use(cores=2)
+    batch = make_batch([(8, 4), (8, 4), (8, 4)], page=4, **INT8)
+    step, extents = step_and_extents(batch)
+    rows = extents.state_pages * extents.state_page
+    step.inner_state_block_table[0, 1] = 0
+    step.inner_state_block_table[1, 1] = extents.state_pages
+    step.inner_state_slot_mapping[[0, 1, 2]] = torch.tensor([rows, -7, 3])
+    step.k_slot_mapping[-1] = extents.k_entries
+    plan = Plan.of(ascend.plan(step, extents))
+    assert plan.state_slots[:4].tolist() == [-1, -1, -1, int(step.inner_state_slot_mapping[3])]
+    assert plan.sources[3].tolist() == [-1] * 4 + [0, 1, 2, 3]
+    assert plan.sources[7].tolist() == [-1] * 4 + [4, 5, 6, 7]
+    assert (plan.windows[-1], plan.k_slots[-1]) == (NO_WINDOW, -1)
+
+
+def test_the_baselines_plan_has_all_windows_early_and_all_rows_in_the_state(ascend_emulation):
+    ascend_emulation.use(cores=3)
+    batch = make_batch([(0, 12), (9, 20)], page=4, **INT8)
+    step, extents = step_and_extents(batch)
+    plan = Plan.of(ascend.plan(step, extents, algorithm="scatter_pool"))
+    closing = step.k_slot_mapping >= 0
+    assert torch.equal(plan.windows, torch.where(closing, EARLY, NO_WINDOW))
+    for token in closing.nonzero()[:, 0]:
+        request, end = step.token_to_req[token], step.positions[token]
+        for row, q in enumerate(range(end - 7, end + 1)):
+            slot = step.inner_state_block_table[request, q // 4] * 4 + q % 4
+            assert plan.sources[token, row] == (row_source(slot) if q >= 0 else -1)
+
+
+# ---- a step that is told by its requests ---------------------------------------------------------------------------
+
+
+def by_requests(requests: list[Request], pick: random.Random, page: int) -> tuple[Requests, Extents]:
+    """The requests in vLLM Ascend's form, each with the pages that it needs and block 0 elsewhere."""
+    ends = [r.start + r.length for r in requests]
+    columns, k_columns = max(ends) // page + 1, max(ends) // (RATIO * K_PAGE) + 1
+    blocks = pick.sample(range(1, len(requests) * columns + 3), len(requests) * columns)
+    k_blocks = pick.sample(range(1, len(requests) * k_columns + 3), len(requests) * k_columns)
+    state, keys = torch.zeros(len(requests), columns, dtype=torch.int32), []
+    for row, request in enumerate(requests):
+        keys.append([k_blocks.pop() for _ in range(k_columns)])
+        for column in range(max(request.start - 8, 0) // page, -(-ends[row] // page)):
+            shared = request.of is not None and column * page < request.start
+            state[row, column] = state[request.of, column] if shared else blocks.pop()
+    starts = torch.tensor([0] + [r.length for r in requests]).cumsum(0).int()
+    start_pos = torch.tensor([r.start for r in requests], dtype=torch.int32)
+    extents = Extents(len(requests) * columns + 3, page, (len(requests) * k_columns + 3) * K_PAGE, MAX_POSITION)
+    return Requests(starts, start_pos, state, torch.tensor(keys, dtype=torch.int32)), extents
+
+
+def padded(requests: Requests, count: int) -> Requests:
+    """With so many requests of a graph's padding, without tokens and with block 0."""
+    starts, start_pos, state, keys, mapping = requests
+    starts = torch.cat([starts, starts[-1:].expand(count)])
+    return Requests(
+        starts, *(torch.cat([t, t.new_zeros(count, *t.shape[1:])]) for t in (start_pos, state, keys)), mapping
+    )
+
+
+def random_requests(seed: int) -> tuple[Requests, int, Extents]:
+    pick = random.Random(seed)
+    requests, extents = by_requests(random_sharing(pick), pick, pick.choice(PAGES))
+    tokens = int(requests.query_start_loc[-1]) + pick.choice((0, 0, 1, 9))
+    if pick.random() < 0.5:
+        requests = padded(requests, pick.randrange(1, 4))
+    return requests, tokens, extents
+
+
+def compare_requests(emulation, requests: Requests, tokens: int, extents: Extents, cores: int, case=""):
+    emulation.use(cores=cores)
+    actual = ascend.plan_requests(requests, tokens, extents, K_PAGE)
+    expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
+    assert_same(actual, expected, case)
+    assert len(emulation.counts()) == 1  # launch
+    return Plan.of(actual)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_requests_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation, seed):
+    requests, tokens, extents = random_requests(seed)
+    compare_requests(ascend_emulation, requests, tokens, extents, 1 + seed % 48, seed)
+
+
+@pytest.mark.parametrize("count", (511, 512, 513, 1100))
+@pytest.mark.parametrize("cores", (1, 48))
+def test_requests_of_more_than_a_piece_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation, count, cores):
+    pick = random.Random(count)
+    requests = [Request(pick.randrange(40), 1) for _ in range(count - 2)] + [Request(0, 9), Request(8, 4, of=count - 2)]
+    requests[3] = Request(7, 33)
+    requests, extents = by_requests(requests, pick, 8)
+    plan = compare_requests(ascend_emulation, requests, int(requests.query_start_loc[-1]), extents, cores)
+    assert (plan.sources[plan.windows == EARLY] >= 0).any()
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_a_token_that_the_slot_mapping_excludes_writes_nothing(ascend_emulation, dtype, stride):
+    for seed in range(10):
+        requests, tokens, extents = random_requests(seed)
+        real = int(requests.query_start_loc[-1])
+        mapping = torch.randint(-1, 3, (tokens, stride), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        requests = requests._replace(slot_mapping=mapping[:, 0])
+        plan = compare_requests(ascend_emulation, requests, tokens, extents, 5, seed)
+        excluded = mapping[:real, 0] < 0
+        assert (plan.state_slots[:real][excluded] == -1).all() and (plan.k_slots[:real][excluded] == -1).all()
+        assert (plan.state_slots[:real][~excluded] >= 0).all()
+
+
+def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
+    """Live tables, as a data-parallel rank without work has them, and slots that are all -1."""
+    ascend_emulation.use()
+    requests, extents = by_requests([Request(64, 8)], random.Random(0), 4)
+    requests = requests._replace(slot_mapping=torch.full((8,), -1, dtype=torch.int32))
+    plan = Plan.of(ascend.plan_requests(requests, 8, extents, K_PAGE))
+    for section in (plan.state_slots, plan.k_slots):
+        assert (section == -1).all()
+    assert (plan.windows == NO_WINDOW).all()
+
+
+def test_positions_before_0_and_outside_the_tables_are_planned_alike_by_both_kernels(ascend_emulation):
+    ascend_emulation.use(cores=3)
+    requests, extents = by_requests([Request(0, 40), Request(20, 40), Request(9, 3)], random.Random(0), 4)
+    narrow = requests.state_block_table[:, :9].contiguous()
+    requests = requests._replace(state_block_table=narrow, start_pos=requests.start_pos - torch.tensor([5, 0, 0]).int())
+    step = step_of(requests, 90, 4, K_PAGE)
+    ours, theirs = ascend.plan_requests(requests, 90, extents, K_PAGE), ascend.plan(step, extents)
+    for section, other in zip(Plan.of(ours)[:-1], Plan.of(theirs)[:-1]):
+        assert torch.equal(section, other)
+    early = Plan.of(ours).windows == EARLY
+    assert torch.equal(Plan.of(ours).sources[early], Plan.of(theirs).sources[early])
+
+
+# ---- the tests above notice ----------------------------------------------------------------------------------------
+
+CLAIM = "sources_.GetValue(at) == kRowZero - candidate.state_slot"
+MISTAKES = {
+    "the state, although a token of the call has the row": [("if (low_ <= high_) Claim();", "")],
+    "a token of another slot": [(CLAIM, "sources_.GetValue(at) < kMasked")],
+    "a token at another position": [
+        ("tokens_.Seek(low_, high_)", "tokens_.Seek(0, args_.max_pos)"),
+        (
+            "const int64_t back = piece_.Get(kPositions, window) - candidate.position;",
+            "int64_t back = 0; while (back < kWindow && sources_.GetValue(Place(window) + kWindow - 1 - back) != "
+            "kRowZero - candidate.state_slot) ++back;",
+        ),
+    ],
+    "the first token instead of the last": [(CLAIM, f"({CLAIM} || sources_.GetValue(at) > candidate.token)")],
+    "the row that the table has, although it is the request's own": [("Holds(token - back, request, q)", "back == 0")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_row_rule_is_found(built_ascend_emulation, tmp_path, mistake):
+    emulation = built_ascend_emulation.with_mistake(tmp_path, "planner.h", MISTAKES[mistake])
+    with emulation.installed(), pytest.raises(AssertionError):
+        for name in SHARED:
+            compare(emulation, shared_batch(SHARED[name], **INT8), cores=(7,))
+        compare(emulation, make_batch([(5, 9), (17, 12), (21, 3)], ring=16, **INT8), cores=(7,))
+        test_two_tokens_that_hold_one_row_count_as_the_last_of_them(emulation)
+
+
+def test_without_a_mistake_they_hold(built_ascend_emulation, tmp_path):
+    emulation = built_ascend_emulation.with_mistake(tmp_path, "planner.h", [])
+    with emulation.installed():
+        compare(emulation, make_batch([(5, 9), (17, 12), (21, 3)], ring=16, **INT8), cores=(7,))
