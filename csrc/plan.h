@@ -11,6 +11,7 @@
 namespace dsv4 {
 
 constexpr int64_t kPlanLayout = 0x4453563401;
+constexpr int64_t kStateOnlyLayout = -kPlanLayout;  // a plan for the baselines: all sources are rows of the state
 constexpr int kPlanHeader = 16;               // numbers, of which PlanHeader names the first
 constexpr int kPlanWidth = 5 + kWindow;       // numbers per token
 constexpr int64_t kNoWindow = 0;

@@ -106,11 +106,11 @@ class Call(NamedTuple):
         return Layer(*(getattr(self, name) for name in Layer._fields))
 
 
-_FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16)
 _COMMON = {
-    "kv_score": Argument(("T", ROW_WIDTH), _FLOATS),
+    "kv_score": Argument(("T", ROW_WIDTH), FLOATS),
     "ape": Argument((RATIO, KV_WIDTH), (torch.float32,), dense=2),
-    "norm_weight": Argument((HEAD_DIM,), _FLOATS),
+    "norm_weight": Argument((HEAD_DIM,), FLOATS),
     "cos_sin_cache": Argument(("max_pos", ROPE_DIM), (torch.float32,)),
     "positions": Argument(("T",), (torch.int64,)),
     "token_to_req": Argument(("T",), (torch.int32,)),
@@ -171,6 +171,7 @@ class Plan(NamedTuple):
 
 
 PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: another number for another arrangement
+STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
 PLAN_HEADER = 16
 PLAN_WIDTH = 5 + WINDOW  # numbers per token
 NO_WINDOW, EARLY, LATE = 0, 1, 2  # an EARLY window is pooled before any row is saved, a LATE one from its own call's rows
@@ -188,6 +189,29 @@ def plan_size(tokens: int) -> int:
     return PLAN_HEADER + PLAN_WIDTH * tokens
 
 
+def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
+    """Checks what can be told of a plan without reading it."""
+    if plan.device != device:
+        raise ContractError(f"plan is on {plan.device}; expected {device}, the device of the layer")
+    if plan.dtype is not torch.int64 or plan.dim() != 1 or not plan.is_contiguous():
+        raise ContractError(f"plan is {plan.dtype} {list(plan.shape)}; expected the tensor that `plan` returned")
+    if len(plan) != plan_size(tokens):
+        raise ContractError(f"plan has {len(plan)} numbers, one for {tokens} tokens {plan_size(tokens)}: plan each step")
+
+
+def check_plan_header(plan: Tensor, tokens: int, extents: Extents, layout: int = PLAN_LAYOUT) -> None:
+    """Checks that a plan on the host was made for such an implementation, that many tokens, and no larger caches."""
+    header = PlanHeader(*plan[: len(PlanHeader._fields)].tolist())
+    if header.layout != layout:
+        raise ContractError("plan was not made by this version's `plan` for this implementation; plan the step again")
+    if header.tokens != tokens:
+        raise ContractError(f"plan is for {header.tokens} tokens, and kv_score has {tokens}: plan each step")
+    for name, most in extents._asdict().items():
+        planned = getattr(header, name)
+        if planned > most or (name == "state_page" and planned != most):
+            raise ContractError(f"plan is for caches of {name} {planned}, and the layer's have {most}")
+
+
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
@@ -198,24 +222,25 @@ _NUMBERS = {n: n for arguments in K_FORMATS.values() for a in arguments.values()
 def check_call(call: Call, k_format: str) -> None:
     """Checks the tensors of `compress` against the table of `k_format`; raises ContractError."""
     _check_scales(call.k_scale_cache, k_format)
-    _check(call._asdict(), K_FORMATS[k_format], call.kv_score)
+    _check(call._asdict(), K_FORMATS[k_format])
 
 
 def check_step(step: Step) -> None:
     """Checks the tensors of `plan`."""
-    _check(step._asdict(), _COMMON, step.positions)
+    _check(step._asdict(), _COMMON)
 
 
 def check_layer(layer: Layer, k_format: str) -> None:
     """Checks a layer's tensors."""
     _check_scales(layer.k_scale_cache, k_format)
-    _check(layer._asdict(), K_FORMATS[k_format], layer.ape)
+    _check(layer._asdict(), K_FORMATS[k_format])
 
 
 def check_kv_score(kv_score: Tensor, device: torch.device) -> None:
-    _check({"kv_score": kv_score}, _COMMON, kv_score)
+    """Checks a layer's projection."""
+    _check({"kv_score": kv_score}, _COMMON)
     if kv_score.device != device:
-        raise ContractError(f"kv_score is on {kv_score.device}; expected {device}, the device of the plan")
+        raise ContractError(f"kv_score is on {kv_score.device}; expected {device}, the device of the layer")
 
 
 def _check_scales(k_scale_cache: Tensor | None, k_format: str) -> None:
@@ -225,14 +250,15 @@ def _check_scales(k_scale_cache: Tensor | None, k_format: str) -> None:
         raise ContractError(f"k_scale_cache must be None: the pages of k_format {k_format!r} hold their own scales")
 
 
-def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument], first: Tensor) -> None:
-    bound = dict(_NUMBERS)
+def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> None:
+    bound, first = dict(_NUMBERS), next(iter(tensors))
+    device = getattr(tensors[first], "device", None)
     for name, tensor in tensors.items():
         if name not in table:
             continue
         sizes, dtypes, dense = table[name]
         if tensor is None:
-            raise ContractError(f"{name} is None, but the op needs it")
+            raise ContractError(f"{name} is None, but the op and this k_format need it")
         if tensor.dtype not in dtypes:
             raise ContractError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
         shape = tensor.shape
@@ -241,8 +267,8 @@ def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument], first:
             raise ContractError(f"{name} has shape {list(shape)}; expected [{expected}]")
         if not tensor.is_contiguous() and not _is_dense(tensor, dense):
             raise ContractError(f"{name} has strides {tensor.stride()}; expected its last {dense} dim(s) contiguous")
-        if tensor.device != first.device:
-            raise ContractError(f"{name} is on {tensor.device}; expected {first.device}, as the tensors before it")
+        if tensor.device != device:
+            raise ContractError(f"{name} is on {tensor.device}; expected {device}, the device of {first}")
     if bound.get("page", STATE_PAGES[0]) not in STATE_PAGES:
         raise ContractError(f"inner_state_cache has pages of {bound['page']} tokens; expected one of {STATE_PAGES}")
 

@@ -1,5 +1,5 @@
-// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field, ops/arguments.py repeats
-// `Arguments` from `tokens` on, and ops/cpu.py the rest.
+// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field, ops/arguments.py repeats the
+// structs; a test compares names, order and widths.
 #pragma once
 
 #include <cstdint>
@@ -13,21 +13,13 @@ using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task 
 
 enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1 };
 
-// All strides are in elements of the tensor.
-struct Arguments {
-  ParallelFor parallel_for;
+// Where the plan looks for rows that are not a request's own tokens. kStateOnly is for the baselines, whose windows come
+// from the state alone.
+enum Rule : int64_t { kRowRule = 0, kStateOnly = 1 };
+
+// What a plan is made from. Strides are in elements of the tensor.
+struct StepArguments {
   int64_t tokens;                     // T
-
-  const void* kv_score;               // [T, 512] fp32 or bf16
-  int64_t kv_score_stride;
-  int64_t kv_score_is_bf16;
-  const float* ape;                   // [4, 256]
-  const void* norm_weight;            // [128] fp32 or bf16
-  int64_t norm_weight_is_bf16;
-  const float* cos_sin;               // [cos_sin_rows, 64]
-  int64_t cos_sin_stride;
-  int64_t cos_sin_rows;
-
   const int64_t* positions;           // [T]
   const int32_t* token_to_req;        // [T]
   const int64_t* state_slots;         // [T]
@@ -35,14 +27,26 @@ struct Arguments {
   int64_t block_table_stride;
   int64_t requests;
   int64_t table_columns;
+  const int64_t* k_slots;             // [T]
+  int64_t state_pages;
+  int64_t state_page;                 // tokens per page: 2, 4 or 8
+  int64_t k_entries;
+  int64_t max_pos;
+};
 
+// A layer's weights and caches.
+struct LayerArguments {
+  const float* ape;                   // [4, 256]
+  const void* norm_weight;            // [128] fp32 or bf16
+  int64_t norm_weight_is_bf16;
+  const float* cos_sin;               // [cos_sin_rows, 64]
+  int64_t cos_sin_stride;
+  int64_t cos_sin_rows;
   float* state;                       // [state_pages, state_page, 512]
   int64_t state_page_stride;
   int64_t state_row_stride;
   int64_t state_pages;
-  int64_t state_page;                 // tokens per page: 2, 4 or 8
-
-  const int64_t* k_slots;             // [T]
+  int64_t state_page;
   void* k_cache;                      // fp8: opaque pages of bytes; int8: [k_pages, k_page, 128]
   int64_t k_page_stride;
   int64_t k_entry_stride;             // int8 only
@@ -52,9 +56,16 @@ struct Arguments {
   int64_t k_scale_page_stride;
   int64_t k_scale_entry_stride;
   int64_t k_scale_is_fp16;
-
   int64_t k_format;                   // KFormat
   double eps;
+};
+
+// The projection, [tokens, 512], fp32 or bf16.
+struct KvScore {
+  const void* rows;
+  int64_t stride;
+  int64_t is_bf16;
+  int64_t tokens;
 };
 
 // What the checks found; contract.py has the sentence for each code.
@@ -76,6 +87,14 @@ struct Violation {
   int64_t needed;                     // the window position that a table violation is about
   int64_t value;
   int64_t bound;
+};
+
+// What a function returns instead of a count.
+enum Failure : int64_t {
+  kViolation = -1,                    // of the step's values; `violation` says which
+  kThreadsFailed = -2,                // parallel_for did: the caches may be half written
+  kNoMemory = -3,                     // for the plan's look-up; nothing was written
+  kPlanDoesNotFit = -4,               // the layer or the tokens; nothing was written
 };
 
 }  // namespace dsv4

@@ -1,8 +1,7 @@
 // The arithmetic of one K entry: pool eight rows, RMSNorm, RoPE, round, quantise. ops/reference.py is the same in torch.
 #pragma once
 
-#include "../layout.h"
-#include "abi.h"
+#include "call.h"
 #include "vec.h"
 
 namespace {
@@ -28,7 +27,7 @@ Entry paired(const T* values) {
   return x;
 }
 
-Entry norm_weight(const Arguments& a) {
+Entry norm_weight(const LayerArguments& a) {
   return a.norm_weight_is_bf16 ? paired(static_cast<const bfloat16*>(a.norm_weight))
                                : paired(static_cast<const float*>(a.norm_weight));
 }
@@ -39,8 +38,8 @@ struct Window {
 };
 
 template <class T>
-const T* projection(const Arguments& a, int64_t token) {
-  return static_cast<const T*>(a.kv_score) + token * a.kv_score_stride;
+const T* projection(const Call& call, int64_t token) {
+  return static_cast<const T*>(call.kv_score) + token * call.kv_score_stride;
 }
 
 // The first four rows of a window lend it their front halves, the last four, its own group, their back halves.
@@ -53,7 +52,7 @@ struct MaskedRow {
     for (int c = 0; c < kHeadDim; ++c) values[kKvWidth + c] = -__builtin_inff();
   }
 };
-constexpr MaskedRow kMasked;
+constexpr MaskedRow kMaskedRow;
 
 // softmax over the eight rows, per channel; divided at the end. Two sums each, for shorter chains.
 Floats pool(const Window& window, int c) {
@@ -111,11 +110,15 @@ void rotate(Entry& x, const float* cos_sin) {
   }
 }
 
-// The bits of a float rounded to bfloat16, to nearest, ties to even. Of a NaN the sum could carry into the sign.
-template <class I>
-I bits_as_bfloat16(I bits) {
-  return (bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff;
+// The bits of a float rounded to bfloat16, to nearest, ties to even. Of a NaN the sum carries into the sign, hence
+// unsigned: such a lane's result is not used.
+template <class U>
+U rounded_bits(U bits) {
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) & ~0xffffu;
 }
+
+Ints bits_as_bfloat16(Ints bits) { return (Ints)rounded_bits((UnsignedInts)bits); }
+int32_t bits_as_bfloat16(int32_t bits) { return static_cast<int32_t>(rounded_bits(static_cast<uint32_t>(bits))); }
 
 // The bits of the largest magnitude. Magnitudes are compared as integers, which order floats and put a NaN above infinity.
 int32_t largest_magnitude(const Entry& x) {
@@ -156,7 +159,7 @@ void store_fp8_codes(uint8_t* to, const Entry& x, float inverse) {
 }
 
 // fp8 page: the scale is the least power of two that brings the largest magnitude to 448 or less.
-void store_fp8(const Arguments& a, int64_t slot, const Entry& x, int32_t largest) {
+void store_fp8(const LayerArguments& a, int64_t slot, const Entry& x, int32_t largest) {
   const int32_t bits = bits_as_bfloat16(amax_bits(largest));
   const int32_t exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7fffff) > 0x600000);  // 448 = 1.75 * 2^8
   const float scale = float_of((127 + exponent) << 23), inverse = float_of((127 - exponent) << 23);
@@ -205,7 +208,7 @@ Ints int8_codes(Floats v) {
 }
 
 // int8 entry: rounded, Hadamard rotation, then the scale that brings the largest magnitude to 127.
-void store_int8(const Arguments& a, int64_t slot, Entry& x) {
+void store_int8(const LayerArguments& a, int64_t slot, Entry& x) {
   const auto rounded = [](Floats v) { return v == v ? (Floats)bits_as_bfloat16((Ints)v) : v; };
   DSV4_UNROLL for (int i = 0; i < kPairVectors; ++i) {
     x.even[i] = rounded(x.even[i]);
@@ -228,7 +231,7 @@ void store_int8(const Arguments& a, int64_t slot, Entry& x) {
 // waits for a sum over all of it, which other entries fill.
 class Entries {
  public:
-  Entries(const Arguments& a, const Entry& norm_weight) : a_(a), norm_weight_(norm_weight) {}
+  Entries(const Call& call, const Entry& norm_weight) : call_(call), a_(call.layer), norm_weight_(norm_weight) {}
 
   // `token` closes the window.
   void add(int64_t token, const Entry& pooled) {
@@ -243,7 +246,7 @@ class Entries {
     for (int i = 0; i < count_; ++i) scale[i] = inverse_rms(entry_[i], static_cast<float>(a_.eps));
     for (int i = 0; i < count_; ++i) {
       normalise(entry_[i], scale[i], norm_weight_);
-      rotate(entry_[i], a_.cos_sin + (a_.positions[token_[i]] - kRatio + 1) * a_.cos_sin_stride);
+      rotate(entry_[i], a_.cos_sin + (call_.positions[token_[i]] - kRatio + 1) * a_.cos_sin_stride);
     }
     a_.k_format == kFp8Pow2 ? store_fp8() : store_int8();
     count_ = 0;
@@ -255,14 +258,15 @@ class Entries {
   void store_fp8() {
     int32_t largest[kMost];
     for (int i = 0; i < count_; ++i) largest[i] = largest_magnitude(entry_[i]);
-    for (int i = 0; i < count_; ++i) ::store_fp8(a_, a_.k_slots[token_[i]], entry_[i], largest[i]);
+    for (int i = 0; i < count_; ++i) ::store_fp8(a_, call_.k_slots[token_[i]], entry_[i], largest[i]);
   }
 
   void store_int8() {
-    for (int i = 0; i < count_; ++i) ::store_int8(a_, a_.k_slots[token_[i]], entry_[i]);
+    for (int i = 0; i < count_; ++i) ::store_int8(a_, call_.k_slots[token_[i]], entry_[i]);
   }
 
-  const Arguments& a_;
+  const Call& call_;
+  const LayerArguments& a_;
   const Entry& norm_weight_;
   Entry entry_[kMost];
   int64_t token_[kMost];

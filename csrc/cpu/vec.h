@@ -18,6 +18,7 @@ namespace {
 constexpr int kLanes = DSV4_LANES;
 typedef float Floats __attribute__((vector_size(4 * DSV4_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * DSV4_LANES)));
+typedef uint32_t UnsignedInts __attribute__((vector_size(4 * DSV4_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * DSV4_LANES)));
 
 struct bfloat16 {
@@ -44,7 +45,12 @@ inline Floats load(const bfloat16* p) {
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
-// Around the caches, to a p that is aligned to a vector.
+// Around the caches, to a p that is aligned to a vector; without such stores an ordinary one.
+#if defined(__SSE2__)
+constexpr bool kHasStoresPastCache = true;
+#else
+constexpr bool kHasStoresPastCache = false;
+#endif
 #if defined(__AVX512F__)
 inline void store_past_cache(float* p, Floats v) { _mm512_stream_ps(p, (__m512)v); }
 #elif defined(__AVX__)

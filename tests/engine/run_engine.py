@@ -20,7 +20,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.v1.metrics.reader import Counter
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET
+from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, Plan
 from vllm_dsv4_indexer.engines import vllm_cpu
 
 
@@ -67,18 +67,18 @@ def record_calls() -> list[np.ndarray]:
 
     They can be compared between engines that lay out their caches differently; the worker runs in this process.
     """
-    calls, compress = [], ops.compress
+    calls, run = [], ops.BoundLayer.run
 
-    def recording(*arguments, **options) -> None:
-        compress(*arguments, **options)
-        slots, pages = arguments[9], arguments[10].flatten(1)
+    def recording(bound, kv_score, plan) -> None:
+        run(bound, kv_score, plan)
+        slots, pages = Plan.of(plan).k_slots, bound.layer.k_cache.flatten(1)
         slots = slots[slots >= 0]
         page, entry = slots // FP8_PAGE_ENTRIES, slots % FP8_PAGE_ENTRIES
         parts = (pages[:, :FP8_SCALE_OFFSET], pages[:, FP8_SCALE_OFFSET:])
         stored = [part.unflatten(1, (FP8_PAGE_ENTRIES, -1))[page, entry] for part in parts]
         calls.append(torch.cat(stored, dim=1).numpy())
 
-    ops.compress = recording
+    ops.BoundLayer.run = recording
     return calls
 
 

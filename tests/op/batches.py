@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call,
 )  # fmt: skip
 
 IMPLS = ("reference", "cpu", "overlay_scan")  # the same results
@@ -54,8 +54,8 @@ class Batch:
         ops.compress(*self.tensors(), k_format=self.k_format, impl=impl)
         return self
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(self.__dict__.values())[:12]
+    def tensors(self) -> Call:
+        return Call(*(getattr(self, name) for name in Call._fields))
 
     def take(self, tokens) -> "Batch":
         """The call with these tokens only, on the same caches."""

@@ -32,12 +32,12 @@ def test_where_rows_are_unique_every_byte_is_that_of_the_one_pass(impl, options)
 @pytest.mark.parametrize("impl", BASELINES)
 @pytest.mark.parametrize("isa", cpu.ISAS)
 def test_every_instruction_set_and_number_of_threads_stores_the_same_bytes(impl, isa, monkeypatch):
-    compressor = cpu._compressor(cpu.native().library, impl, isa)
-    if not compressor:
+    algorithm = cpu.algorithm_for(cpu.native().library, impl, isa)
+    if not algorithm:
         pytest.skip(f"this CPU or build lacks {isa}")
     batch, threads = make_batch(MIXED), torch.get_num_threads()
     expected = batch.clone().run("cpu")
-    monkeypatch.setitem(cpu.native().compressors, impl, compressor)
+    monkeypatch.setitem(cpu.native().algorithms, impl, algorithm)
     try:
         for n in (1, 3):
             torch.set_num_threads(n)

@@ -11,6 +11,7 @@ import torch
 from batches import IMPLS_WHERE_ROWS_ARE_UNIQUE, Batch, assert_close, assert_identical, make_batch
 from vllm_dsv4_indexer import contract, ops
 from vllm_dsv4_indexer.contract import ContractError
+from vllm_dsv4_indexer.errors import UserError
 
 INT8 = {"k_format": "int8_hadamard"}
 
@@ -43,7 +44,7 @@ METADATA = [
     ({}, lambda b: {"k_scale_cache": torch.zeros(1)}, "k_scale_cache must be None: the pages of k_format 'fp8_pow2'"),
     ({}, lambda b: {"k_format": "fp9"}, "k_format is 'fp9'; the formats are 'fp8_pow2', 'int8_hadamard', 'fp8_amax'"),
     ({}, lambda b: {"kv_score": None}, "kv_score is None"),
-    (INT8, lambda b: {"k_scale_cache": None}, "k_scale_cache is None, but k_format 'int8_hadamard'"),
+    (INT8, lambda b: {"k_scale_cache": None}, "k_scale_cache is None, but the op and this k_format need it"),
     (INT8, lambda b: {"k_scale_cache": b.k_scale_cache[:, :4]}, r"k_scale_cache has shape .*; expected \[k_pages=3, bs=16\]"),
     (INT8, lambda b: {"k_scale_cache": b.k_scale_cache.double()}, "k_scale_cache has dtype"),
     (INT8, lambda b: {"k_format": "fp8_pow2"}, "k_scale_cache must be None"),
@@ -145,14 +146,24 @@ def outcome(batch: Batch, before: Batch, impl: str) -> Batch | str:
         return str(error)
 
 
-def test_an_unknown_impl_lists_those_for_the_device():
+def test_an_unknown_impl_lists_those_for_the_device_and_the_format():
     batch = make_batch([(0, 4)])
-    with pytest.raises(ValueError, match="impl 'triton' is not one for device 'cpu'; available by name: cpu, reference"):
+    unknown = "impl 'triton' is not one for device 'cpu' and k_format 'fp8_pow2'; available by name: cpu, reference"
+    with pytest.raises(UserError, match=unknown):
         batch.run("triton")
-    with pytest.raises(ValueError, match="impl 'cpu' is not one for device 'cuda'; available by name: reference"):
-        ops._implementation("cpu", "cuda")
-    with pytest.raises(ValueError, match="there is no default impl for device 'cuda'; available by name: reference"):
-        ops._implementation(None, "cuda")
+    elsewhere = "impl 'cpu' is not one for device 'cuda' and k_format 'fp8_pow2'; available by name: reference"
+    with pytest.raises(UserError, match=elsewhere):
+        ops.prepare("cpu", "cuda", "fp8_pow2")
+    with pytest.raises(UserError, match="there is no default impl for device 'cuda' .*; available by name: reference"):
+        ops.prepare(None, "cuda", "fp8_pow2")
+
+
+def test_a_format_that_the_default_implementation_lacks_is_refused_by_name():
+    batch = make_batch([(0, 4)], k_format="fp8_amax")
+    without = "there is no default impl for device 'cpu' and k_format 'fp8_amax'; available by name: reference"
+    with pytest.raises(UserError, match=without):
+        batch.run()
+    batch.run("reference")
 
 
 def test_layout_h_and_the_contract_hold_the_same_numbers():

@@ -69,7 +69,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch, fresh_library):
 
 
 def test_prepare_says_what_is_wrong_before_the_first_call():
-    code = "from vllm_dsv4_indexer import ops; ops.prepare('cpu', 'cpu')"
+    code = "from vllm_dsv4_indexer import ops; ops.prepare('cpu', 'cpu', 'fp8_pow2')"
     environment = os.environ | {"DSV4_INDEXER_ISA": "sse9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "DSV4_INDEXER_ISA is 'sse9'; it names one of avx512, avx2, generic" in done.stderr

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from vllm.config import ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.models.deepseek_v4.compressor import CompressorMetadata
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.models.deepseek_v4.cpu.cpu_mla import (
     DeepseekV4CPUSparseBackend,
@@ -39,7 +38,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import ROW_WIDTH
+from vllm_dsv4_indexer.contract import ROW_WIDTH, Layer
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.ops import projection
@@ -47,6 +46,7 @@ from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
+K_FORMAT = "fp8_pow2"  # of the engine's indexer cache
 DRAFTS = ("ngram", "custom_class")  # the ways of speculative decoding that were tried with us
 
 logger = init_logger("vllm.dsv4_indexer")
@@ -147,7 +147,7 @@ class Worker(Accountable, CPUWorker):
         exact = projects_exactly(settings)
         impl = settings.impl
         if impl != "stock":
-            ops.prepare(impl, "cpu")
+            ops.prepare(impl, "cpu", K_FORMAT)
         with ExitStack() as if_it_fails:  # an offline engine leaves the process as it was
             provide_metadata(self)
             if_it_fails.callback(withdraw_metadata, self)
@@ -174,37 +174,41 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
     """
 
     settings: Settings
+    bound: ops.BoundLayer | None = None
 
     def forward(self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> None:
         """kv_score fp32 [T, 512], positions int64 [T]; everything else comes from the step's metadata."""
-        step = get_forward_context().attn_metadata
-        if not isinstance(step, dict):  # a profiling run has no caches
+        context = get_forward_context()
+        if not isinstance(context.attn_metadata, dict):  # a profiling run has no caches
             return
-        state, entries = step[self.state_cache.prefix], step[self.k_cache_prefix]
-        ops.compress(
-            kv_score,
-            self.ape,
-            self._norm_weight_fp32,
-            rotary_emb.cos_sin_cache,
-            positions,
-            state.token_to_req_indices,
-            self._state_slots(state, positions),
-            state.block_table,
-            self.state_cache.kv_cache,
-            entries.slot_mapping,
-            self._static_forward_context[self.k_cache_prefix].kv_cache,
-            eps=self.rms_norm_eps,
-            impl=self.settings.impl,
-        )
+        bound = self._bind(rotary_emb.cos_sin_cache)
+        bound.run(kv_score, self._plan(context, positions, bound))
 
-    def _state_slots(self, state: CompressorMetadata, positions: torch.Tensor) -> torch.Tensor:
-        """The slots of the rows to save. The metadata is made for the step and shared by the indexers' layers: the
-        first of them works out the tail. Its slot tensor is the other compressors' too, which need it whole."""
-        if self.settings.state_save == "full":
-            return state.slot_mapping
-        if not hasattr(state, "tail_slots"):
-            state.tail_slots = tail_slots(positions, state.token_to_req_indices, state.slot_mapping)
-        return state.tail_slots
+    def _bind(self, cos_sin_cache: torch.Tensor) -> ops.BoundLayer:
+        """The op on this layer's tensors: made in the first step, and again if the engine has replaced one of them."""
+        k_cache = self._static_forward_context[self.k_cache_prefix].kv_cache
+        tensors = Layer(self.ape, self._norm_weight_fp32, cos_sin_cache, self.state_cache.kv_cache, k_cache)
+        if self.bound is None or any(new is not old for new, old in zip(tensors, self.bound.layer)):
+            options = dict(eps=self.rms_norm_eps, k_format=K_FORMAT, impl=self.settings.impl)
+            self.bound = ops.BoundLayer(tensors, **options)
+        return self.bound
+
+    def _plan(self, context: ForwardContext, positions: torch.Tensor, bound: ops.BoundLayer) -> torch.Tensor:
+        """The step's plan for the layers that share its metadata: made by the first of them. It is kept on the forward
+        context, which vLLM makes anew for every pass and which keeps the metadata alive meanwhile."""
+        state = context.attn_metadata[self.state_cache.prefix]
+        entries = context.attn_metadata[self.k_cache_prefix]
+        plans = vars(context).setdefault("dsv4_indexer_plans", {})
+        key = id(state), id(entries), bound.extents
+        if key not in plans:
+            slots = state.slot_mapping
+            if self.settings.state_save == "tail":
+                slots = tail_slots(positions, state.token_to_req_indices, slots)
+            plans[key] = ops.plan(
+                positions, state.token_to_req_indices, slots, state.block_table, entries.slot_mapping,
+                **bound.extents._asdict(), impl=self.settings.impl,
+            )  # fmt: skip
+        return plans[key]
 
 
 def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: int) -> None:

@@ -1,13 +1,18 @@
-"""The op `dsv4_indexer::compress`: schema, fake implementation and dispatch.
+"""The ops `dsv4_indexer::plan`, `run` and `compress`: schemas, fake implementations and dispatch.
 
-An implementation is a function in a module of this folder, which takes the arguments of the op without `impl`, already
-checked by `contract.check_metadata`, checks the values itself before it writes, and returns how many entries it wrote, or
-None if only the device knows.
+`plan` once a step: check all values, decide which windows the step closes and where their rows come from. `run` once a
+layer, with the step's plan. `compress` is both in one call.
+
+An implementation is a module of this folder with two functions, which take checked metadata:
+
+    plan(step, extents) -> Tensor             checks the values; writes nothing but the plan
+    bind(layer, eps=..., k_format=...)        a function of kv_score and a plan, which runs the layer and returns how many
+                                              entries it wrote, or None if only the device knows
+
 To add one, write the module and its line in `IMPLEMENTATIONS`.
 """
 
 import functools
-import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,52 +22,213 @@ import torch
 from torch import Tensor
 
 from .. import contract
+from ..contract import ROW_WIDTH, Call, Extents, Layer, Step, plan_size
+from ..errors import UserError
+
+
+class Functions(NamedTuple):
+    """The two functions of an implementation."""
+
+    plan: Callable[[Step, Extents], Tensor]
+    bind: Callable[..., Callable[[Tensor, Tensor], int | None]]
 
 
 class Implementation(NamedTuple):
-    """`module.function` of this folder, and the device types that it serves: none named means every one, if asked for.
-    The default of a device is the first that names it."""
+    """How to load an implementation, its formats, and the device types that it serves: none named means every one, if
+    asked for. The default of a device is the first that names it."""
 
-    function: str
+    load: Callable[[], Functions]
+    k_formats: tuple[str, ...]
     devices: tuple[str, ...] = ()
 
 
+def _cpu() -> Functions:
+    from . import cpu
+
+    cpu.native()  # whatever is wrong with the library is known before the first call
+    return Functions(cpu.plan, cpu.bind)
+
+
+def _ascend() -> Functions:
+    from . import ascend
+
+    ascend.native()
+    return Functions(ascend.plan, ascend.bind)
+
+
+def _reference() -> Functions:
+    from . import reference
+
+    return Functions(reference.plan, reference.bind)
+
+
+def _overlay_scan() -> Functions:
+    from . import baselines
+
+    return Functions(baselines.plan, baselines.overlay_scan)
+
+
+def _scatter_pool() -> Functions:
+    from . import baselines
+
+    return Functions(baselines.plan, baselines.scatter_pool)
+
+
 IMPLEMENTATIONS = {
-    "cpu": Implementation("cpu.compress", ("cpu",)),
-    "ascend": Implementation("ascend.compress", ("npu",)),
-    "reference": Implementation("reference.compress"),
-    "overlay_scan": Implementation("baselines.overlay_scan", ("cpu",)),
-    "scatter_pool": Implementation("baselines.scatter_pool", ("cpu",)),
+    "cpu": Implementation(_cpu, ("fp8_pow2", "int8_hadamard"), ("cpu",)),
+    "ascend": Implementation(_ascend, ("int8_hadamard", "fp8_amax"), ("npu",)),
+    "reference": Implementation(_reference, tuple(contract.K_FORMATS)),
+    "overlay_scan": Implementation(_overlay_scan, ("fp8_pow2", "int8_hadamard"), ("cpu",)),
+    "scatter_pool": Implementation(_scatter_pool, ("fp8_pow2", "int8_hadamard"), ("cpu",)),
 }
 
 
 @dataclass
 class Work:
-    """What `compress` has done in this process: the proof that an engine really calls it."""
+    """What the op has done in this process: the proof that an engine really calls it. A call is one layer's."""
 
+    plans: int = 0
     calls: int = 0
     tokens: int = 0
     entries: int = 0
-    seconds: float = 0.0  # that the calls took; on a CPU until the last byte was written
+    seconds: float = 0.0  # that plans and calls took; on a CPU until the last byte was written
     uncounted: int = 0  # calls whose entries only the device knows
 
     def __str__(self) -> str:
         entries = f"wrote {self.entries} entries in {self.seconds:.4f} s"
         if self.uncounted:
-            entries = f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device knows"
-            entries += " (nor any call that a captured graph repeats)"
-        return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}"
+            entries = (
+                f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device "
+                "knows (nor any call that a captured graph repeats)"
+            )
+        return f"compress was called {self.calls} times on {self.tokens} tokens in {self.plans} plans and {entries}"
 
 
 work = Work()
 
+_STEP = (
+    "Tensor positions, Tensor token_to_req, Tensor inner_state_slot_mapping, Tensor inner_state_block_table"
+)
+_OPTIONS = "float eps=1e-6, str k_format='fp8_pow2', str? impl=None"
 _library = torch.library.Library("dsv4_indexer", "DEF")
 _library.define(
-    "compress(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, Tensor positions, "
-    "Tensor token_to_req, Tensor inner_state_slot_mapping, Tensor inner_state_block_table, "
-    "Tensor(a!) inner_state_cache, Tensor k_slot_mapping, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, "
-    "float eps=1e-6, str k_format='fp8_pow2', str? impl=None) -> ()"
+    f"plan({_STEP}, Tensor k_slot_mapping, *, int state_pages, int state_page, int k_entries, int max_pos, "
+    "str? impl=None) -> Tensor"
 )
+_library.define(
+    "run(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, Tensor plan, "
+    f"Tensor(a!) inner_state_cache, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, {_OPTIONS}) -> ()"
+)
+_library.define(
+    f"compress(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, {_STEP}, "
+    "Tensor(a!) inner_state_cache, Tensor k_slot_mapping, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, "
+    f"{_OPTIONS}) -> ()"
+)
+
+
+def plan(
+    positions: Tensor,
+    token_to_req: Tensor,
+    inner_state_slot_mapping: Tensor,
+    inner_state_block_table: Tensor,
+    k_slot_mapping: Tensor,
+    *,
+    state_pages: int,
+    state_page: int,
+    k_entries: int,
+    max_pos: int,
+    impl: str | None = None,
+) -> Tensor:
+    """Checks a step and decides its windows, once for all layers whose caches have the same pages.
+
+    Args:
+        positions: [T] int64, the absolute position of each token.
+        token_to_req: [T] int32, each token's row of `inner_state_block_table`.
+        inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`; -1 for none.
+        inner_state_block_table: [R, M] int32, the state page of each `state_page` positions of a request. Page 0 is the
+            null page; the last 8 positions before a token that closes a window need another one.
+        k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
+        state_pages, state_page: how many pages `inner_state_cache` has, and of how many tokens (2, 4 or 8).
+        k_entries: how many entries `k_cache` has. max_pos: how many rows `cos_sin_cache` has.
+        impl: as of `compress`.
+
+    Returns:
+        the plan, one int64 tensor on the same device; `contract.Plan.of` names its sections. It holds nothing of the
+        arguments: it stays right when they are overwritten. A graph replays it from a persistent buffer.
+
+    Raises:
+        ContractError: as `compress`. Nothing of the step was written.
+    """
+    return torch.ops.dsv4_indexer.plan(
+        positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping,
+        state_pages=state_pages, state_page=state_page, k_entries=k_entries, max_pos=max_pos, impl=impl,
+    )  # fmt: skip
+
+
+def run(
+    kv_score: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    plan: Tensor,
+    inner_state_cache: Tensor,
+    k_cache: Tensor,
+    k_scale_cache: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    k_format: str = "fp8_pow2",
+    impl: str | None = None,
+) -> None:
+    """Runs one layer of a planned step: saves its state rows, stores its K entries. Arguments and errors as of `compress`.
+
+    An engine that runs a layer step after step uses `bind`, which checks the layer's tensors once.
+    """
+    torch.ops.dsv4_indexer.run(
+        kv_score, ape, norm_weight, cos_sin_cache, plan, inner_state_cache, k_cache, k_scale_cache,
+        eps=eps, k_format=k_format, impl=impl,
+    )  # fmt: skip
+
+
+class BoundLayer:
+    """`run` for one layer, whose tensors are checked once, when it is made, and must stay what they are.
+
+    Arguments and errors as of `compress`. Holds the tensors; if one of them gets another address, it is followed.
+    """
+
+    def __init__(self, layer: Layer, *, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None):
+        contract.check_layer(layer, k_format)
+        self.layer, self.extents = layer, Extents.of(layer)
+        self._options = {"eps": eps, "k_format": k_format, "impl": impl}
+        self._device = layer.ape.device
+        self._run = _functions(impl, self._device.type, k_format).bind(layer, eps=eps, k_format=k_format)
+
+    def run(self, kv_score: Tensor, plan: Tensor) -> None:
+        """kv_score: [T, 512] fp32 or bf16. plan: that of the step, from `plan` with the same `impl`."""
+        if torch.compiler.is_compiling():
+            ape, norm_weight, cos_sin, *caches = self.layer
+            return run(kv_score, ape, norm_weight, cos_sin, plan, *caches, **self._options)
+        self._run_eagerly(kv_score, plan)
+
+    def _run_eagerly(self, kv_score: Tensor, plan: Tensor) -> None:
+        start = time.perf_counter()
+        tokens = kv_score.shape[0] if kv_score.dim() else 0
+        if not (
+            kv_score.shape == (tokens, ROW_WIDTH)
+            and kv_score.dtype in contract.FLOATS
+            and kv_score.stride(1) == 1
+            and kv_score.device == self._device
+        ):
+            contract.check_kv_score(kv_score, self._device)
+        if not (plan.device == self._device and plan.dtype is torch.int64 and plan.shape == (plan_size(tokens),) and plan.is_contiguous()):
+            contract.check_plan_tensor(plan, tokens, self._device)
+        if not tokens:
+            return
+        entries = self._run(kv_score, plan)
+        work.entries += entries or 0
+        work.uncounted += entries is None
+        work.calls += 1
+        work.tokens += tokens
+        work.seconds += time.perf_counter() - start
 
 
 def compress(
@@ -83,28 +249,26 @@ def compress(
     k_format: str = "fp8_pow2",
     impl: str | None = None,
 ) -> None:
-    """Saves the state rows of a batch and stores the K entries whose windows it closes.
+    """Saves the state rows of a batch and stores the K entries whose windows it closes: `plan` and `run` in one call.
 
     A token at position p with a state slot saves the row `[kv | gate + ape[p % 4]]`. A token with (p + 1) % 4 == 0 and
     a K slot also emits one entry: the rows of positions p-7 .. p are pooled by a softmax per channel over their gates
     (front halves of the first four, back halves of the last four), then RMSNorm, RoPE at position p-3, one rounding to
-    bfloat16, quantisation. Rows of this call come from `kv_score`, older ones from the state as it was before the
-    call (the pre-image rule), so a token without a state slot still counts in its own call. If a slot occurs twice,
-    the last token wins. A padding row has both slots -1; its position and request may be anything that no
-    window of a later token in this call asks for.
+    bfloat16, quantisation.
+
+    A window's row is the request's own token of this call; else the row of a token of this call, of any request, with
+    the same position and the state slot that this request's table gives it (a prefix that is filled in the same
+    call); else the state as it was before the call. So a token without a state slot still counts in its own call.
+    If a slot occurs twice, the last token wins. A padding row has both slots -1; its position and request may be anything
+    that no window of a later token in this call asks for.
 
     Args:
         kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the positional bias.
         ape: [4, 256] fp32, the gate's positional bias.
         norm_weight: [128] fp32 or bf16, the RMSNorm weight.
         cos_sin_cache: [max_pos, 64] fp32, 32 cosines then 32 sines of each position.
-        positions: [T] int64, the absolute position of each token.
-        token_to_req: [T] int32, each token's row of `inner_state_block_table`.
-        inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`; -1 for none.
-        inner_state_block_table: [R, M] int32, the state page of each `page_size` positions of a request. Page 0 is the
-            null page; the last 8 positions before a token that closes a window need another one.
+        positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping: as of `plan`.
         inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and written.
-        k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
         k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry o's values at
             o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs, 132], the same with bs entries a
             page. `int8_hadamard`: int8 [pages, bs, 128].
@@ -118,7 +282,7 @@ def compress(
 
     Raises:
         ContractError: (a ValueError) the arguments break the contract of contract.py; nothing was written.
-        ValueError: `impl` is unknown, or there is none for the device.
+        UserError: `impl` is unknown, or there is none for the device and the format.
     """
     torch.ops.dsv4_indexer.compress(
         kv_score, ape, norm_weight, cos_sin_cache, positions, token_to_req, inner_state_slot_mapping,
@@ -127,48 +291,82 @@ def compress(
     )  # fmt: skip
 
 
-def prepare(impl: str | None, device: str) -> None:
+def prepare(impl: str | None, device: str, k_format: str) -> None:
     """Load an implementation and what it needs now, so that whatever is missing is known before the first call.
 
-    Raises ValueError (`impl` is unknown, or there is none for the device; a setting in the environment is wrong) and
+    Raises UserError (`impl` is unknown, or there is none for the device; a setting in the environment is wrong) and
     ImportError (the native library, or something in torch that it needs, is missing), which say what to do.
     """
-    _implementation(impl, device)
+    _functions(impl, device, k_format)
 
 
+# ---- the torch ops ---------------------------------------------------------------------------------------------------
 # torch leaves out the arguments that equal their default, so the defaults are needed here too.
-def _dispatch(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
+
+
+def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
+    contract.check_step(Step(*step))
+    return _make_plan(Step(*step), Extents(**extents), impl)
+
+
+def _make_plan(step: Step, extents: Extents, impl: str | None, k_format: str | None = None) -> Tensor:
     start = time.perf_counter()
-    kv_score = args[0]
-    tensors = args if len(args) == 12 else (*args, None)
-    contract.check_metadata(tensors, k_format)
-    run = _implementation(impl, kv_score.device.type)
-    if kv_score.shape[0]:
-        entries = run(*tensors, eps=eps, k_format=k_format)
-        work.entries += entries or 0
-        work.uncounted += entries is None
-        work.calls += 1
-        work.tokens += kv_score.shape[0]
-        work.seconds += time.perf_counter() - start
+    made = _functions(impl, step.positions.device.type, k_format).plan(step, extents)
+    work.plans += 1
+    work.seconds += time.perf_counter() - start
+    return made
 
 
-def _fake(*args, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
-    """Also what torch calls if only some of the tensors are on the meta device: an error, not a call that does nothing."""
-    contract.check_metadata(args if len(args) == 12 else (*args, None), k_format)
+def _run_op(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, **options) -> None:
+    BoundLayer(Layer(ape, norm_weight, cos_sin_cache, *caches), **options)._run_eagerly(kv_score, plan)
+
+
+def _compress_op(*tensors: Tensor | None, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
+    call = Call(*tensors)
+    contract.check_call(call, k_format)
+    made = _make_plan(call.step, Extents.of(call.layer), impl, k_format)
+    BoundLayer(call.layer, eps=eps, k_format=k_format, impl=impl)._run_eagerly(call.kv_score, made)
+
+
+# The fakes are also what torch calls if only some of the tensors are on the meta device: an error, not a call that does
+# nothing.
+
+
+def _plan_fake(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
+    contract.check_step(Step(*step))
+    return step[0].new_empty(plan_size(step[0].shape[0]))
+
+
+def _run_fake(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, k_format: str = "fp8_pow2", **_) -> None:
+    contract.check_layer(Layer(ape, norm_weight, cos_sin_cache, *caches), k_format)
+    contract.check_kv_score(kv_score, ape.device)
+
+
+def _compress_fake(*tensors: Tensor | None, k_format: str = "fp8_pow2", **_) -> None:
+    contract.check_call(Call(*tensors), k_format)
 
 
 @functools.cache
-def _implementation(name: str | None, device: str) -> Callable[..., int | None]:
-    usable = [n for n, i in IMPLEMENTATIONS.items() if not i.devices or device in i.devices]
+def _functions(name: str | None, device: str, k_format: str | None = None) -> Functions:
+    """`k_format` None: any of the implementation's."""
+    usable = [
+        n for n, i in IMPLEMENTATIONS.items()
+        if (not i.devices or device in i.devices) and (k_format is None or k_format in i.k_formats)
+    ]  # fmt: skip
     if name is None:
         name = next((n for n in usable if IMPLEMENTATIONS[n].devices), None)
     if name not in usable:
         what = "there is no default impl" if name is None else f"impl {name!r} is not one"
-        raise ValueError(f"{what} for device {device!r}; available by name: {', '.join(usable)}")
-    module, function = IMPLEMENTATIONS[name].function.split(".")
-    return getattr(importlib.import_module(f".{module}", __name__), function)
+        serves = f"device {device!r}" + (f" and k_format {k_format!r}" if k_format else "")
+        raise UserError(f"{what} for {serves}; available by name: {', '.join(usable)}")
+    return IMPLEMENTATIONS[name].load()
 
 
 # One Python kernel for every device: it costs about 3 us a call more than a C++ one, and torch.library.custom_op 60.
-_library.impl("compress", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_fake("dsv4_indexer::compress", _fake, lib=_library)
+for _name, _op, _fake in (
+    ("plan", _plan_op, _plan_fake),
+    ("run", _run_op, _run_fake),
+    ("compress", _compress_op, _compress_fake),
+):
+    _library.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dsv4_indexer::{_name}", _fake, lib=_library)

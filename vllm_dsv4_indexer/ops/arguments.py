@@ -1,36 +1,52 @@
-"""The fields that the native libraries' C structs share, from the arguments of `compress`.
+"""The fields of the native libraries' C structs, from tensors: csrc/cpu/abi.h and csrc/ascend/abi.h explain them.
 
-In the order of csrc/cpu/abi.h and csrc/ascend/abi.h, which explain them. Packed into bytes they cost less than a
-`ctypes.Structure`, which sets each field by its name: about a microsecond of a call's twenty.
+Packed into bytes they cost less than a `ctypes.Structure`, which sets each field by its name. The addresses do not keep
+the tensors alive.
 """
 
-import torch
-from torch import Tensor
+from torch import Tensor, bfloat16, float16
 
-from ..contract import HEAD_DIM
+from ..contract import HEAD_DIM, Extents, Layer, Step
+
+STEP_FIELDS = (
+    "tokens", "positions", "token_to_req", "state_slots", "block_table", "block_table_stride", "requests",
+    "table_columns", "k_slots", "state_pages", "state_page", "k_entries", "max_pos",
+)  # fmt: skip
+LAYER_FIELDS = (
+    "ape", "norm_weight", "norm_weight_is_bf16", "cos_sin", "cos_sin_stride", "cos_sin_rows",
+    "state", "state_page_stride", "state_row_stride", "state_pages", "state_page",
+    "k_cache", "k_page_stride", "k_entry_stride", "k_pages", "k_page",
+    "k_scale", "k_scale_page_stride", "k_scale_entry_stride", "k_scale_is_fp16", "k_format", "eps",
+)  # fmt: skip
+KV_SCORE_FIELDS = ("rows", "stride", "is_bf16", "tokens")
 
 
-def field_values(tensors: tuple[Tensor | None, ...], k_format: int, eps: float) -> tuple[int | float, ...]:
-    """The fields from `tokens` on: 33 integers, of which the addresses do not keep the tensors alive, and eps.
+def step_fields(step: Step, extents: Extents) -> tuple[int, ...]:
+    """The values of STEP_FIELDS."""
+    positions, token_to_req, state_slots, block_table, k_slots = step
+    return (
+        positions.shape[0], positions.data_ptr(), token_to_req.data_ptr(), state_slots.data_ptr(),
+        block_table.data_ptr(), block_table.stride(0), *block_table.shape, k_slots.data_ptr(), *extents,
+    )  # fmt: skip
 
-    `tensors` are in the order of the op's signature, `k_format` is the library's number for it.
-    """
-    (
-        kv_score, ape, norm_weight, cos_sin, positions, token_to_req, state_slots, block_table, state,
-        k_slots, k_cache, k_scale,
-    ) = tensors  # fmt: skip
+
+def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, ...]:
+    """The values of LAYER_FIELDS; `k_format` is the library's number for it."""
+    ape, norm_weight, cos_sin, state, k_cache, k_scale = layer
     if k_scale is None:  # an fp8 page is opaque
         k_entry_stride, scale = HEAD_DIM, (0, 0, 0, 0)
     else:
         k_entry_stride = k_cache.stride(1)
-        scale = (k_scale.data_ptr(), *k_scale.stride(), k_scale.dtype is torch.float16)
+        scale = (k_scale.data_ptr(), *k_scale.stride(), k_scale.dtype is float16)
     return (
-        kv_score.shape[0], kv_score.data_ptr(), kv_score.stride(0), kv_score.dtype is torch.bfloat16,
-        ape.data_ptr(), norm_weight.data_ptr(), norm_weight.dtype is torch.bfloat16,
+        ape.data_ptr(), norm_weight.data_ptr(), norm_weight.dtype is bfloat16,
         cos_sin.data_ptr(), cos_sin.stride(0), cos_sin.shape[0],
-        positions.data_ptr(), token_to_req.data_ptr(), state_slots.data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), *block_table.shape,
         state.data_ptr(), *state.stride()[:2], *state.shape[:2],
-        k_slots.data_ptr(), k_cache.data_ptr(), k_cache.stride(0), k_entry_stride, *k_cache.shape[:2],
+        k_cache.data_ptr(), k_cache.stride(0), k_entry_stride, *k_cache.shape[:2],
         *scale, k_format, eps,
     )  # fmt: skip
+
+
+def kv_score_fields(kv_score: Tensor) -> tuple[int, ...]:
+    """The values of KV_SCORE_FIELDS."""
+    return kv_score.data_ptr(), kv_score.stride(0), kv_score.dtype is bfloat16, kv_score.shape[0]

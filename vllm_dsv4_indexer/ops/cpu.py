@@ -1,7 +1,7 @@
-"""`compress` on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
+"""The op on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
 
-The library is loaded with this module, which is imported on first use. It has a C interface, so one binary serves every
-Python and every torch from 2.10.
+The library is loaded by the first plan or layer. It has a C interface, so one binary serves every Python and every torch
+from 2.10.
 It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
 environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
 """
@@ -18,14 +18,22 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from .arguments import field_values
-from .library import library_path
+from ..contract import Extents, Layer, Step
+from ..errors import UserError
+from .arguments import KV_SCORE_FIELDS, LAYER_FIELDS, STEP_FIELDS, kv_score_fields, layer_fields, step_fields
+from .library import load_library
 
 ISAS = ("avx512", "avx2", "generic")  # best first
-ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")  # the first is `compress`, the others are in baselines.py
+ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")  # the first is the op's, the others are in baselines.py
+FLOORS = ("floor", "floor_past_cache")  # csrc/cpu/floor.cpp
+K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
-ARGUMENTS = struct.Struct("34qd")  # csrc/cpu/abi.h, `struct Arguments`
-_K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
+# csrc/cpu/abi.h: struct StepArguments, LayerArguments, KvScore, enum Rule, enum Failure.
+STEP = struct.Struct(f"{len(STEP_FIELDS)}q")
+LAYER = struct.Struct(f"{len(LAYER_FIELDS) - 1}qd")
+KV_SCORE = struct.Struct(f"{len(KV_SCORE_FIELDS)}q")
+ROW_RULE, STATE_ONLY = 0, 1
+_VIOLATION, _THREADS_FAILED, _NO_MEMORY, _PLAN_DOES_NOT_FIT = -1, -2, -3, -4
 
 
 class Violation(ctypes.Structure):
@@ -37,54 +45,79 @@ class Violation(ctypes.Structure):
 
 
 class Native(NamedTuple):
-    """The library, the instruction set in use, its compressors by algorithm, and torch's parallel_for."""
+    """The library, the instruction set in use, its algorithms by name, and torch's parallel_for."""
 
     library: ctypes.CDLL
     isa: str
-    compressors: dict[str, Callable[..., int]]
+    algorithms: dict[str, Callable[..., int]]
     parallel_for: int
 
 
-def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str = "one_pass") -> int:
-    """See `vllm_dsv4_indexer.ops.compress`; returns the number of entries written."""
-    arguments = arguments_of(*tensors, eps=eps, k_format=k_format)
+def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
+    """See `vllm_dsv4_indexer.ops.plan`."""
+    made = torch.empty(contract.plan_size(step.positions.shape[0]), dtype=torch.int64)
     violation = Violation()
-    entries = native().compressors[algorithm](arguments, ctypes.byref(violation))
-    if violation.code:
+    windows = native().library.dsv4_indexer_plan(
+        STEP.pack(*step_fields(step, extents)), rule, made.data_ptr(), ctypes.byref(violation)
+    )
+    if windows == _NO_MEMORY:
+        raise MemoryError(f"no memory for the plan of {step.positions.shape[0]} tokens; nothing was written")
+    if windows == _VIOLATION:
         raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
-    if entries < 0:
+    return made
+
+
+class Bound:
+    """A layer's tensors, as the library takes them: packed once, and again if one of them has moved."""
+
+    def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
+        self._layer, self._eps, self._k_format, self._algorithm = layer, eps, K_FORMATS[k_format], algorithm
+        self._run, self._parallel_for = native().algorithms[algorithm], native().parallel_for
+        self._tensors = [tensor for tensor in layer if tensor is not None]
+        self._addresses: list[int] = []
+        self._packed = b""
+
+    def __call__(self, kv_score: Tensor, plan: Tensor) -> int:
+        """Runs the layer; returns the number of entries written."""
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        if addresses != self._addresses:
+            self._addresses, self._packed = addresses, LAYER.pack(*layer_fields(self._layer, self._k_format, self._eps))
+        entries = self._run(
+            self._packed, self._parallel_for, plan.data_ptr(), KV_SCORE.pack(*kv_score_fields(kv_score))
+        )
+        if entries >= 0:
+            return entries
+        if entries == _PLAN_DOES_NOT_FIT:
+            layout = contract.PLAN_LAYOUT if self._algorithm == "one_pass" else contract.STATE_ONLY_LAYOUT
+            contract.check_plan_header(plan, kv_score.shape[0], Extents.of(self._layer), layout)
         raise RuntimeError("torch's parallel_for failed: the caches may be half written; see torch's own message")
-    return entries
 
 
-def arguments_of(*tensors: Tensor | None, eps: float, k_format: str) -> bytes:
-    """The arguments of `compress` as the library takes them: addresses, which do not keep the tensors alive."""
-    if k_format not in _K_FORMATS:
-        raise contract.ContractError(f"k_format {k_format!r} has no native code for CPUs; use impl 'reference'")
-    return ARGUMENTS.pack(native().parallel_for, *field_values(tensors, _K_FORMATS[k_format], eps))
+bind = Bound
 
 
 @functools.cache
 def native() -> Native:
     """The native library, loaded, for this CPU."""
-    path = library_path(_LIBRARY)
-    library = ctypes.CDLL(str(path))
-    if library.dsv4_indexer_arguments_size() != ARGUMENTS.size:
-        raise ImportError(f"{path} has another interface than this package; build and install it again")
+    library = load_library(_LIBRARY, "cpu")
+    library.dsv4_indexer_plan.restype = ctypes.c_int64
+    library.dsv4_indexer_plan.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     asked = os.environ.get("DSV4_INDEXER_ISA")  # empty counts as unset
     if asked and asked not in ISAS:
-        raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
+        raise UserError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
     for isa in [asked] if asked else ISAS:
-        compressors = {name: _compressor(library, name, isa) for name in ALGORITHMS}
-        if all(compressors.values()):
-            return Native(library, isa, compressors, _torch_parallel_for())
-    raise ValueError(f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one")
+        algorithms = {name: algorithm_for(library, name, isa) for name in (*ALGORITHMS, *FLOORS)}
+        if all(algorithms.values()):
+            return Native(library, isa, algorithms, _torch_parallel_for())
+    raise UserError(f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one")
 
 
-def _compressor(library: ctypes.CDLL, algorithm: str, isa: str):
-    library.dsv4_indexer_compress_for.restype = ctypes.c_void_p
-    address = library.dsv4_indexer_compress_for(algorithm.encode(), isa.encode())
-    return address and ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(address)
+def algorithm_for(library: ctypes.CDLL, name: str, isa: str) -> Callable[..., int] | None:
+    """The library's function for an algorithm and an instruction set, None if it or the CPU has none."""
+    library.dsv4_indexer_run_for.restype = ctypes.c_void_p
+    address = library.dsv4_indexer_run_for(name.encode(), isa.encode())
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return address and function(address)
 
 
 def _torch_parallel_for() -> int:
@@ -94,6 +127,3 @@ def _torch_parallel_for() -> int:
         return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
     except AttributeError:
         raise ImportError(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
-
-
-native()

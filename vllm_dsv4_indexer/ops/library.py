@@ -1,21 +1,65 @@
-"""Where the native libraries are."""
+"""Where the native libraries are, and whether they are those of this package."""
 
+import ctypes
+import functools
+import hashlib
 import importlib.metadata
 from pathlib import Path
 
+PACKAGE = Path(__file__).parents[1]
+_INSTALL = (
+    "install the package with `pip install .` (for an NPU: with CANN's set_env.sh sourced, else that library is left "
+    "out), or build it with `cmake -S csrc -B build && cmake --build build` and copy it there"
+)
 
-def library_path(library: str) -> Path:
-    """A native library: beside this package, or where the installed distribution has it (an editable one)."""
-    candidates = [Path(__file__).parents[2] / library]
+
+def load_library(library: str, folder: str) -> ctypes.CDLL:
+    """The native library that was built from the sources of this package: beside it, or where the installed
+    distribution has it (an editable one).
+
+    folder: of its sources in csrc. Raises ImportError where there is none, or only one that was built from others.
+    """
+    found = [path for path in _candidates(library) if path.exists()]
+    for path in found:
+        loaded = ctypes.CDLL(str(path))
+        if _sources(folder) in (None, _built_from(loaded)):
+            return loaded
+    if found:
+        raise ImportError(f"{' and '.join(map(str, found))}: built from other sources than csrc has now; {_INSTALL}")
+    raise ImportError(
+        f"the native library is missing: looked for {' and '.join(map(str, _candidates(library)))}; {_INSTALL}"
+    )
+
+
+def _candidates(library: str) -> list[Path]:
+    candidates = [PACKAGE.parent / library]
     try:
         candidates.append(Path(importlib.metadata.distribution("vllm-dsv4-indexer").locate_file(library)))
     except importlib.metadata.PackageNotFoundError:
         pass
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise ImportError(
-        f"the native library is missing: looked for {' and '.join(map(str, candidates))}; install the package with "
-        "`pip install .` (for an NPU: with CANN's set_env.sh sourced, else that library is left out), or build it with "
-        "`cmake -S csrc -B build && cmake --build build` and copy it there"
+    return candidates
+
+
+def _built_from(library: ctypes.CDLL) -> str:
+    try:
+        digest = library.dsv4_indexer_sources
+    except AttributeError:  # older than the digest
+        return "unknown"
+    digest.restype = ctypes.c_char_p
+    return digest().decode()
+
+
+@functools.cache
+def _sources(folder: str) -> str | None:
+    """The digest of this checkout's sources, as csrc/CMakeLists.txt makes it. None where the package is installed without
+    them: then the library came with it."""
+    csrc = PACKAGE.parent / "csrc"
+    if not (csrc / "CMakeLists.txt").exists():
+        return None
+    sources = sorted(
+        path.relative_to(csrc).as_posix()
+        for pattern in ("*.h", f"{folder}/*.h", f"{folder}/*.cpp")
+        for path in csrc.glob(pattern)
     )
+    digests = "".join(hashlib.sha256((csrc / source).read_bytes()).hexdigest() for source in sources)
+    return hashlib.sha256(digests.encode()).hexdigest()

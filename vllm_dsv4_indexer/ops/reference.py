@@ -4,99 +4,138 @@ compressor as vLLM 0.32, transformers 5.19 and DeepSeek's own model file agree o
 Runs on any device by name. It checks values and selects rows on the host's word, so it waits for the device.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import contract
 from ..contract import (
-    AMAX_FLOOR, FP8_MAX, HEAD_DIM, INT8_MAX, KV_WIDTH, RATIO, ROPE_DIM, WINDOW, Violation, violation_error,
+    AMAX_FLOOR, EARLY, FP8_MAX, HEAD_DIM, INT8_MAX, KV_WIDTH, LATE, MASKED, NO_WINDOW, PLAN_LAYOUT, RATIO, ROPE_DIM,
+    WINDOW, Extents, Layer, Plan, PlanHeader, Step, Violation, row_source, violation_error,
 )  # fmt: skip
 
 
-def compress(
-    kv_score: Tensor,
-    ape: Tensor,
-    norm_weight: Tensor,
-    cos_sin_cache: Tensor,
-    positions: Tensor,
-    token_to_req: Tensor,
-    inner_state_slot_mapping: Tensor,
-    inner_state_block_table: Tensor,
-    inner_state_cache: Tensor,
-    k_slot_mapping: Tensor,
-    k_cache: Tensor,
-    k_scale_cache: Tensor | None,
-    *,
-    eps: float,
-    k_format: str,
-) -> int:
-    """See `vllm_dsv4_indexer.ops.compress`; returns the number of entries written."""
-    page = inner_state_cache.shape[1]
-    k_entries = k_cache.shape[0] * k_cache.shape[1]
-    valid = _check_tokens(
-        positions, token_to_req, inner_state_slot_mapping, k_slot_mapping, inner_state_cache.shape[0] * page,
-        k_entries, cos_sin_cache.shape[0], inner_state_block_table.shape[0],
-    )  # fmt: skip
-    closes = (k_slot_mapping >= 0) & (positions % RATIO == RATIO - 1)
-    windows = _windows(closes[: valid.tokens].nonzero()[:, 0], positions, token_to_req)
-    _check_windows(windows, positions, token_to_req, inner_state_block_table, inner_state_cache.shape[0], page)
+# ---- the plan of a step ----------------------------------------------------------------------------------------------
+
+
+def plan(step: Step, extents: Extents) -> Tensor:
+    """See `vllm_dsv4_indexer.ops.plan`."""
+    tokens = len(step.positions)
+    valid = _check_tokens(step, extents)
+    closes = (step.k_slot_mapping >= 0) & (step.positions % RATIO == RATIO - 1)
+    windows = _windows(closes[: valid.tokens].nonzero()[:, 0], step)
+    _check_windows(windows, step, extents)
     if valid.error is not None:
         raise valid.error
 
-    # One row per token, as the state holds it: [kv | gate + ape].
-    rows = kv_score.float()
-    rows = torch.cat([rows[:, :KV_WIDTH], rows[:, KV_WIDTH:] + ape[positions % RATIO]], dim=1)
-
-    # Every window is pooled from the state as it was, then the state is written: the pre-image rule.
-    pooled = _pool(_window_rows(windows, rows, token_to_req, inner_state_block_table, inner_state_cache))
-    entries = _rope(_rms_norm(pooled, norm_weight.float(), eps), cos_sin_cache[positions[windows.token] - RATIO + 1])
-    entries = entries.bfloat16().float()
-
-    last = _last_of_each_slot(inner_state_slot_mapping)
-    slots = inner_state_slot_mapping[last]
-    inner_state_cache[slots // page, slots % page] = rows[last]
-
-    last = _last_of_each_slot(k_slot_mapping[windows.token])
-    slots = k_slot_mapping[windows.token][last]
-    if k_format == "fp8_pow2":
-        _store_fp8_pow2(entries[last], slots, k_cache)
-    elif k_format == "fp8_amax":
-        _store_fp8_amax(entries[last], slots, k_cache)
-    else:
-        _store_int8_hadamard(entries[last], slots, k_cache, k_scale_cache)
-    return len(windows.token)
+    made = step.positions.new_zeros(contract.plan_size(tokens))
+    sections = Plan.of(made)
+    unique = _unique(step.inner_state_slot_mapping) and _unique(step.k_slot_mapping[windows.token])
+    late = windows.own.all(dim=1) & unique
+    header = PlanHeader(PLAN_LAYOUT, tokens, len(windows.token), int((~late).sum()), int(unique), *extents)
+    sections.header[: len(header)] = torch.tensor(header)
+    sections.positions.copy_(step.positions)
+    sections.requests.copy_(step.token_to_req)
+    sections.state_slots.copy_(step.inner_state_slot_mapping)
+    sections.k_slots.copy_(step.k_slot_mapping.masked_fill(~closes, -1))
+    sections.windows[windows.token] = torch.where(late, LATE, EARLY)
+    sections.sources[windows.token] = _sources(windows, step, extents.state_page)
+    return made
 
 
 class _Windows(NamedTuple):
-    """The windows closed by `token` [E]: their positions `q` [E, 8], and the tokens `u` [E, 8] that hold them if
-    `in_call`."""
+    """The windows closed by `token` [E]: their positions `q` [E, 8], and the tokens `u` [E, 8] that hold them if they
+    are the request's `own`."""
 
     token: Tensor
     q: Tensor
     u: Tensor
-    in_call: Tensor
+    own: Tensor
+
+    @property
+    def history(self) -> Tensor:
+        """[E, 8]: whether the row is none of the request's own tokens, and not before its start."""
+        return ~self.own & (self.q >= 0)
 
 
-def _windows(token: Tensor, positions: Tensor, token_to_req: Tensor) -> _Windows:
+def _windows(token: Tensor, step: Step) -> _Windows:
     back = torch.arange(WINDOW - 1, -1, -1, device=token.device)
-    q = positions[token, None] - back
+    q = step.positions[token, None] - back
     u = token[:, None] - back
     held = u.clamp(min=0)
-    in_call = (u >= 0) & (token_to_req[held] == token_to_req[token, None]) & (positions[held] == q)
-    return _Windows(token, q, held, in_call)
+    own = (u >= 0) & (step.token_to_req[held] == step.token_to_req[token, None]) & (step.positions[held] == q)
+    return _Windows(token, q, held, own)
 
 
-def _window_rows(windows: _Windows, rows: Tensor, token_to_req: Tensor, table: Tensor, state: Tensor) -> Tensor:
-    """[E, 8, 512]: a row of this call, else of the state, else (before position 0) kv 0 and gate -inf."""
-    page = state.shape[1]
-    history = ~windows.in_call & (windows.q >= 0)
-    gathered = rows.new_zeros(*windows.q.shape, 2 * KV_WIDTH)
+def _sources(windows: _Windows, step: Step, page: int) -> Tensor:
+    """[E, 8], the row rule: the request's own token; else any token of the call with this position and the state slot
+    that the request's table gives it, the last one; else that row of the state as it was before the call."""
+    request = step.token_to_req[windows.token, None].expand_as(windows.q)[windows.history].long()
+    q = windows.q[windows.history]
+    slot = step.inner_state_block_table[request, q // page].long() * page + q % page
+    same = (step.inner_state_slot_mapping == slot[:, None]) & (step.positions == q[:, None])
+    index = torch.arange(len(step.positions), device=q.device)
+    other = torch.where(same, index, -1).amax(dim=1) if len(q) else q
+    sources = torch.where(windows.own, windows.u, MASKED)
+    sources[windows.history] = torch.where(other >= 0, other, row_source(slot))
+    return sources
+
+
+def _unique(slots: Tensor) -> bool:
+    used = slots[slots >= 0]
+    return len(used.unique()) == len(used)
+
+
+# ---- a layer -----------------------------------------------------------------------------------------------------------
+
+
+def bind(layer: Layer, *, eps: float, k_format: str) -> Any:
+    """A function of kv_score and a plan, which runs the layer and returns the number of entries written."""
+    return functools.partial(_run, layer, eps, k_format)
+
+
+def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor) -> int:
+    contract.check_plan_header(made, len(kv_score), Extents.of(layer))
+    step = Plan.of(made)
+
+    # One row per token, as the state holds it: [kv | gate + ape].
+    rows = kv_score.float()
+    rows = torch.cat([rows[:, :KV_WIDTH], rows[:, KV_WIDTH:] + layer.ape[step.positions % RATIO]], dim=1)
+
+    # Every window is pooled from the state as it was, then the state is written.
+    token = (step.windows != NO_WINDOW).nonzero()[:, 0]
+    pooled = _pool(_window_rows(token, step, rows, layer.inner_state_cache))
+    cos_sin = layer.cos_sin_cache[step.positions[token] - RATIO + 1]
+    entries = _rope(_rms_norm(pooled, layer.norm_weight.float(), eps), cos_sin)
+    entries = entries.bfloat16().float()
+
+    last = _last_of_each_slot(step.state_slots)
+    slots, page = step.state_slots[last], layer.inner_state_cache.shape[1]
+    layer.inner_state_cache[slots // page, slots % page] = rows[last]
+
+    last = _last_of_each_slot(step.k_slots[token])
+    slots = step.k_slots[token][last]
+    if k_format == "fp8_pow2":
+        _store_fp8_pow2(entries[last], slots, layer.k_cache)
+    elif k_format == "fp8_amax":
+        _store_fp8_amax(entries[last], slots, layer.k_cache)
+    else:
+        _store_int8_hadamard(entries[last], slots, layer.k_cache, layer.k_scale_cache)
+    return len(token)
+
+
+def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tensor:
+    """[E, 8, 512]: the rows of the windows that these tokens close; one that does not exist has kv 0 and gate -inf."""
+    in_run = token[:, None] - torch.arange(WINDOW - 1, -1, -1, device=token.device)
+    sources = torch.where(step.windows[token, None] == LATE, in_run, step.sources[token])
+    gathered = rows.new_zeros(*sources.shape, 2 * KV_WIDTH)
     gathered[..., KV_WIDTH:] = -torch.inf
-    gathered[windows.in_call] = rows[windows.u[windows.in_call]]
-    request = token_to_req[windows.token, None].expand_as(windows.q)[history].long()
-    q = windows.q[history]
-    gathered[history] = state[table[request, q // page].long(), q % page]
+    of_call, of_state = sources >= 0, sources < MASKED
+    gathered[of_call] = rows[sources[of_call]]
+    slots, page = row_source(sources[of_state]), state.shape[1]
+    gathered[of_state] = state[slots // page, slots % page]
     return gathered
 
 
@@ -191,22 +230,15 @@ class _Valid(NamedTuple):
     error: ValueError | None
 
 
-def _check_tokens(
-    positions: Tensor,
-    token_to_req: Tensor,
-    state_slots: Tensor,
-    k_slots: Tensor,
-    state_rows: int,
-    k_entries: int,
-    max_pos: int,
-    requests: int,
-) -> _Valid:
+def _check_tokens(step: Step, extents: Extents) -> _Valid:
+    positions, token_to_req, state_slots, table, k_slots = step
     active = (state_slots >= 0) | (k_slots >= 0)
+    state_rows = extents.state_pages * extents.state_page
     checks = {
         Violation.STATE_SLOT: (state_slots, -1, state_rows, True),
-        Violation.K_SLOT: (k_slots, -1, k_entries, True),
-        Violation.POSITION: (positions, 0, max_pos, active),
-        Violation.REQUEST: (token_to_req, 0, requests, active),
+        Violation.K_SLOT: (k_slots, -1, extents.k_entries, True),
+        Violation.POSITION: (positions, 0, extents.max_pos, active),
+        Violation.REQUEST: (token_to_req, 0, len(table), active),
     }
     bad = torch.stack([((v < low) | (v >= bound)) & where for v, low, bound, where in checks.values()], dim=1)
     if not bad.any():
@@ -221,25 +253,23 @@ def _check_tokens(
     return _Valid(token, error)
 
 
-def _check_windows(
-    windows: _Windows, positions: Tensor, token_to_req: Tensor, table: Tensor, pages: int, page: int
-) -> None:
+def _check_windows(windows: _Windows, step: Step, extents: Extents) -> None:
     """Every history row must have a page."""
-    history = ~windows.in_call & (windows.q >= 0)
-    column = windows.q // page
+    table = step.inner_state_block_table
+    column = windows.q // extents.state_page
     wide = column < table.shape[1]
-    request = token_to_req[windows.token, None].long()
+    request = step.token_to_req[windows.token, None].long()
     value = table[request, column.clamp(0, max(table.shape[1] - 1, 0))] if table.numel() else column
-    bad = history & ~(wide & (value > 0) & (value < pages))
+    bad = windows.history & ~(wide & (value > 0) & (value < extents.state_pages))
     if not bad.any():
         return
     window, row = bad.nonzero()[0].tolist()
     token = int(windows.token[window])
     if wide[window, row]:
-        code, value, bound = Violation.TABLE_ENTRY, value, pages
+        code, value, bound = Violation.TABLE_ENTRY, value, extents.state_pages
     else:
         code, value, bound = Violation.TABLE_COLUMN, column, table.shape[1]
     raise violation_error(
-        code, token=token, request=int(token_to_req[token]), position=int(positions[token]),
+        code, token=token, request=int(step.token_to_req[token]), position=int(step.positions[token]),
         value=int(value[window, row]), bound=bound, needed=int(windows.q[window, row]),
     )  # fmt: skip

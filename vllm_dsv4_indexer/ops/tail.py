@@ -6,7 +6,8 @@ is in the call, nobody reads the saved row. What has to be saved of a request wh
 rows of e - e % 4 - 4 .. e - 1: at most seven, however long the call.
 
 That holds as long as each call starts where the request's last one ended. It does not where another reader has the
-state pages, or where the request goes back: prefix caching, state transfer, speculative decoding.
+state pages, in this call or a later one, or where the request goes back: prefix caching, state transfer, speculative
+decoding.
 """
 
 import torch

@@ -1,0 +1,214 @@
+// The checks of a step and its plan, once for all layers. Serial: some nanoseconds per token.
+
+#include "planner.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../plan.h"
+
+namespace dsv4 {
+namespace {
+
+// The last token of each slot, in an open-addressing table.
+class LastTokens {
+ public:
+  LastTokens(const int64_t* slots, size_t most) : slots_(slots) {
+    while (size() < 2 * most) ++bits_;
+    table_.assign(size(), kNone);
+  }
+
+  static constexpr int64_t kNone = -1;
+
+  int64_t find(int64_t slot) { return *place(slot); }
+
+  // True if an earlier token has the slot.
+  bool insert(int64_t token) {
+    int64_t* const found = place(slots_[token]);
+    const bool seen = *found != kNone;
+    *found = token;
+    return seen;
+  }
+
+ private:
+  size_t size() const { return size_t{1} << bits_; }
+
+  int64_t* place(int64_t slot) {
+    size_t i = static_cast<uint64_t>(slot) * 0x9E3779B97F4A7C15u >> (64 - bits_);
+    while (table_[i] != kNone && slots_[table_[i]] != slot) i = (i + 1) & (size() - 1);
+    return &table_[i];
+  }
+
+  const int64_t* slots_;
+  int bits_ = 4;
+  std::vector<int64_t> table_;
+};
+
+bool in_range(int64_t value, int64_t lowest, int64_t end) { return value >= lowest && value < end; }
+
+class Planner {
+ public:
+  Planner(const StepArguments& step, Rule rule, int64_t* plan)
+      : a_(step),
+        rule_(rule),
+        plan_(plan),
+        windows_(plan + plan_windows(step.tokens)),
+        sources_(plan + plan_sources(step.tokens)),
+        last_tokens_(step.state_slots, step.tokens) {}
+
+  int64_t make(Violation& violation) {
+    violation.code = kNoViolation;
+    int64_t run = 0;  // tokens up to this one that are consecutive positions of one request
+    for (int64_t token = 0; token < a_.tokens; ++token) {
+      run = token > 0 && follows(token) ? run + 1 : 1;
+      int64_t q = 0;
+      ViolationCode code = check_token(token);
+      windows_[token] = kNoWindow;
+      if (code == kNoViolation && closes_window(token)) code = check_window(token, run, q);
+      if (code != kNoViolation) {
+        violation = describe(code, token, q);
+        return kViolation;
+      }
+      if (a_.state_slots[token] >= 0 && last_tokens_.insert(token)) unique_ = false;
+    }
+    find_sources();
+    write_sections();
+    return static_cast<int64_t>(closing_.size());
+  }
+
+ private:
+  int64_t state_rows() const { return a_.state_pages * a_.state_page; }
+
+  // A token closes a window, and emits an entry, if it ends a group of four and has somewhere to put the entry.
+  bool closes_window(int64_t token) const {
+    return a_.k_slots[token] >= 0 && a_.positions[token] % kRatio == kRatio - 1;
+  }
+
+  // Whether `token` continues the request of the token before it. Unsigned: a padding row's position is arbitrary.
+  bool follows(int64_t token) const {
+    return a_.token_to_req[token] == a_.token_to_req[token - 1] &&
+           static_cast<uint64_t>(a_.positions[token]) - static_cast<uint64_t>(a_.positions[token - 1]) == 1;
+  }
+
+  // The token of this call that holds position `q` of the request of `token`, or -1. Equality alone decides, so that
+  // rows of other requests and padding rows with arbitrary contents need no special case.
+  int64_t own_token(int64_t token, int64_t q) const {
+    const int64_t u = token - (a_.positions[token] - q);
+    const bool own = u >= 0 && a_.token_to_req[u] == a_.token_to_req[token] && a_.positions[u] == q;
+    return own ? u : -1;
+  }
+
+  // The table entry for position `q` of the request of `token`.
+  int64_t page_of(int64_t token, int64_t q) const {
+    return a_.block_table[a_.token_to_req[token] * a_.block_table_stride + q / a_.state_page];
+  }
+
+  // The checks of one token, in the order that contract.py documents.
+  ViolationCode check_token(int64_t token) const {
+    const int64_t slot = a_.state_slots[token], k_slot = a_.k_slots[token];
+    if (!in_range(slot, -1, state_rows())) return kStateSlot;
+    if (!in_range(k_slot, -1, a_.k_entries)) return kKSlot;
+    if (slot < 0 && k_slot < 0) return kNoViolation;  // a padding row: its position and request are arbitrary
+    if (!in_range(a_.positions[token], 0, a_.max_pos)) return kPosition;
+    if (!in_range(a_.token_to_req[token], 0, a_.requests)) return kRequest;
+    return kNoViolation;
+  }
+
+  // The checks of the window that `token`, the last of a run, closes. `q` is the position that they stopped at.
+  ViolationCode check_window(int64_t token, int64_t run, int64_t& q) {
+    const int64_t position = a_.positions[token];
+    const bool begins = position >= kWindow - 1;
+    bool own = begins;
+    if (run < kWindow || !begins)
+      for (q = begins ? position - kWindow + 1 : 0; q < position; ++q) {
+        if (own_token(token, q) >= 0) continue;
+        own = false;
+        if (q / a_.state_page >= a_.table_columns) return kTableColumn;
+        if (!in_range(page_of(token, q), 1, a_.state_pages)) return kTableEntry;
+      }
+    windows_[token] = own ? kLate : kEarly;
+    closing_.push_back(token);
+    return kNoViolation;
+  }
+
+  // `q` is the window position that a violation of the table is about.
+  Violation describe(ViolationCode code, int64_t token, int64_t q) const {
+    Violation v{code, token, a_.token_to_req[token], a_.positions[token], 0, 0, 0};
+    switch (code) {
+      case kNoViolation: break;
+      case kStateSlot: v.value = a_.state_slots[token], v.bound = state_rows(); break;
+      case kKSlot: v.value = a_.k_slots[token], v.bound = a_.k_entries; break;
+      case kPosition: v.value = v.position, v.bound = a_.max_pos; break;
+      case kRequest: v.value = v.request, v.bound = a_.requests; break;
+      case kTableColumn: v.needed = q, v.value = q / a_.state_page, v.bound = a_.table_columns; break;
+      case kTableEntry: v.needed = q, v.value = page_of(token, q), v.bound = a_.state_pages; break;
+    }
+    return v;
+  }
+
+  // With slots that are not unique every window is pooled before any row is saved, and rows and entries are written in
+  // the order of the tokens, so that the last one wins.
+  void find_sources() {
+    LastTokens entries(a_.k_slots, closing_.size());
+    for (const int64_t token : closing_)
+      if (entries.insert(token)) unique_ = false;
+    for (const int64_t token : closing_) {
+      if (!unique_ || rule_ == kStateOnly) windows_[token] = kEarly;
+      if (windows_[token] == kLate) continue;
+      ++early_;
+      for (int j = 0; j < kWindow; ++j)
+        sources_[token * kWindow + j] = source(token, a_.positions[token] - kWindow + 1 + j);
+    }
+  }
+
+  // The row rule: the request's own token; else any request's token with this position and this state slot; else the
+  // state as it was before the call.
+  int64_t source(int64_t token, int64_t q) {
+    if (q < 0) return kMasked;
+    if (rule_ == kStateOnly) return state_source(token, q);
+    const int64_t own = own_token(token, q);
+    if (own >= 0) return own;
+    const int64_t slot = page_of(token, q) * a_.state_page + q % a_.state_page;
+    int64_t other = last_tokens_.find(slot);
+    while (other >= 0 && !(a_.state_slots[other] == slot && a_.positions[other] == q))
+      other = unique_ ? -1 : other - 1;  // a slot that occurs twice hides earlier tokens
+    return other >= 0 ? other : row_source(slot);
+  }
+
+  // For the baselines, whose rows need no page where the contract asks for none: such a row is masked.
+  int64_t state_source(int64_t token, int64_t q) const {
+    if (q / a_.state_page >= a_.table_columns) return kMasked;
+    const int64_t page = page_of(token, q);
+    return in_range(page, 1, a_.state_pages) ? row_source(page * a_.state_page + q % a_.state_page) : kMasked;
+  }
+
+  void write_sections() {
+    const int64_t entries = static_cast<int64_t>(closing_.size());
+    std::fill_n(plan_, kPlanHeader, 0);
+    *reinterpret_cast<PlanHeader*>(plan_) = {rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout, a_.tokens, entries, early_, unique_, a_.state_pages,
+                                             a_.state_page, a_.k_entries, a_.max_pos};
+    std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
+    std::copy_n(a_.token_to_req, a_.tokens, plan_ + plan_requests(a_.tokens));
+    std::copy_n(a_.state_slots, a_.tokens, plan_ + plan_state_slots(a_.tokens));
+    int64_t* const k_slots = plan_ + plan_k_slots(a_.tokens);
+    for (int64_t token = 0; token < a_.tokens; ++token)
+      k_slots[token] = windows_[token] == kNoWindow ? -1 : a_.k_slots[token];
+  }
+
+  const StepArguments& a_;
+  const Rule rule_;
+  int64_t* const plan_;
+  int64_t *const windows_, *const sources_;
+  LastTokens last_tokens_;
+  std::vector<int64_t> closing_;  // tokens that close a window
+  bool unique_ = true;
+  int64_t early_ = 0;
+};
+
+}  // namespace
+
+int64_t make_plan(const StepArguments& step, Rule rule, int64_t* plan, Violation& violation) {
+  return Planner(step, rule, plan).make(violation);
+}
+
+}  // namespace dsv4

@@ -1,0 +1,12 @@
+// Makes a plan: checks every value of a step, and decides where each window's rows come from.
+#pragma once
+
+#include "abi.h"
+
+namespace dsv4 {
+
+// Writes the plan [kPlanHeader + kPlanWidth * tokens] and returns how many windows the step closes, or a Failure. Throws
+// std::bad_alloc.
+int64_t make_plan(const StepArguments& step, Rule rule, int64_t* plan, Violation& violation);
+
+}  // namespace dsv4
