@@ -1,5 +1,5 @@
 // The C boundary between vllm_dsv4_indexer/ops/ascend.py and this library, and what the kernels are
-// launched with. ops/ascend.py repeats both structs, field for field; a test compares them.
+// launched with. Field for field, ops/ascend.py repeats the structs; a test compares them.
 #pragma once
 
 #include <cstdint>
@@ -8,34 +8,30 @@ namespace dsv4 {
 
 enum KFormat : int64_t { kInt8Hadamard = 1, kFp8Amax = 2 };  // 0 is the CPU's kFp8Pow2 (cpu/abi.h)
 
-// A number that ops/ascend.py derives from the names and types of the fields below, and of no other.
-constexpr int64_t kAbi = 0xb8ae2788;
-
 // Addresses are of the device. Strides are in elements of the tensor. A kernel takes a struct by value.
 
-// What a step's plan is made from. A step tells its tokens one by one (dsv4_indexer_ascend_plan), or
-// its requests (dsv4_indexer_ascend_plan_requests); the fields of the other way are not looked at.
+// What a step's plan is made from. A step tells its tokens one by one (dsv4_indexer_ascend_plan), or by
+// its requests (dsv4_indexer_ascend_plan_requests); the fields of the other way are 0.
 struct PlanArguments {
   int64_t tokens;               // T
-  uint64_t plan;                // [16 + 13 T] int64, written: ../plan.h
+  uint64_t positions;           // [T] int64
+  uint64_t token_to_req;        // [T] int32
+  uint64_t state_slots;         // [T] int64
+  uint64_t block_table;         // [requests, table_columns] int32, of the state
+  int64_t block_table_stride;
+  int64_t requests;             // R
+  int64_t table_columns;
+  uint64_t k_slots;             // [T] int64
   int64_t state_pages;          // how far the values may reach: contract.Extents
   int64_t state_page;           // tokens per page: 2, 4 or 8
   int64_t k_entries;
   int64_t max_pos;
-  uint64_t state_table;         // [requests, state_columns] int32
-  int64_t state_table_stride;
-  int64_t requests;             // R
-  int64_t state_columns;
-
-  uint64_t positions;           // [T] int64
-  uint64_t token_to_req;        // [T] int32
-  uint64_t state_slots;         // [T] int64
-  uint64_t k_slots;             // [T] int64
-  int64_t all_from_state;       // 1: for "overlay_scan" and "scatter_pool", the table's rows alone
+  uint64_t plan;                // [16 + 13 T] int64, written: ../plan.h
+  int64_t state_only;           // 1: all rows from the state, for "overlay_scan" and "scatter_pool"
 
   uint64_t query_start_loc;     // [R + 1] int32: the first token of each request, and their end
   uint64_t start_pos;           // [R] int32: the position of that token
-  uint64_t k_table;             // [requests, k_columns] int32
+  uint64_t k_table;             // [R, k_columns] int32
   int64_t k_table_stride;
   int64_t k_columns;
   int64_t k_page;               // entries per page
@@ -53,9 +49,9 @@ struct RunArguments {
   uint64_t ape;                 // [4, 256] fp32
   uint64_t norm_weight;         // [128] fp32 or bf16
   int64_t norm_weight_is_bf16;
-  uint64_t cos_sin;             // [max_pos, 64] fp32
+  uint64_t cos_sin;             // [cos_sin_rows, 64] fp32
   int64_t cos_sin_stride;
-  int64_t max_pos;
+  int64_t cos_sin_rows;
   uint64_t state;               // [state_pages, state_page, 512] fp32
   int64_t state_page_stride;
   int64_t state_row_stride;
@@ -78,11 +74,11 @@ enum Outcome : int64_t { kDone = 0, kRefused = 1, kFailed = 2 };
 
 }  // namespace dsv4
 
-// All return an Outcome, and write a sentence into `message` if it is not kDone: kRefused names what
+// The others return an Outcome, and write a sentence into `message` if it is not kDone: kRefused names what
 // is not supported, kFailed what CANN's runtime said of the launch. Nothing waits for the device.
 extern "C" {
 
-int64_t dsv4_indexer_ascend_abi();  // kAbi
+const char* dsv4_indexer_sources();  // the digest of the sources that it was built from
 
 int64_t dsv4_indexer_ascend_plan(const dsv4::PlanArguments* arguments, void* stream, char* message,
                                  int64_t size);

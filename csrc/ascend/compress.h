@@ -49,7 +49,8 @@ class Compress {
   }
 
   __aicore__ inline void Process() {
-    if (!plan_.Fits(args_)) return;  // another step's or another cache's: better nothing than anything
+    // A plan of another step or for other caches: better nothing than anything.
+    if (!plan_.Fits(args_, kAlgorithm == kOnePass ? kPlanLayout : kStateOnlyLayout)) return;
     plan_.Hold(begin_, end_ + Planned::kAhead);
     while (begin_ < end_ && !plan_.BeginsGroup(begin_)) ++begin_;  // the rest of a group of the core before
     for (next_ = begin_; next_ < end_;) {

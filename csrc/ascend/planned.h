@@ -19,15 +19,14 @@ class Planned {
     sources_ = sources_buffer_.Get<int64_t>();
   }
 
-  // Whether this is a plan, of as many tokens, for caches of these extents.
-  __aicore__ inline bool Fits(const RunArguments& a) {
+  // Whether this is a plan of that layout, of as many tokens, and of no larger caches.
+  __aicore__ inline bool Fits(const RunArguments& a, int64_t layout) {
     Load(sources_, plan_gm_, DataCopyExtParams(1, kPlanHeader * sizeof(int64_t), 0, 0, 0));
-    return sources_.GetValue(kLayoutPlace) == kPlanLayout &&
-           sources_.GetValue(kTokensPlace) == a.tokens &&
-           sources_.GetValue(kStatePagesPlace) == a.state_pages &&
+    return sources_.GetValue(kLayoutPlace) == layout && sources_.GetValue(kTokensPlace) == a.tokens &&
+           sources_.GetValue(kStatePagesPlace) <= a.state_pages &&
            sources_.GetValue(kStatePagePlace) == a.state_page &&
-           sources_.GetValue(kKEntriesPlace) == a.k_pages * a.k_page &&
-           sources_.GetValue(kMaxPosPlace) == a.max_pos;
+           sources_.GetValue(kKEntriesPlace) <= a.k_pages * a.k_page &&
+           sources_.GetValue(kMaxPosPlace) <= a.cos_sin_rows;
   }
 
   // Makes the sections of tokens [first - 1, first + kAhead) available, as far as they exist. `first`

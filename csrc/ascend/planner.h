@@ -28,7 +28,7 @@ class Planner {
     begin_ = AscendC::GetBlockIdx() * tiling.tokens_per_core;
     end_ = begin_ + tiling.tokens_per_core < a.tokens ? begin_ + tiling.tokens_per_core : a.tokens;
     plan_gm_.SetGlobalBuffer((__gm__ int64_t*)a.plan);
-    table_.Init(a.state_table, a.state_table_stride, a.requests, a.state_columns, a.state_page,
+    table_.Init(a.block_table, a.block_table_stride, a.requests, a.table_columns, a.state_page,
                 a.state_pages);
     tokens_.Init(pipe, a);
     piece_.Init(pipe);
@@ -55,7 +55,7 @@ class Planner {
   __aicore__ inline void StoreHeader() {
     const LocalTensor<int64_t> header = header_buffer_.template Get<int64_t>();
     for (int i = 0; i < kPlanHeader; ++i) header.SetValue(i, 0);
-    header.SetValue(kLayoutPlace, kPlanLayout);
+    header.SetValue(kLayoutPlace, args_.state_only ? kStateOnlyLayout : kPlanLayout);
     header.SetValue(kTokensPlace, args_.tokens);
     header.SetValue(kEntriesPlace, -1);
     header.SetValue(kEarlyPlace, -1);
@@ -89,7 +89,7 @@ class Planner {
     const bool closes = position % kRatio == kRatio - 1 && position < args_.max_pos;
     const int64_t slot = closes ? piece_.Get(kKSlots, token) : -1;
     const bool stores = slot >= 0 && slot < args_.k_entries;
-    const bool late = run >= kWindow && !args_.all_from_state;
+    const bool late = run >= kWindow && !args_.state_only;
     piece_.Set(kKSlots, token, stores ? slot : -1);
     piece_.Set(kWindows, token, !stores ? kNoWindow : late ? kLate : kEarly);
     if (stores && !late) Trace(token, position, request);
@@ -100,14 +100,14 @@ class Planner {
     for (int row = 0; row < kWindow; ++row) {
       const int64_t back = kWindow - 1 - row, q = position - back;
       int64_t source = kMasked;
-      if (q >= 0 && !args_.all_from_state && Holds(token - back, request, q)) {
+      if (q >= 0 && !args_.state_only && Holds(token - back, request, q)) {
         source = token - back;
       } else if (q >= 0) {
         const int64_t slot = table_.Slot(request, q);
         if (slot >= 0) source = kRowZero - slot;
       }
       sources_.SetValue(Place(token) + row, source);
-      if (source >= kMasked || args_.all_from_state) continue;
+      if (source >= kMasked || args_.state_only) continue;
       low_ = q < low_ ? q : low_;
       high_ = q > high_ ? q : high_;
     }

@@ -24,7 +24,7 @@ class RequestTokens {
     starts_gm_.SetGlobalBuffer((__gm__ int32_t*)a.query_start_loc);
     positions_gm_.SetGlobalBuffer((__gm__ int32_t*)a.start_pos);
     mapping_gm_.SetGlobalBuffer((__gm__ int32_t*)a.slot_mapping);
-    state_table_.Init(a.state_table, a.state_table_stride, a.requests, a.state_columns, a.state_page,
+    state_table_.Init(a.block_table, a.block_table_stride, a.requests, a.table_columns, a.state_page,
                       a.state_pages);
     k_table_.Init(a.k_table, a.k_table_stride, a.requests, a.k_columns, a.k_page, a.k_entries / a.k_page);
     pipe->InitBuffer(starts_buffer_, (kHeld + 1) * sizeof(int32_t));

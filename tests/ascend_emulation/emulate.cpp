@@ -45,7 +45,7 @@ std::vector<Region> regions_of(const PlanArguments& a, bool by_requests) {
     if (columns > 0) regions.add(name, address, ((a.requests - 1) * stride + columns) * 4);
   };
   regions.add("plan", a.plan, plan_bytes(a.tokens), true);
-  table("inner_state_block_table", a.state_table, a.state_table_stride, a.state_columns);
+  table("inner_state_block_table", a.block_table, a.block_table_stride, a.table_columns);
   if (by_requests) {
     regions.add("query_start_loc", a.query_start_loc, (a.requests + 1) * 4);
     regions.add("start_pos", a.start_pos, a.requests * 4);
@@ -67,7 +67,7 @@ std::vector<Region> regions_of(const RunArguments& a) {
   regions.add("plan", a.plan, plan_bytes(a.tokens));
   regions.add("ape", a.ape, kRatio * kKvWidth * 4);
   regions.add("norm_weight", a.norm_weight, kHeadDim * (a.norm_weight_is_bf16 ? 2 : 4));
-  regions.add("cos_sin_cache", a.cos_sin, ((a.max_pos - 1) * a.cos_sin_stride + kRopeDim) * 4);
+  regions.add("cos_sin_cache", a.cos_sin, ((a.cos_sin_rows - 1) * a.cos_sin_stride + kRopeDim) * 4);
   regions.add("inner_state_cache", a.state,
               ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride + kRowWidth) * 4,
               true);
@@ -162,8 +162,6 @@ std::string counts_json() {
 }  // namespace
 
 extern "C" {
-
-int64_t dsv4_indexer_ascend_abi() { return kAbi; }
 
 int64_t dsv4_indexer_ascend_plan(const PlanArguments* arguments, void*, char* message, int64_t size) {
   return launch_plan<ListedTokens>(*arguments, message, size);

@@ -83,7 +83,7 @@ class Emulator:
         """Meanwhile, impl "ascend" is this machine, and may be asked for on any device."""
         anywhere = ops.IMPLEMENTATIONS["ascend"]._replace(devices=())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ascend, "library_path", lambda _: self.library._name)
+            patch.setattr(ascend, "load_library", lambda *_: self.library)
             patch.setattr(ascend, "_stream", lambda device: 0)
             patch.setitem(ops.IMPLEMENTATIONS, "ascend", anywhere)
             _forget()
@@ -93,4 +93,4 @@ class Emulator:
 
 def _forget() -> None:
     ascend.native.cache_clear()
-    ops._implementation.cache_clear()
+    ops._functions.cache_clear()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from batches import Batch, make_batch
 
 from vllm_dsv4_indexer.contract import WINDOW
@@ -68,8 +67,3 @@ def random_sharing(pick) -> list[Request]:
 def _ends_of_pages(request: Request, page: int = 8) -> list[int]:
     return [p for p in range(request.start + 1, request.start + request.length + 1) if p % page == 0]
 
-
-def whole_pages(batch: Batch) -> bool:
-    """No slot occurs twice: what the kernels ask of a step."""
-    slots = batch.inner_state_slot_mapping[batch.inner_state_slot_mapping >= 0]
-    return len(torch.unique(slots)) == len(slots)

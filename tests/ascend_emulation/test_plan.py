@@ -10,7 +10,7 @@ from sharing import SHARED, Request, random_sharing, shared_batch
 from torch import Tensor
 
 from vllm_dsv4_indexer.contract import (
-    EARLY, LATE, NO_WINDOW, RATIO, Call, Extents, Plan, PlanHeader, Step, row_source,
+    EARLY, LATE, NO_WINDOW, RATIO, Extents, Plan, PlanHeader, Step, row_source,
 )  # fmt: skip
 from vllm_dsv4_indexer.ops import ascend, reference
 from vllm_dsv4_indexer.ops.requests import Requests, step_of
@@ -23,7 +23,7 @@ MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (31, 1),
 
 
 def step_and_extents(batch: Batch) -> tuple[Step, Extents]:
-    call = Call(*batch.tensors())
+    call = batch.tensors()
     return call.step, Extents.of(call.layer)
 
 

@@ -1,201 +1,133 @@
-"""`plan` and `bind` on Ascend NPUs: tensors' addresses for the native library (csrc/ascend), on the
+"""The op on Ascend NPUs: hands the tensors' addresses to the native library (csrc/ascend), on the
 current stream.
 
 Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in
-page 0 is not written, a window's row without a page counts for nothing, and a plan for other caches
-does nothing. What the kernels cannot do is refused with the table of csrc/ascend/tiling.h. One
-condition beyond the op's own, kept by vLLM Ascend (csrc/ascend/README.md says why): a slot belongs to
-one position of one sequence, so that the slots of a call are unique.
+page 0 is not written, a window's row without a page counts for nothing, and a layer whose caches a plan
+does not fit stays as it is. What the kernels cannot do is refused with the table of
+csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend (csrc/ascend/README.md says
+why): the slots of a call are unique, and a slot has one position.
 """
 
 import ctypes
 import functools
 import struct
-import zlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import contract
 from ..contract import Extents, Layer, Step
-from .library import library_path
+from .arguments import LAYER_FIELDS, STEP_FIELDS, layer_fields, step_fields
+from .library import load_library
 from .requests import Requests
 
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
 _K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}
-_REFUSED = 1  # csrc/ascend/abi.h, `enum Outcome`
-
-
-class PlanArguments(NamedTuple):
-    """csrc/ascend/abi.h, `struct PlanArguments`."""
-
-    tokens: int
-    plan: int
-    state_pages: int
-    state_page: int
-    k_entries: int
-    max_pos: int
-    state_table: int
-    state_table_stride: int
-    requests: int
-    state_columns: int
-    positions: int = 0
-    token_to_req: int = 0
-    state_slots: int = 0
-    k_slots: int = 0
-    all_from_state: int = 0
-    query_start_loc: int = 0
-    start_pos: int = 0
-    k_table: int = 0
-    k_table_stride: int = 0
-    k_columns: int = 0
-    k_page: int = 0
-    slot_mapping: int = 0
-    slot_mapping_stride: int = 0
-
-
-class RunArguments(NamedTuple):
-    """csrc/ascend/abi.h, `struct RunArguments`."""
-
-    tokens: int
-    kv_score: int
-    kv_score_stride: int
-    plan: int
-    ape: int
-    norm_weight: int
-    norm_weight_is_bf16: int
-    cos_sin: int
-    cos_sin_stride: int
-    max_pos: int
-    state: int
-    state_page_stride: int
-    state_row_stride: int
-    state_pages: int
-    state_page: int
-    k_cache: int
-    k_page_stride: int
-    k_entry_stride: int
-    k_pages: int
-    k_page: int
-    k_scale: int
-    k_scale_page_stride: int
-    k_scale_entry_stride: int
-    k_scale_is_fp16: int
-    k_format: int
-    eps: float
-
-
-def _layout(arguments: type[NamedTuple]) -> str:
-    """The fields for `struct`: int64 and addresses, and floats; padded as C does."""
-    types = {int: "q", float: "f"}
-    return "".join(types[field] for field in arguments.__annotations__.values()) + "0q"
-
-
-_PLAN = struct.Struct(_layout(PlanArguments))
-_OF_A_CALL = struct.Struct("4q")  # the first fields of RunArguments; the others are a layer's
-_OF_A_LAYER = struct.Struct(_layout(RunArguments)[4:])
-# csrc/ascend/abi.h, `kAbi`: another number for other fields, or another arrangement of the plan.
-ABI = zlib.crc32(
-    repr([(a.__name__, a._fields, _layout(a)) for a in (PlanArguments, RunArguments)]).encode()
-    + repr((contract.PLAN_LAYOUT, contract.PLAN_HEADER, contract.PLAN_WIDTH)).encode()
-)
+# csrc/ascend/abi.h: struct PlanArguments, struct RunArguments, enum Outcome.
+_OF_REQUESTS = (
+    "query_start_loc", "start_pos", "k_table", "k_table_stride", "k_columns", "k_page", "slot_mapping",
+    "slot_mapping_stride",
+)  # fmt: skip
+_OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan")
+PLAN_FIELDS = (*STEP_FIELDS, "plan", "state_only", *_OF_REQUESTS)
+RUN_FIELDS = (*_OF_A_CALL, *LAYER_FIELDS)
+_PLAN = struct.Struct(f"{len(PLAN_FIELDS)}q")
+_CALL = struct.Struct(f"{len(_OF_A_CALL)}q")
+_LAYER = struct.Struct(f"{len(LAYER_FIELDS) - 1}qf0q")  # 0q pads it as C does
+_REFUSED = 1
 
 
 def plan(step: Step, extents: Extents, *, algorithm: str = "one_pass") -> Tensor:
-    """See `vllm_dsv4_indexer.ops.plan`; one launch. The other algorithms' plans have all rows in the
-    state, and all windows early."""
-    made = _empty_plan(len(step.positions), step.positions.device)
-    arguments = PlanArguments(
-        *_of_any_plan(made, step.inner_state_block_table, extents),
-        positions=step.positions.data_ptr(),
-        token_to_req=step.token_to_req.data_ptr(),
-        state_slots=step.inner_state_slot_mapping.data_ptr(),
-        k_slots=step.k_slot_mapping.data_ptr(),
-        all_from_state=algorithm != "one_pass",
+    """See `vllm_dsv4_indexer.ops.plan`; one launch. The plans of the other algorithms, which are kept for
+    comparison, have all rows in the state."""
+    made = _empty_plan(step.positions.shape[0], step.positions.device)
+    of_requests = (0,) * len(_OF_REQUESTS)
+    arguments = _PLAN.pack(
+        *step_fields(step, extents), made.data_ptr(), algorithm != "one_pass", *of_requests
     )
-    _launch(native().dsv4_indexer_ascend_plan, made.device, _PLAN.pack(*arguments))
+    _launch(native().dsv4_indexer_ascend_plan, made.device, arguments)
     return made
 
 
 def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int) -> Tensor:
-    """The plan of a step that is told by its requests (`requests.step_of` says how); one launch."""
-    made = _empty_plan(tokens, requests.start_pos.device)
-    table = requests.k_block_table
-    arguments = PlanArguments(
-        *_of_any_plan(made, requests.state_block_table, extents),
-        query_start_loc=requests.query_start_loc.data_ptr(),
-        start_pos=requests.start_pos.data_ptr(),
-        k_table=table.data_ptr(),
-        k_table_stride=table.stride(0),
-        k_columns=table.shape[1],
-        k_page=k_page,
-        **_mapping(requests.slot_mapping),
-    )._replace(requests=len(requests.start_pos))
-    _launch(native().dsv4_indexer_ascend_plan_requests, made.device, _PLAN.pack(*arguments))
+    """The plan of a step of so many tokens that is told by its requests, as `requests.step_of` says; one
+    launch. `k_page`: entries of a K page."""
+    starts, start_pos, table, k_table, slot_mapping = requests
+    made = _empty_plan(tokens, start_pos.device)
+    unlisted = dict.fromkeys(("positions", "token_to_req", "state_slots", "k_slots"), 0)
+    fields = unlisted | {
+        "tokens": tokens,
+        "block_table": table.data_ptr(),
+        "block_table_stride": table.stride(0),
+        "requests": start_pos.shape[0],
+        "table_columns": table.shape[1],
+        **extents._asdict(),
+        "plan": made.data_ptr(),
+        "state_only": False,
+        "query_start_loc": starts.data_ptr(),
+        "start_pos": start_pos.data_ptr(),
+        "k_table": k_table.data_ptr(),
+        "k_table_stride": k_table.stride(0),
+        "k_columns": k_table.shape[1],
+        "k_page": k_page,
+        **_signs(slot_mapping),
+    }
+    arguments = _PLAN.pack(*(fields[name] for name in PLAN_FIELDS))
+    _launch(native().dsv4_indexer_ascend_plan_requests, made.device, arguments)
     return made
 
 
-def bind(
-    layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"
-) -> Callable[[Tensor, Tensor], None]:
-    """See `vllm_dsv4_indexer.ops.bind`. How many entries a call writes only the device knows."""
-    if k_format not in _K_FORMATS:
-        formats = ", ".join(_K_FORMATS)
-        raise contract.ContractError(f"k_format {k_format!r} has no kernel for NPUs; there are {formats}")
-    of_the_layer = _OF_A_LAYER.pack(*_layer_fields(layer, k_format, eps))
-    run = functools.partial(native().dsv4_indexer_ascend_run, algorithm.encode())
+class Bound:
+    """A layer's tensors, as the library takes them: packed once, and again if one of them has moved."""
 
-    def call(kv_score: Tensor, plan: Tensor) -> None:
+    def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
+        self._layer, self._eps, self._k_format = layer, eps, _K_FORMATS[k_format]
+        self._run = functools.partial(native().dsv4_indexer_ascend_run, algorithm.encode())
+        self._tensors = [tensor for tensor in layer if tensor is not None]
+        self._addresses: list[int] = []
+        self._packed = b""
+
+    def __call__(self, kv_score: Tensor, plan: Tensor) -> None:
+        """Runs the layer. How many entries it writes only the device knows."""
         if kv_score.dtype is not torch.float32:
             raise contract.ContractError(
                 f"kv_score has dtype {kv_score.dtype}; on NPUs the projection's output is torch.float32"
             )
-        of_the_call = _OF_A_CALL.pack(
-            kv_score.shape[0], kv_score.data_ptr(), kv_score.stride(0), plan.data_ptr()
-        )
-        _launch(run, layer.ape.device, of_the_call + of_the_layer)  # `layer` keeps the addresses alive
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        if addresses != self._addresses:
+            fields = layer_fields(self._layer, self._k_format, self._eps)
+            self._addresses, self._packed = addresses, _LAYER.pack(*fields)
+        tokens, stride = kv_score.shape[0], kv_score.stride(0)
+        call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr())
+        _launch(self._run, kv_score.device, call + self._packed)
 
-    return call
+
+bind = Bound
+
+
+@functools.cache
+def native() -> ctypes.CDLL:
+    """The native library, loaded."""
+    library = load_library(_LIBRARY, "ascend")
+    launch = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
+    for name, before in (("plan", []), ("plan_requests", []), ("run", [ctypes.c_char_p])):
+        function = getattr(library, f"dsv4_indexer_ascend_{name}")
+        function.argtypes, function.restype = before + launch, ctypes.c_int64
+    return library
 
 
 def _empty_plan(tokens: int, device: torch.device) -> Tensor:
     return torch.empty(contract.plan_size(tokens), dtype=torch.int64, device=device)
 
 
-def _of_any_plan(made: Tensor, table: Tensor, extents: Extents) -> tuple[int, ...]:
-    """The fields of PlanArguments up to `state_columns`."""
-    tokens = (len(made) - contract.PLAN_HEADER) // contract.PLAN_WIDTH
-    return tokens, made.data_ptr(), *extents, table.data_ptr(), table.stride(0), *table.shape
-
-
-def _mapping(slots: Tensor | None) -> dict[str, int]:
-    """Only signs are looked at: an int64 is read as the upper of its two int32, which lie the lower
-    one first."""
+def _signs(slots: Tensor | None) -> dict[str, int]:
+    """The kernel looks at signs alone, of int32: an int64 is read as the second of its two halves."""
     if slots is None:
-        return {}
-    words = slots.itemsize // 4
-    address = slots.data_ptr() + 4 * (words - 1)
-    return {"slot_mapping": address, "slot_mapping_stride": words * slots.stride(0)}
-
-
-def _layer_fields(layer: Layer, k_format: str, eps: float) -> tuple[int | float, ...]:
-    """The fields of RunArguments from `ape` on."""
-    norm, cos_sin, state, keys = layer.norm_weight, layer.cos_sin_cache, layer.inner_state_cache, layer.k_cache
-    scale = layer.k_scale_cache
-    if scale is None:  # an fp8 page is opaque
-        k_entry_stride, scales = contract.HEAD_DIM, (0, 0, 0, 0)
-    else:
-        k_entry_stride = keys.stride(1)
-        scales = (scale.data_ptr(), *scale.stride(), scale.dtype is torch.float16)
-    return (
-        layer.ape.data_ptr(), norm.data_ptr(), norm.dtype is torch.bfloat16,
-        cos_sin.data_ptr(), cos_sin.stride(0), cos_sin.shape[0],
-        state.data_ptr(), *state.stride()[:2], *state.shape[:2],
-        keys.data_ptr(), keys.stride(0), k_entry_stride, *keys.shape[:2],
-        *scales, _K_FORMATS[k_format], eps,
-    )  # fmt: skip
+        return {"slot_mapping": 0, "slot_mapping_stride": 0}
+    halves = slots.itemsize // 4
+    address = slots.data_ptr() + 4 * (halves - 1)
+    return {"slot_mapping": address, "slot_mapping_stride": halves * slots.stride(0)}
 
 
 def _launch(function: Callable[..., int], device: torch.device, arguments: bytes) -> None:
@@ -205,28 +137,6 @@ def _launch(function: Callable[..., int], device: torch.device, arguments: bytes
     if outcome:
         error = contract.ContractError if outcome == _REFUSED else RuntimeError
         raise error(message.value.decode(errors="replace"))
-
-
-@functools.cache
-def native() -> ctypes.CDLL:
-    """The native library, loaded."""
-    path = library_path(_LIBRARY)
-    library = ctypes.CDLL(str(path))
-    if _abi_of(library) != ABI:
-        raise ImportError(f"{path} has another interface than this package; build and install it again")
-    launch = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
-    for name, more in (("plan", []), ("plan_requests", []), ("run", [ctypes.c_char_p])):
-        function = getattr(library, f"dsv4_indexer_ascend_{name}")
-        function.argtypes, function.restype = more + launch, ctypes.c_int64
-    return library
-
-
-def _abi_of(library: ctypes.CDLL) -> int | None:
-    """None: a library from before there was such a number."""
-    if not hasattr(library, "dsv4_indexer_ascend_abi"):
-        return None
-    library.dsv4_indexer_ascend_abi.restype = ctypes.c_int64
-    return library.dsv4_indexer_ascend_abi()
 
 
 def _stream(device: torch.device) -> int:
