@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from batches import assert_close, assert_identical, make_batch, ordered
+from batches import random_case as random_op_case
 from emulator import A2, A5
-from sharing import SHARED, Request, one_after_the_other, random_sharing, shared_batch
+from sharing import SHARED, shared_batch
+from test_shared_prefix import one_after_the_other
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError, Extents, plan_size
 from vllm_dsv4_indexer.errors import UserError
@@ -131,13 +133,10 @@ def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(
 def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(ascend_emulation, name, page):
     """Also without a conflict between cores: the emulation would refuse the call."""
     for options in FORMATS[:1] if page < 8 else FORMATS:
-        batch = shared_batch(SHARED[name], page=page, padding=3, **{"k_page": 32, **options})
+        batch = shared_batch(name, page=page, padding=3, k_page=32, **options)
         ascend_emulation.use(product_of(options), cores=11, order=page)
-        apart = batch.clone()
-        for call in one_after_the_other(apart, len(SHARED[name])):
-            call.run("ascend")
         together = batch.clone().run("ascend")
-        assert_identical(together, apart, name)
+        assert_identical(together, one_after_the_other(batch.clone(), "ascend"), name)
         comparison = Comparison()
         comparison.add(together, batch.run("reference"), name)
         comparison.judge(0.05, 0.05)
@@ -147,26 +146,18 @@ def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(a
 def test_random_shared_prefixes_store_what_they_would_one_after_the_other(ascend_emulation, first):
     for seed in range(first, first + 50):
         pick = random.Random(seed)
-        requests, options = random_sharing(pick), {"page": pick.choice((2, 4, 8)), **FORMATS[0]}
-        batch = shared_batch(requests, seed=seed, k_page=32, padding=pick.choice((0, 4)), **options)
+        fixed = {"ring": None, "layout": "dense", "kv_dtype": torch.float32, "k_page": 32, **FORMATS[0]}
+        batch = make_batch(**random_op_case(pick) | fixed)
         ascend_emulation.use(cores=pick.randrange(1, 49), order=seed)
-        apart = batch.clone()
-        for call in one_after_the_other(apart, len(requests)):
-            call.run("ascend")
-        assert_identical(batch.run("ascend"), apart, (seed, requests, options))
+        assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"), seed)
 
 
 def test_a_prefix_in_pages_that_were_another_s_stores_what_it_would_one_after_the_other(ascend_emulation):
-    """Recycled: the owner's pages hold an earlier request's rows, and the sharer's table names them."""
+    """Recycled: the pages that the call fills hold an earlier request's rows."""
     ascend_emulation.use(cores=7)
-    batch = shared_batch([Request(0, 64), Request(64, 20, of=0)], page=8, **FORMATS[0])
-    batch.clone().run("ascend")
-    earlier = replace(batch, kv_score=torch.randn_like(batch.kv_score)).run("ascend")
-    batch = replace(batch, storages=earlier.storages)
-    apart = batch.clone()
-    for call in one_after_the_other(apart, 2):
-        call.run("ascend")
-    assert_identical(batch.run("ascend"), apart)
+    batch = shared_batch("one sharer", page=8, k_page=32, **FORMATS[0])
+    replace(batch, kv_score=torch.randn_like(batch.kv_score)).run("ascend")
+    assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"))
 
 
 @pytest.mark.parametrize("options", FORMATS[1:], ids=str)
@@ -176,7 +167,7 @@ def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options,
         batch = make_batch(MIXED, seed=seed, page=page, k_page=32, **options)
         ascend_emulation.use(product_of(options), cores=7)
         expected = batch.clone().run("ascend")
-        call = batch.tensors()
+        call = batch.call
         plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
         ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)(call.kv_score, plan)
         assert_identical(batch, expected)
@@ -322,7 +313,7 @@ def test_what_is_not_supported_is_refused_by_name(ascend_emulation, options, mes
 def test_a_plan_for_other_caches_changes_nothing(ascend_emulation, other):
     ascend_emulation.use(cores=3)
     batch = make_batch([(0, 30), (5, 9)], page=4, k_page=32, k_format="int8_hadamard")
-    before, call = batch.clone(), batch.tensors()
+    before, call = batch.clone(), batch.call
     run = ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format)
     run(call.kv_score, ascend.plan(call.step, other(Extents.of(call.layer))))
     run(call.kv_score, ascend.plan(call.step, Extents.of(call.layer), algorithm="scatter_pool"))
@@ -335,7 +326,7 @@ def test_a_plan_for_other_caches_changes_nothing(ascend_emulation, other):
 @pytest.mark.parametrize("launch", ("plan", "run"))
 def test_what_the_runtime_says_of_a_launch_is_raised_and_is_no_user_error(ascend_emulation, launch):
     ascend_emulation.use()
-    call = make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).tensors()
+    call = make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).call
     plan = ascend.plan(call.step, Extents.of(call.layer))
     run = ascend.bind(call.layer, eps=1e-6, k_format="int8_hadamard")
     ascend_emulation.use(failing=True)

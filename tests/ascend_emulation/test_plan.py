@@ -4,13 +4,12 @@ import random
 
 import pytest
 import torch
-from batches import MAX_POSITION, Batch, make_batch
-from batches import random_case as random_batch
-from sharing import SHARED, Request, random_sharing, shared_batch
+from batches import MAX_POSITION, Batch, Prefixes, make_batch, random_case
+from sharing import SHARED, shared_batch
 from torch import Tensor
 
 from vllm_dsv4_indexer.contract import (
-    EARLY, LATE, NO_WINDOW, RATIO, Extents, Plan, PlanHeader, Step, row_source,
+    EARLY, LATE, NO_WINDOW, RATIO, WINDOW, Extents, Plan, PlanHeader, Step, row_source,
 )  # fmt: skip
 from vllm_dsv4_indexer.ops import ascend, reference
 from vllm_dsv4_indexer.ops.requests import Requests, step_of
@@ -23,8 +22,7 @@ MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (31, 1),
 
 
 def step_and_extents(batch: Batch) -> tuple[Step, Extents]:
-    call = batch.tensors()
-    return call.step, Extents.of(call.layer)
+    return batch.call.step, Extents.of(batch.call.layer)
 
 
 def assert_same(actual: Tensor, expected: Tensor, case: object = "") -> None:
@@ -43,11 +41,10 @@ def assert_same(actual: Tensor, expected: Tensor, case: object = "") -> None:
 
 
 def compare(emulation, batch: Batch, case: object = "", cores: tuple[int, ...] = CORES) -> Plan:
-    step, extents = step_and_extents(batch)
-    expected = reference.plan(step, extents)
+    expected = batch.plan("reference")
     for count in cores:
         emulation.use(cores=count, order=count)
-        assert_same(ascend.plan(step, extents), expected, (case, count))
+        assert_same(batch.plan("ascend"), expected, (case, count))
     return Plan.of(expected)
 
 
@@ -62,34 +59,23 @@ def test_a_mixed_batch_with_padding_is_planned_as_by_the_reference(ascend_emulat
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("name", SHARED)
 def test_a_prefix_that_the_call_fills_comes_from_its_tokens(ascend_emulation, name, page):
-    batch = shared_batch(SHARED[name], page=page, padding=3, **INT8)
-    plan = compare(ascend_emulation, batch, name)
-    sharer = next(row for row, request in enumerate(SHARED[name]) if request.of is not None)
-    first = (plan.requests == sharer).nonzero()[0, 0]
-    sources = plan.sources[plan.windows == EARLY]
-    assert ((sources >= 0) & (sources < first)).any()
+    plan = compare(ascend_emulation, shared_batch(name, page=page, padding=3, **INT8), name)
+    early = plan.windows == EARLY
+    sources, request = plan.sources[early], plan.requests[early, None]
+    assert ((sources >= 0) & (plan.requests[sources.clamp(min=0)] != request)).any()
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_batches_with_shared_prefixes_are_planned_as_by_the_reference(ascend_emulation, seed):
+@pytest.mark.parametrize("seed", range(120))
+def test_random_batches_are_planned_as_by_the_reference(ascend_emulation, seed):
+    """With shared prefixes, and also in rings: a plan asks nothing of the slots, only running it does."""
     pick = random.Random(seed)
-    requests = random_sharing(pick)
-    options = {"page": pick.choice(PAGES), "seed": seed, "padding": pick.choice((0, 4))}
-    compare(ascend_emulation, shared_batch(requests, **options, **INT8), (requests, options), (pick.randrange(1, 49),))
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_random_batches_also_in_rings_are_planned_as_by_the_reference(ascend_emulation, seed):
-    """A plan asks nothing of the slots: only running it does."""
-    pick = random.Random(seed)
-    case = random_batch(pick) | INT8 | {"layout": "dense"}
+    case = random_case(pick) | INT8 | {"layout": "dense"}
     compare(ascend_emulation, make_batch(**case), case, (pick.randrange(1, 49),))
 
 
 def test_two_tokens_that_hold_one_row_count_as_the_last_of_them(ascend_emulation):
     """Two requests fill the same pages, and a third shares them."""
-    requests = [Request(0, 16), Request(0, 16), Request(16, 8, of=0)]
-    batch = shared_batch(requests, **INT8)
+    batch = make_batch([(0, 16), (0, 16), (16, 8)], prefixes={2: (0, 16)}, **INT8)
     batch.inner_state_block_table[1] = batch.inner_state_block_table[0]
     batch.inner_state_slot_mapping[16:32] = batch.inner_state_slot_mapping[:16]
     plan = compare(ascend_emulation, batch)
@@ -97,15 +83,16 @@ def test_two_tokens_that_hold_one_row_count_as_the_last_of_them(ascend_emulation
 
 
 def test_tokens_in_any_order_are_planned_as_by_the_reference(ascend_emulation):
-    batch = shared_batch(SHARED["beside other prompts and decode tokens"], **INT8)
+    batch = shared_batch("beside other prompts and decode tokens", **INT8)
     for seed in range(5):
         order = torch.randperm(len(batch.positions), generator=torch.Generator().manual_seed(seed))
         compare(ascend_emulation, batch.take(order), seed)
 
 
 def test_a_call_of_more_tokens_than_a_core_looks_at_in_a_piece_is_planned_as_by_the_reference(ascend_emulation):
-    owners = [Request(0, 400), Request(7, 300), Request(3, 450), *(Request(s, 1) for s in range(300))]
-    batch = shared_batch([*owners, Request(400, 40, of=0), Request(304, 5, of=1)], page=8, **INT8)
+    owners = [(0, 400), (7, 300), (3, 450), *((start, 1) for start in range(300))]
+    prefixes = {len(owners): (0, 400), len(owners) + 1: (1, 304)}
+    batch = make_batch([*owners, (400, 40), (304, 5)], prefixes=prefixes, page=8, **INT8)
     compare(ascend_emulation, batch, cores=(1, 2))
 
 
@@ -149,22 +136,23 @@ def test_the_baselines_plan_has_all_windows_early_and_all_rows_in_the_state(asce
 # ---- a step that is told by its requests ---------------------------------------------------------------------------
 
 
-def by_requests(requests: list[Request], pick: random.Random, page: int) -> tuple[Requests, Extents]:
+def by_requests(
+    requests: list[tuple[int, int]], prefixes: Prefixes, pick: random.Random, page: int
+) -> tuple[Requests, Extents]:
     """The requests in vLLM Ascend's form, each with the pages that it needs and block 0 elsewhere."""
-    ends = [r.start + r.length for r in requests]
+    count, ends = len(requests), [start + length for start, length in requests]
     columns, k_columns = max(ends) // page + 1, max(ends) // (RATIO * K_PAGE) + 1
-    blocks = pick.sample(range(1, len(requests) * columns + 3), len(requests) * columns)
-    k_blocks = pick.sample(range(1, len(requests) * k_columns + 3), len(requests) * k_columns)
-    state, keys = torch.zeros(len(requests), columns, dtype=torch.int32), []
-    for row, request in enumerate(requests):
-        keys.append([k_blocks.pop() for _ in range(k_columns)])
-        for column in range(max(request.start - 8, 0) // page, -(-ends[row] // page)):
-            shared = request.of is not None and column * page < request.start
-            state[row, column] = state[request.of, column] if shared else blocks.pop()
-    starts = torch.tensor([0] + [r.length for r in requests]).cumsum(0).int()
-    start_pos = torch.tensor([r.start for r in requests], dtype=torch.int32)
-    extents = Extents(len(requests) * columns + 3, page, (len(requests) * k_columns + 3) * K_PAGE, MAX_POSITION)
-    return Requests(starts, start_pos, state, torch.tensor(keys, dtype=torch.int32)), extents
+    blocks = pick.sample(range(1, count * columns + 3), count * columns)
+    keys = torch.tensor(pick.sample(range(1, count * k_columns + 3), count * k_columns), dtype=torch.int32)
+    state = torch.zeros(count, columns, dtype=torch.int32)
+    for row, (start, _) in enumerate(requests):
+        owner, shared = prefixes.get(row, (row, 0))
+        for column in range(max(start - WINDOW, 0) // page, -(-ends[row] // page)):
+            state[row, column] = state[owner, column] if column * page < shared else blocks.pop()
+    starts = torch.tensor([0] + [length for _, length in requests]).cumsum(0).int()
+    start_pos = torch.tensor([start for start, _ in requests], dtype=torch.int32)
+    extents = Extents(count * columns + 3, page, (count * k_columns + 3) * K_PAGE, MAX_POSITION)
+    return Requests(starts, start_pos, state, keys.view(count, k_columns)), extents
 
 
 def padded(requests: Requests, count: int) -> Requests:
@@ -178,7 +166,8 @@ def padded(requests: Requests, count: int) -> Requests:
 
 def random_requests(seed: int) -> tuple[Requests, int, Extents]:
     pick = random.Random(seed)
-    requests, extents = by_requests(random_sharing(pick), pick, pick.choice(PAGES))
+    case = random_case(pick)
+    requests, extents = by_requests(case["requests"], case["prefixes"], pick, case["page"])
     tokens = int(requests.query_start_loc[-1]) + pick.choice((0, 0, 1, 9))
     if pick.random() < 0.5:
         requests = padded(requests, pick.randrange(1, 4))
@@ -204,9 +193,8 @@ def test_requests_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation
 @pytest.mark.parametrize("cores", (1, 48))
 def test_requests_of_more_than_a_piece_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation, count, cores):
     pick = random.Random(count)
-    requests = [Request(pick.randrange(40), 1) for _ in range(count - 2)] + [Request(0, 9), Request(8, 4, of=count - 2)]
-    requests[3] = Request(7, 33)
-    requests, extents = by_requests(requests, pick, 8)
+    told = [(7, 33), *((pick.randrange(40), 1) for _ in range(count - 3)), (0, 9), (8, 4)]
+    requests, extents = by_requests(told, {count - 1: (count - 2, 8)}, pick, 8)
     plan = compare_requests(ascend_emulation, requests, int(requests.query_start_loc[-1]), extents, cores)
     assert (plan.sources[plan.windows == EARLY] >= 0).any()
 
@@ -228,7 +216,7 @@ def test_a_token_that_the_slot_mapping_excludes_writes_nothing(ascend_emulation,
 def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
     """Live tables, as a data-parallel rank without work has them, and slots that are all -1."""
     ascend_emulation.use()
-    requests, extents = by_requests([Request(64, 8)], random.Random(0), 4)
+    requests, extents = by_requests([(64, 8)], {}, random.Random(0), 4)
     requests = requests._replace(slot_mapping=torch.full((8,), -1, dtype=torch.int32))
     plan = Plan.of(ascend.plan_requests(requests, 8, extents, K_PAGE))
     for section in (plan.state_slots, plan.k_slots):
@@ -238,7 +226,7 @@ def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
 
 def test_positions_before_0_and_outside_the_tables_are_planned_alike_by_both_kernels(ascend_emulation):
     ascend_emulation.use(cores=3)
-    requests, extents = by_requests([Request(0, 40), Request(20, 40), Request(9, 3)], random.Random(0), 4)
+    requests, extents = by_requests([(0, 40), (20, 40), (9, 3)], {}, random.Random(0), 4)
     narrow = requests.state_block_table[:, :9].contiguous()
     requests = requests._replace(state_block_table=narrow, start_pos=requests.start_pos - torch.tensor([5, 0, 0]).int())
     step = step_of(requests, 90, 4, K_PAGE)
@@ -273,7 +261,7 @@ def test_a_mistake_in_the_row_rule_is_found(built_ascend_emulation, tmp_path, mi
     emulation = built_ascend_emulation.with_mistake(tmp_path, "planner.h", MISTAKES[mistake])
     with emulation.installed(), pytest.raises(AssertionError):
         for name in SHARED:
-            compare(emulation, shared_batch(SHARED[name], **INT8), cores=(7,))
+            compare(emulation, shared_batch(name, **INT8), cores=(7,))
         compare(emulation, make_batch([(5, 9), (17, 12), (21, 3)], ring=16, **INT8), cores=(7,))
         test_two_tokens_that_hold_one_row_count_as_the_last_of_them(emulation)
 

@@ -9,7 +9,8 @@ import torch
 
 from vllm_dsv4_indexer import cli, ops
 from vllm_dsv4_indexer.bench import cases, contestants, measure, report
-from vllm_dsv4_indexer.contract import check_metadata
+from vllm_dsv4_indexer.contract import check_call
+from vllm_dsv4_indexer.ops.cpu import FLOORS
 
 NAMES = contestants.available()
 TINY = [cases.mix(kind, 13) for kind in cases.LENGTHS]
@@ -36,7 +37,7 @@ def test_the_result_holds_every_call_of_every_contestant(result):
         (f"{kind}, T={n}", 1, cache) for kind in ("one", "mixed") for n in (8, 40) for cache in ("warm", "cold")
     }
     for cell in result["cells"]:
-        assert cell["nanoseconds"].keys() == {*NAMES, *contestants.FLOORS} - {"reference", *contestants.TAILS}
+        assert cell["nanoseconds"].keys() == {*NAMES, *FLOORS} - {"reference", *contestants.TAILS}
         assert all(len(calls) >= measure.LEAST_ROUNDS and min(calls) > 0 for calls in cell["nanoseconds"].values())
 
 
@@ -92,7 +93,7 @@ def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_ar
     names = {"cpu", "vllm"} & set(NAMES)
     assert {c["case"] for c in result["cells"]} == {f"one, T={n}, hidden {h}" for n in (8, 40) for h in (64, 130)}
     for cell in result["cells"]:
-        assert cell["nanoseconds"].keys() == {*names, *(f"{name}_projection" for name in names), *contestants.FLOORS}
+        assert cell["nanoseconds"].keys() == {*names, *(f"{name}_projection" for name in names), *FLOORS}
         assert cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= 0.01  # a tie among 256
     table = capsys.readouterr().out
     assert "GFLOP/s" in table and "cpu_projection" in table and "of floor" not in table
@@ -100,12 +101,32 @@ def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_ar
 
 def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
     case = cases.projected(cases.mix("one", 64), 64)
-    inputs = cases.make_inputs(case, torch.float32)
+    call = cases.make_call(case, torch.float32)
     monkeypatch.setattr(contestants.projection, "project", lambda x, weight: (x @ weight.T).float())
     monkeypatch.setattr(contestants.projection, "prepare_weight", lambda weight: weight)
-    runs = contestants.projected(["cpu"], case, inputs)
+    runs = contestants.projected(["cpu"], case, call)
     with pytest.raises(RuntimeError, match="our projection changes .*% of the codes"):
-        measure.codes_changed(case, inputs, runs)
+        measure.codes_changed(case, call, runs)
+
+
+def test_a_step_runs_every_layer_on_caches_of_its_own(monkeypatch):
+    case = cases.replace(cases.mix("short", 13), layers=3)
+    calls = cases.make_layers(case, torch.bfloat16)
+    assert len({call.inner_state_cache.data_ptr() for call in calls} | {call.k_cache.data_ptr() for call in calls}) == 6
+    before = [call.inner_state_cache.clone() for call in calls]
+    contestants.step(["cpu"], calls)["cpu"]()
+    assert not any(torch.equal(call.inner_state_cache, old) for call, old in zip(calls, before))
+
+
+def test_the_preset_step_measures_whole_steps(tmp_path, monkeypatch):
+    tiny = [cases.replace(case, requests=((5, 9),), layers=2) for case in cases.steps()]
+    monkeypatch.setattr(cases, "steps", lambda: tiny)
+    result = run(tmp_path, "--preset", "step")
+    assert [c["case"] for c in result["cells"][::2]] == [
+        "decode, T=1, 21 layers", "decode, T=16, 21 layers", "one, T=128, 21 layers", "one, T=2048, 21 layers",
+    ]  # fmt: skip
+    for cell in result["cells"]:
+        assert cell["nanoseconds"].keys() == {*contestants.WHOLE, *FLOORS} & {*NAMES, *FLOORS}
 
 
 def test_traffic_is_chats_and_long_documents_in_chunks():
@@ -120,33 +141,35 @@ def test_traffic_is_chats_and_long_documents_in_chunks():
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
 @pytest.mark.parametrize("kv_dtype", (torch.bfloat16, torch.float32))
 def test_the_inputs_keep_the_contract_and_are_not_zeros(case, kv_dtype):
-    inputs = cases.make_inputs(case, kv_dtype)
-    check_metadata((*inputs, None), "fp8_pow2")
-    assert len(inputs[0]) == case.tokens and inputs[0].count_nonzero() > 0.99 * inputs[0].numel()
-    assert (inputs[9] >= 0).sum() == case.entries
-    ops.compress(*inputs, impl="reference")
+    call = cases.make_call(case, kv_dtype)
+    check_call(call, "fp8_pow2")
+    assert len(call.kv_score) == case.tokens
+    assert call.kv_score.count_nonzero() > 0.99 * call.kv_score.numel()
+    assert (call.k_slot_mapping >= 0).sum() == case.entries
+    ops.compress(*call, impl="reference")
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
-@pytest.mark.parametrize("past_cache", contestants.FLOORS)
+@pytest.mark.parametrize("past_cache", FLOORS)
 def test_the_floor_moves_every_row_and_entry_and_nothing_else(case, past_cache):
-    inputs = cases.make_inputs(case, torch.bfloat16)
-    kv_score, slots, state, k_slots, k_cache = (inputs[i] for i in (0, 6, 8, 9, 10))
+    call = cases.make_call(case, torch.bfloat16)
+    kv_score, state, k_cache = call.kv_score, call.inner_state_cache, call.k_cache
+    slots, k_slots = call.inner_state_slot_mapping, call.k_slot_mapping
     expected = state.clone()
     expected[slots // cases.PAGE, slots % cases.PAGE] = kv_score.float()
     entries = k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)).clone()
     written = k_slots[k_slots >= 0]
     entries[written // 64, written % 64] = kv_score[k_slots >= 0, :64].contiguous().view(torch.uint8)
-    contestants.contestants([], inputs)[past_cache]()
+    contestants.contestants([], call)[past_cache]()
     assert torch.equal(state, expected)
     assert torch.equal(k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)), entries)
 
 
 def test_a_contestant_with_other_results_is_not_timed():
-    inputs = cases.make_inputs(TINY[0], torch.bfloat16)
-    runs = contestants.contestants(["cpu"], inputs) | {"idle": lambda: None}
+    call = cases.make_call(TINY[0], torch.bfloat16)
+    runs = contestants.contestants(["cpu"], call) | {"idle": lambda: None}
     with pytest.raises(RuntimeError, match="idle and cpu store different results"):
-        measure.check_equal(inputs, runs)
+        measure.check_equal([call], runs)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowMLASpec
 
 from vllm_dsv4_indexer import cli, ops
 from vllm_dsv4_indexer.bench import cost
-from vllm_dsv4_indexer.bench.cases import PAGE, PAGE_BYTES, Case, make_inputs
-from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW
+from vllm_dsv4_indexer.bench.cases import PAGE, PAGE_BYTES, Case, make_call
+from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW, Call
 
 STATE_PAGE = SlidingWindowMLASpec(  # as CompressorStateCache of vLLM 0.32.0 asks for it
     block_size=PAGE, num_kv_heads=1, head_size=ROW_WIDTH, dtype=torch.float32, sliding_window=WINDOW, alignment=576
@@ -36,8 +36,8 @@ def test_a_call_reads_and_writes_what_the_paper_says(seed, kv_dtype, way):
 @pytest.mark.parametrize("requests", [((start, n),) for start in range(9) for n in (1, 4, 9)], ids=str)
 def test_a_call_that_saves_reads_the_half_rows_of_the_paper_and_no_other(requests):
     case = Case("", "one", requests)
-    inputs = make_inputs(case, torch.bfloat16)
-    assert cost.halves_read(inputs, "cpu", cost._STATE) == set(cost.history_rows(case, inputs))
+    call = make_call(case, torch.bfloat16)
+    assert cost.halves_read(call, "cpu", "inner_state_cache") == set(cost.history_rows(case, call))
 
 
 def test_a_byte_of_padding_that_a_call_writes_is_counted(monkeypatch):
@@ -45,7 +45,7 @@ def test_a_byte_of_padding_that_a_call_writes_is_counted(monkeypatch):
 
     def careless(*arguments, **options):
         compress(*arguments, **options)
-        state = arguments[cost._STATE]
+        state = Call(*arguments).inner_state_cache
         state.as_strided((1,), (1,), PAGE * ROW_WIDTH).view(torch.uint8)[0] = 0x55  # behind the rows of the first page
 
     case = some_case(0)

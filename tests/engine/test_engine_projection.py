@@ -7,7 +7,7 @@ from engine import GREEDY, Result, prompt
 from safetensors import safe_open
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.bench.cases import Case, make_inputs
+from vllm_dsv4_indexer.bench.cases import Case, make_call
 from vllm_dsv4_indexer.contract import FP8_SCALE_OFFSET, KV_WIDTH, ROW_WIDTH, WINDOW
 
 LAYER = "model.layers.1.attn.indexer"  # the first with an indexer: nothing before it depends on the projection
@@ -40,7 +40,7 @@ def kv_score(result: Result) -> torch.Tensor:
 
 def codes(kv_score: torch.Tensor) -> torch.Tensor:
     """The fp8 codes that the reference stores for one prompt of these projections."""
-    _, *others = make_inputs(Case("", "one", ((0, TOKENS),)), torch.float32)
+    _, *others = make_call(Case("", "one", ((0, TOKENS),)), torch.float32)
     ops.compress(kv_score[:TOKENS].float(), *others, impl="reference")
     return others[-1].flatten(1)[:, :FP8_SCALE_OFFSET]
 

@@ -57,7 +57,7 @@ def main() -> None:
         for algorithm in ALGORITHMS:
             prompts = [(0, min(tokens, LONGEST))] * max(1, tokens // LONGEST)
             batch = on("npu", paged_batch(prompts, PAGES[0], k_format))
-            call = batch.tensors()
+            call = batch.call
             plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
             run = ascend.bind(call.layer, eps=1e-6, k_format=k_format, algorithm=algorithm)
             times = kernel_times(lambda: run(call.kv_score, plan))

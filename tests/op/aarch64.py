@@ -48,7 +48,7 @@ def arbitrary_batch(seed: int) -> Batch:
 def image(batch: Batch) -> tuple[bytes, bytes]:
     """The batch's arguments, with offsets where addresses belong, and the memory that they are offsets into."""
     memory, storages, offsets = bytearray(), {}, {}
-    for tensor in batch.tensors():
+    for tensor in batch.call:
         if tensor is None:
             continue
         storage = tensor.untyped_storage()
@@ -57,7 +57,7 @@ def image(batch: Batch) -> tuple[bytes, bytes]:
             memory += torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
             memory += bytes(-len(memory) % 64)
         offsets[tensor.data_ptr()] = storages[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
-    fields = cpu.ARGUMENTS.unpack(cpu.arguments_of(*batch.tensors(), eps=EPS, k_format=batch.k_format))
+    fields = cpu.ARGUMENTS.unpack(cpu.arguments_of(*batch.call, eps=EPS, k_format=batch.k_format))
     return cpu.ARGUMENTS.pack(*(offsets.get(field, field) for field in fields)), bytes(memory)
 
 
@@ -65,7 +65,7 @@ def assert_stores_the_same_emulated(batch: Batch, algorithm: str, case: str) -> 
     arguments, memory = image(batch)
     command = (*EMULATED, algorithm, str(len(memory)))
     stored = subprocess.run(command, input=arguments + memory, stdout=subprocess.PIPE, check=True).stdout
-    entries = cpu.compress(*batch.tensors(), eps=EPS, k_format=batch.k_format, algorithm=algorithm)
+    entries = cpu.compress(*batch.call, eps=EPS, k_format=batch.k_format, algorithm=algorithm)
     expected = entries.to_bytes(8, "little") + image(batch)[1]
     same = stored == expected  # not in the assertion: pytest would write out what differs in megabytes
     assert same, f"{sum(map(operator.ne, stored, expected))} bytes differ: {case}, {algorithm}"

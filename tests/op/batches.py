@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call,
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call, Extents,
 )  # fmt: skip
 
 IMPLS = ("reference", "cpu", "overlay_scan")  # the same results
@@ -33,6 +33,10 @@ LAYOUTS = {
 _SHARED = ("engine", "ascend")
 
 
+# A request's computed prefix, which another request of the batch fills: {request: (the other, its length)}.
+Prefixes = dict[int, tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Batch:
     kv_score: Tensor
@@ -51,11 +55,21 @@ class Batch:
     storages: tuple[Tensor, ...]  # every byte behind the caches, each storage once
 
     def run(self, impl: str | None = None) -> "Batch":
-        ops.compress(*self.tensors(), k_format=self.k_format, impl=impl)
+        ops.compress(*self.call, k_format=self.k_format, impl=impl)
         return self
 
-    def tensors(self) -> Call:
+    @property
+    def call(self) -> Call:
         return Call(*(getattr(self, name) for name in Call._fields))
+
+    def plan(self, impl: str | None = None, extents: Extents | None = None) -> Tensor:
+        extents = extents or Extents.of(self.call.layer)
+        return ops.plan(*self.call.step, **extents._asdict(), impl=impl)
+
+    def run_planned(self, plan: Tensor, impl: str | None = None) -> "Batch":
+        bound = ops.BoundLayer(self.call.layer, k_format=self.k_format, impl=impl)
+        bound.run(self.kv_score, plan)
+        return self
 
     def take(self, tokens) -> "Batch":
         """The call with these tokens only, on the same caches."""
@@ -116,24 +130,33 @@ def make_batch(
     scale_dtype: torch.dtype = torch.float32,
     padding: int = 0,
     ring: int | None = None,
+    prefixes: Prefixes | None = None,
     page_seed: int | None = None,
 ) -> Batch:
     """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents.
 
-    `ring`: positions p and p + ring of a request share a state row. `page_seed` permutes the pages without changing
-    anything else. `k_page`: entries of a K page, where the format leaves them free.
+    `ring`: positions p and p + ring share a state row, in every request that has no part in `prefixes`. `page_seed`
+    permutes the pages without changing anything else. `k_page`: entries of a K page, where the format leaves them free.
     """
+    prefixes = prefixes or {}
     numbers, pages = (torch.Generator().manual_seed(s) for s in (seed, seed if page_seed is None else page_seed))
     ape = 0.15 * torch.randn(RATIO, KV_WIDTH, generator=numbers)
     norm_weight = (0.7 + 0.26 * torch.randn(HEAD_DIM, generator=numbers)).to(norm_dtype)
     # The projection of every position of every request; the caller's calls select from it.
     sequences = [(2 * torch.randn(s + n, ROW_WIDTH, generator=numbers)).to(kv_dtype) for s, n in requests]
+    for request, (owner, length) in prefixes.items():
+        sequences[request][:length] = sequences[owner][:length]
     k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
-    table, k_table, state_pages, k_pages = _tables(requests, page, k_page, ring, layout in _SHARED, pages)
+    sharing = prefixes.keys() | {owner for owner, _ in prefixes.values()}
+    rings = [None if request in sharing else ring for request in range(len(requests))]
+    table, k_table, state_pages, k_pages = _tables(requests, page, k_page, rings, layout in _SHARED, pages)
+    for request, (owner, length) in prefixes.items():
+        assert length % page == 0 and length <= requests[request][0], "prefixes are shared by whole pages"
+        table[request, : length // page] = table[owner, : length // page]
     state, k_cache, k_scale, storages = _caches(
         state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
     )
-    _save_history(requests, sequences, ape, table, state)
+    _save_history(requests, sequences, ape, table, state, prefixes)
     request, positions = _tokens([range(s, s + n) for s, n in requests])
     k_slots = _slots(k_table, request, positions // RATIO, k_page)
     batch = Batch(
@@ -157,8 +180,20 @@ def make_batch(
 
 def random_case(pick: random.Random) -> dict:
     """Arguments of `make_batch`."""
+    requests = [(pick.randrange(140), pick.randrange(1, 40)) for _ in range(pick.randrange(1, 8))]
+    prefixes: Prefixes = {}
+    while pick.random() < 0.6:  # one more request, which shares the prefix of one that is there
+        owner = pick.randrange(len(requests))
+        end = sum(requests[owner])
+        ends = [length for length in range(8, end + 1, 8) if length > requests[owner][0]]
+        if not ends:
+            break
+        length = pick.choice(ends)
+        prefixes[len(requests)] = owner, length
+        requests.append((length, pick.randrange(1, 40)))
     return {
-        "requests": [(pick.randrange(140), pick.randrange(1, 40)) for _ in range(pick.randrange(1, 8))],
+        "requests": requests,
+        "prefixes": prefixes,
         "seed": pick.randrange(2**32),
         "page": pick.choice((2, 4, 8)),
         "layout": pick.choice(("dense", "padded", "engine")),
@@ -200,12 +235,12 @@ def ordered(batch: Batch) -> Tensor:
 
 
 def _tables(
-    requests: list[tuple[int, int]], page: int, k_page: int, ring: int | None, shared: bool, pages: torch.Generator
+    requests: list[tuple[int, int]], page: int, k_page: int, rings: list[int | None], shared: bool, pages: torch.Generator
 ) -> tuple[Tensor, Tensor, int, int]:
     """The block tables of the state and of the K cache, and how many pages each cache has: page 0 and a few others are
     nobody's. In a shared storage the pages are as many as both need, and those of the K cache come last."""
     ends = [start + length for start, length in requests]
-    held = [_ceil(min(end, ring or end), page) for end in ends]
+    held = [_ceil(min(end, ring or end), page) for end, ring in zip(ends, rings)]
     k_held = [_ceil(end, RATIO * k_page) for end in ends]
     state_pages = sum(held) + 3
     k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
@@ -241,10 +276,16 @@ def _slots(table: Tensor, request: Tensor, index: Tensor, page: int) -> Tensor:
 
 
 def _save_history(
-    requests: list[tuple[int, int]], sequences: list[Tensor], ape: Tensor, table: Tensor, state: Tensor
+    requests: list[tuple[int, int]],
+    sequences: list[Tensor],
+    ape: Tensor,
+    table: Tensor,
+    state: Tensor,
+    prefixes: Prefixes,
 ) -> None:
-    """Saves the rows of the last eight positions before each request's start."""
-    before = [range(max(start - WINDOW, 0), start) for start, _ in requests]
+    """Saves the rows of the last eight positions before each request's start, but for those of a shared prefix, which
+    only this call fills, or which are another's history."""
+    before = [range(max(start - WINDOW, 0, prefixes.get(r, (0, 0))[1]), start) for r, (start, _) in enumerate(requests)]
     request, positions = _tokens(before)
     rows = torch.cat([sequence[those.start : those.stop] for sequence, those in zip(sequences, before)]).float()
     rows[:, KV_WIDTH:] += ape[positions % RATIO]

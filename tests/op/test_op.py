@@ -20,7 +20,7 @@ OP = torch.ops.dsv4_indexer.compress.default
 )
 def test_opcheck_passes(impl, k_format):
     batch = make_batch([(5, 9)], k_format=k_format)
-    torch.library.opcheck(OP, batch.tensors(), {"k_format": k_format, "impl": impl})
+    torch.library.opcheck(OP, batch.call, {"k_format": k_format, "impl": impl})
 
 
 def test_torch_compile_sees_the_mutation():
@@ -31,7 +31,7 @@ def test_torch_compile_sees_the_mutation():
         ops.compress(*tensors)
         return tensors[8] * 2
 
-    result = torch.compile(doubled, backend="aot_eager", fullgraph=True)(*batch.tensors())
+    result = torch.compile(doubled, backend="aot_eager", fullgraph=True)(*batch.call)
     assert_identical(batch, expected)
     assert torch.equal(result.view(torch.int32), (expected.inner_state_cache * 2).view(torch.int32))
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW,
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call,
 )  # fmt: skip
 from ..ops.tail import tail_slots
 
 PAGE = 4  # tokens per state page in vLLM
 PAGE_BYTES = 8640  # of a state page (8192 used) and of a K page (8448 used): vLLM 0.32 aligns both to 576
+LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
 _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep": 256 << 10}
 _HIDDEN_MAX = 0.05
@@ -28,12 +29,13 @@ _KV_STD, _GATE_STD = (4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_
 class Case:
     """One call: `requests` are pairs (tokens computed before, tokens of this call). Cases of one `name` are reported
     together, cases of one `kind` make a line of the plot. `hidden`: the size of the hidden states that the call projects
-    first; 0 for a call that is given kv_score."""
+    first; 0 for a call that is given kv_score. `layers`: of how many layers it is, one after the other."""
 
     name: str
     kind: str
     requests: tuple[tuple[int, int], ...]
     hidden: int = 0
+    layers: int = 1
 
     @property
     def tokens(self) -> int:
@@ -55,12 +57,19 @@ class Case:
 
     def same_bytes(self, kv_dtype: torch.dtype) -> int:
         """What every implementation must move: kv_score in, the state rows and the entries out."""
-        return self.tokens * ROW_WIDTH * (kv_dtype.itemsize + 4) + self.entries * FP8_ENTRY_BYTES
+        layer = self.tokens * ROW_WIDTH * (kv_dtype.itemsize + 4) + self.entries * FP8_ENTRY_BYTES
+        return self.layers * layer
 
 
 def projected(case: Case, hidden: int) -> Case:
     """The same call, with the projection in front of it."""
     return replace(case, name=f"{case.name}, hidden {hidden}", hidden=hidden)
+
+
+def steps(layers: int = LAYERS["Flash"]) -> list[Case]:
+    """Whole steps of a model's layers: one token, sixteen requests of one, and prompts of 128 and 2048."""
+    calls = mix("decode", 1), mix("decode", 16), mix("one", 128), mix("one", 2048)
+    return [replace(c, name=f"{c.name}, {layers} layers", kind=f"step, {c.kind}", layers=layers) for c in calls]
 
 
 def mix(kind: str, tokens: int) -> Case:
@@ -103,9 +112,24 @@ def traffic(chunks: int = 48) -> list[Case]:
     return sorted(cases, key=lambda case: (case.kind != "chat", case.context))
 
 
-def make_inputs(case: Case, kv_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The first eleven arguments of `compress` for an fp8 K cache. The pages of the requests lie anywhere in their
-    caches, as in an engine that has run for a while; pages before the last eight positions are freed."""
+def make_layers(case: Case, kv_dtype: torch.dtype) -> list[Call]:
+    """A call for each of the case's layers: the same step and projection, weights and caches of its own."""
+    first = make_call(case, kv_dtype)
+    return [first, *(_with_own_layer(first) for _ in range(case.layers - 1))]
+
+
+def _with_own_layer(call: Call) -> Call:
+    def copied(tensor: Tensor) -> Tensor:
+        storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
+        return storage.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    own = ("ape", "norm_weight", "inner_state_cache", "k_cache")
+    return call._replace(**{name: copied(getattr(call, name)) for name in own})
+
+
+def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
+    """A call with an fp8 K cache. The pages of the requests lie anywhere in their caches, as in an engine that has run
+    for a while; pages before the last eight positions are freed."""
     numbers = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
@@ -127,24 +151,25 @@ def make_inputs(case: Case, kv_dtype: torch.dtype) -> tuple[Tensor, ...]:
     entry = positions // RATIO
     k_slots = k_table[request, entry // FP8_PAGE_ENTRIES].long() * FP8_PAGE_ENTRIES + entry % FP8_PAGE_ENTRIES
     kv_score = torch.cat([normal(case.tokens, KV_WIDTH, std=std) for std in (_KV_STD, _GATE_STD)], dim=1)
-    return (
-        kv_score.to(kv_dtype),
-        normal(RATIO, KV_WIDTH, std=0.1528),
-        normal(HEAD_DIM, std=0.261, mean=0.685),
-        _cos_sin(int(positions.max()) + 1),
-        positions,
-        request.int(),
-        table[request, positions // PAGE].long() * PAGE + positions % PAGE,
-        table,
-        state,
-        torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
-        k_cache[:, : FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES].unflatten(1, (FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES)),
+    return Call(
+        kv_score=kv_score.to(kv_dtype),
+        ape=normal(RATIO, KV_WIDTH, std=0.1528),
+        norm_weight=normal(HEAD_DIM, std=0.261, mean=0.685),
+        cos_sin_cache=_cos_sin(int(positions.max()) + 1),
+        positions=positions,
+        token_to_req=request.int(),
+        inner_state_slot_mapping=table[request, positions // PAGE].long() * PAGE + positions % PAGE,
+        inner_state_block_table=table,
+        inner_state_cache=state,
+        k_slot_mapping=torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
+        k_cache=k_cache[:, : FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES].unflatten(1, (FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES)),
     )
 
 
-def with_tail_slots(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def with_tail_slots(call: Call) -> Call:
     """The same call with tail-only saving."""
-    return (*inputs[:6], tail_slots(*inputs[4:7]), *inputs[7:])
+    slots = tail_slots(call.positions, call.token_to_req, call.inner_state_slot_mapping)
+    return call._replace(inner_state_slot_mapping=slots)
 
 
 def make_projection(case: Case) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ def add_to(commands) -> None:
     )
     listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
     counts = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,M"}
-    bench.add_argument("--preset", choices=("standard", "traffic"), default="standard",
-                       help="standard: calls of several lengths and mixes; traffic: chunks of chats and long documents")
+    bench.add_argument("--preset", choices=("standard", "step", "traffic"), default="standard",
+                       help="standard: calls of several lengths and mixes; step: whole steps of Flash's 21 layers, as an "
+                       "engine runs them; traffic: chunks of chats and long documents")
     bench.add_argument("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
     bench.add_argument("--lengths", **counts, help="tokens of a call (default: some for each mix)")
     bench.add_argument("--threads", **counts, help="at most the number of cores (default: 1 and that number)")
@@ -57,7 +58,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     _check(arguments)
     cases = _cases(arguments)
     special = ["reference", *contestants.TAILS, *(ALGORITHMS if arguments.preset == "traffic" else ())]
-    available = [name for name in contestants.available() if name in contestants.PROJECTED or not arguments.hidden]
+    whole = arguments.hidden or arguments.preset == "step"
+    available = [name for name in contestants.available() if name in contestants.WHOLE or not whole]
     names = _chosen(arguments.implementations, available, special)
     threads = arguments.threads or sorted({1, _cores()})
     options = {name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")}
@@ -74,7 +76,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(report.table(result))
     arguments.output.mkdir(parents=True, exist_ok=True)
     written = {"bench.json": json.dumps(result)}
-    if not arguments.hidden:  # the plot's subject is the op
+    if not whole:  # the plot's subject is the op
         written["bench.svg"] = plot.svg(result)
     for name, text in written.items():
         (arguments.output / name).write_text(text)
@@ -97,10 +99,12 @@ def _cores() -> int:
 def _cases(arguments: argparse.Namespace) -> list:
     from . import cases
 
-    if arguments.preset == "traffic":
+    if arguments.preset != "standard":
         if arguments.lengths or arguments.requests:
-            raise ValueError("--preset traffic has its own lengths and requests; leave --lengths and --requests out")
-        found = cases.traffic()
+            raise ValueError(
+                f"--preset {arguments.preset} has its own lengths and requests; leave --lengths and --requests out"
+            )
+        found = cases.traffic() if arguments.preset == "traffic" else cases.steps()
     else:
         mixes = _chosen(arguments.requests, list(cases.LENGTHS))
         found = [cases.mix(mix, length) for mix in mixes for length in arguments.lengths or cases.LENGTHS[mix]]

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW
-from .cases import PAGE, PAGE_BYTES, Case, make_inputs, with_tail_slots
+from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW, Call
+from .cases import LAYERS, PAGE, PAGE_BYTES, Case, make_call, with_tail_slots
 
-LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
 CHUNKS = (2 << 10, 8 << 10)
 ROW_BYTES = 4 * ROW_WIDTH
 HALF_ROW = ROW_BYTES // 2  # what a window takes of a row: the front halves of kv and gate, or the back halves
 SAMPLE = Case("sample", "mixed", ((0, 12), (5, 27), (66, 9), (131, 1)))
 WAYS = {"full": ("cpu", False), "tail": ("cpu", True), "scatter, then pool": ("scatter_pool", False)}
-_KV_SCORE, _SLOTS, _TABLE, _STATE, _K_CACHE = 0, 6, 7, 8, 10  # of the arguments of the op
 
 
 class Traffic(NamedTuple):
@@ -83,40 +81,40 @@ def _pages(tokens: int, page: int) -> int:
 def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
     """The traffic of one call of the op, counted."""
     impl, tail = WAYS[way]
-    inputs = make_inputs(case, kv_dtype)
+    call = make_call(case, kv_dtype)
     if tail:
-        inputs = with_tail_slots(inputs)
-    kv_score = len(halves_read(inputs, impl, _KV_SCORE)) * ROW_WIDTH // 2 * kv_dtype.itemsize
+        call = with_tail_slots(call)
+    kv_score = len(halves_read(call, impl, "kv_score")) * ROW_WIDTH // 2 * kv_dtype.itemsize
     # Without slots: a row that is saved first would hide the one that lies there before.
-    unsaved = (*inputs[:_SLOTS], torch.full_like(inputs[_SLOTS], -1), *inputs[_SLOTS + 1 :])
-    rows = halves_read(unsaved, impl, _STATE)
-    history = set(history_rows(case, inputs))
+    unsaved = call._replace(inner_state_slot_mapping=torch.full_like(call.positions, -1))
+    rows = halves_read(unsaved, impl, "inner_state_cache")
+    history = set(history_rows(case, call))
     return Traffic(
-        kv_score, len(rows & history) * HALF_ROW, len(rows - history) * HALF_ROW, *bytes_written(case, inputs, impl)
+        kv_score, len(rows & history) * HALF_ROW, len(rows - history) * HALF_ROW, *bytes_written(case, call, impl)
     )
 
 
-def halves_read(inputs: tuple[Tensor, ...], impl: str, argument: int) -> set[tuple[int, int]]:
+def halves_read(call: Call, impl: str, argument: str) -> set[tuple[int, int]]:
     """The half rows (row, half) of kv_score or of the state that the call reads: a NaN there changes what it stores."""
 
     def stored(poisoned: tuple[int, int] | None) -> Tensor:
-        call = tuple(tensor.clone() for tensor in inputs)
+        copy = Call(*(tensor if tensor is None else tensor.clone() for tensor in call))
         if poisoned:
             row, half = poisoned
-            call[argument].view(-1, 4, ROW_WIDTH // 4)[row, half::2] = torch.nan
-        ops.compress(*call, impl=impl)
-        saved = call[_STATE].flatten().view(torch.uint8) if argument == _KV_SCORE else call[_K_CACHE].new_empty(0)
-        return torch.cat([call[_K_CACHE].flatten(), saved])
+            getattr(copy, argument).view(-1, 4, ROW_WIDTH // 4)[row, half::2] = torch.nan
+        ops.compress(*copy, impl=impl)
+        saved = copy.inner_state_cache if argument == "kv_score" else copy.k_cache.new_empty(0)
+        return torch.cat([copy.k_cache.flatten(), saved.flatten().view(torch.uint8)])
 
-    rows, clean = inputs[argument].numel() // ROW_WIDTH, stored(None)
+    rows, clean = getattr(call, argument).numel() // ROW_WIDTH, stored(None)
     return {(row, half) for row in range(rows) for half in (0, 1) if not stored((row, half)).equal(clean)}
 
 
-def bytes_written(case: Case, inputs: tuple[Tensor, ...], impl: str) -> tuple[int, int]:
+def bytes_written(case: Case, call: Call, impl: str) -> tuple[int, int]:
     """The bytes of the state's and of the K cache's storage, padding included, that the call writes: what it leaves
     there differs from one of two fills, which are each other's complement. Rows that it reads keep their values."""
-    state, k_cache = inputs[_STATE], inputs[_K_CACHE]
-    rows = torch.tensor([row for row, _ in history_rows(case, inputs)], dtype=torch.int64)
+    state, k_cache = call.inner_state_cache, call.k_cache
+    rows = torch.tensor([row for row, _ in history_rows(case, call)], dtype=torch.int64)
     at = rows // PAGE, rows % PAGE
     history = state[at]
     storages = [torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()) for cache in (state, k_cache)]
@@ -126,15 +124,15 @@ def bytes_written(case: Case, inputs: tuple[Tensor, ...], impl: str) -> tuple[in
             storage.fill_(fill)
         state[at] = history
         before = [storage.clone() for storage in storages]
-        ops.compress(*inputs, impl=impl)
+        ops.compress(*call, impl=impl)
         for changed, storage, old in zip(written, storages, before):
             changed |= storage != old
     return tuple(int(changed.sum()) for changed in written)
 
 
-def history_rows(case: Case, inputs: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+def history_rows(case: Case, call: Call) -> list[tuple[int, int]]:
     """The half rows of the state (row, half) that the case reads on paper."""
-    table = inputs[_TABLE]
+    table = call.inner_state_block_table
     return [
         (int(table[request, q // PAGE]) * PAGE + q % PAGE, half)
         for request, (start, length) in enumerate(case.requests)

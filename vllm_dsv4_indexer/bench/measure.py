@@ -25,16 +25,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..contract import FP8_SCALE_OFFSET, HEAD_DIM
-from .cases import Case, make_inputs, make_projection, mix
-from .contestants import FLOORS, TAILS, contestants, projected
+from ..contract import FP8_SCALE_OFFSET, HEAD_DIM, Call
+from ..ops.cpu import FLOORS
+from .cases import Case, make_layers, make_projection, mix
+from .contestants import TAILS, contestants, projected, step
 from .machine import last_level_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
 _MOST_CHANGED = 2e-4  # of the codes, by an exact projection; in a short call one that ties may be more
 _MOST_TIES = 4
 _FLOAT64_ROWS = 512  # at a time
-_MADE_BY_THE_STEP = (0, 4, 5, 6, 9)  # of the inputs: kv_score, positions, requests and both kinds of slots
+_MADE_BY_THE_STEP = ("kv_score", "positions", "token_to_req", "inner_state_slot_mapping", "k_slot_mapping")
+_STORE_NOTHING = (*FLOORS, "plan")
 
 
 def measure(
@@ -59,16 +61,16 @@ def _start(threads: int) -> None:
 def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: float) -> list[dict]:
     """The cells of one case on this process's threads, within `seconds` or LEAST_ROUNDS."""
     end = time.monotonic() + seconds
-    inputs = make_inputs(case, kv_dtype)
-    runs = _runs_of(case, names, inputs)
+    calls = make_layers(case, kv_dtype)
+    runs = _runs_of(case, names, calls)
     if case.hidden:
-        changed = codes_changed(case, inputs, runs)
+        changed = codes_changed(case, calls[0], runs)
     else:
         changed = {}
-        check_equal(inputs, runs)
-    few = replace(mix("short", 8), hidden=case.hidden)
-    small = _runs_of(few, names, make_inputs(few, kv_dtype))
-    states = {"warm": lambda name: runs["floor"](), "cold": lambda name: (_chill(inputs), small[name]())}
+        check_equal(calls, runs)
+    few = replace(mix("short", 8), hidden=case.hidden, layers=min(case.layers, 2))
+    small = _runs_of(few, names, make_layers(few, kv_dtype))
+    states = {"warm": lambda name: runs["floor"](), "cold": lambda name: (_chill(calls[0]), small[name]())}
     cells = []
     for i, (cache, prepare) in enumerate(states.items()):
         share = (end - time.monotonic()) / (len(states) - i)
@@ -80,8 +82,10 @@ def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: f
     return cells
 
 
-def _runs_of(case: Case, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Callable]:
-    return projected(names, case, inputs) if case.hidden else contestants(names, inputs)
+def _runs_of(case: Case, names: list[str], calls: list[Call]) -> dict[str, Callable]:
+    if case.layers > 1:
+        return step(names, calls)
+    return projected(names, case, calls[0]) if case.hidden else contestants(names, calls[0])
 
 
 def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dict[str, list[int]]:
@@ -100,10 +104,10 @@ def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dic
     return times
 
 
-def _chill(inputs: tuple[Tensor, ...]) -> None:
+def _chill(call: Call) -> None:
     _larger_than_the_caches().add_(1)
-    for i in _MADE_BY_THE_STEP:
-        inputs[i].sum()
+    for name in _MADE_BY_THE_STEP:
+        getattr(call, name).sum()
 
 
 @functools.cache
@@ -111,36 +115,36 @@ def _larger_than_the_caches() -> Tensor:
     return torch.zeros(2 * last_level_cache() // 8, dtype=torch.int64)
 
 
-def check_equal(inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> None:
-    """Runs every contestant but the floors. Raises RuntimeError unless they store the same state (but for tail-only
+def check_equal(calls: list[Call], runs: dict[str, Callable]) -> None:
+    """Runs every contestant that stores a result. Raises RuntimeError unless they store the same state (but for tail-only
     saving) and scales, and values at most one code apart (vLLM's fp32 arithmetic differs in the last bit, which shows
     at a rounding tie)."""
     expected = None
     for name, run in runs.items():
-        if name in FLOORS:
+        if name in _STORE_NOTHING:
             continue
         runs["floor"]()  # leaves rows and entries that are nobody's result
         run()
-        result = _stored(inputs[8], inputs[10])
+        result = [_stored(call) for call in calls]
         if expected is None or expected[0] in TAILS:
             expected = name, result
-        (state, scales, codes), (state_, scales_, codes_) = result, expected[1]
-        same_rows = state.equal(state_) or name in TAILS
-        if not (same_rows and scales.equal(scales_) and (codes - codes_).abs().max() <= 1):
-            raise RuntimeError(f"{name} and {expected[0]} store different results: not comparable, not measured")
+        for (state, scales, codes), (state_, scales_, codes_) in zip(result, expected[1]):
+            same_rows = state.equal(state_) or name in TAILS
+            if not (same_rows and scales.equal(scales_) and (codes - codes_).abs().max() <= 1):
+                raise RuntimeError(f"{name} and {expected[0]} store different results: not comparable, not measured")
 
 
-def codes_changed(case: Case, inputs: tuple[Tensor, ...], runs: dict[str, Callable]) -> dict[str, float]:
+def codes_changed(case: Case, call: Call, runs: dict[str, Callable]) -> dict[str, float]:
     """The shares of the call's fp8 codes that are not those of a projection in float64. Raises RuntimeError if ours is
     more than an exact one can have."""
     x, weight = make_projection(case)
     exact = torch.cat([rows.double() @ weight.double().T for rows in x.split(_FLOAT64_ROWS)])
-    by_name = {"float64": functools.partial(ops.compress, exact.float(), *inputs[1:])} | runs
+    by_name = {"float64": functools.partial(ops.compress, exact.float(), *call[1:])} | runs
     codes = {}
     for name in ("float64", "cpu", "vllm"):
         if name in by_name:
             by_name[name]()
-            codes[name] = _stored(inputs[8], inputs[10])[2]
+            codes[name] = _stored(call)[2]
     expected = codes.pop("float64")
     stored = max(case.entries, 1) * HEAD_DIM
     changed = {name: int((found != expected).sum()) / stored for name, found in codes.items()}
@@ -149,9 +153,9 @@ def codes_changed(case: Case, inputs: tuple[Tensor, ...], runs: dict[str, Callab
     return changed
 
 
-def _stored(state: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stored(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Copies of the state's bits, of the K scales, and of the K codes in the order of the values they stand for."""
-    pages = k_cache.flatten(1)
+    pages = call.k_cache.flatten(1)
     codes = pages[:, :FP8_SCALE_OFFSET].int()
     codes = torch.where(codes < 128, codes, 128 - codes)
-    return state.view(torch.int32).clone(), pages[:, FP8_SCALE_OFFSET:].clone(), codes
+    return call.inner_state_cache.view(torch.int32).clone(), pages[:, FP8_SCALE_OFFSET:].clone(), codes

@@ -12,6 +12,7 @@ from .report import blocks, floor, median
 COLOURS = {
     "cpu": "#d62728", "reference": "#9467bd", "one_pass": "#ff7f0e", "overlay_scan": "#2ca02c", "scatter_pool": "#1f77b4",
     "vllm": "#7f7f7f", "vllm_ops": "#8c564b", "floor": "#000000", "tail": "#e377c2",
+    "layer": "#17becf", "plan": "#bcbd22",
 }  # fmt: skip
 WIDTH, HEIGHT, MARGIN = 360, 200, 60
 

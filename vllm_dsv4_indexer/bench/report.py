@@ -8,7 +8,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import quantiles
 
-from .contestants import FLOORS, VLLM
+from ..ops.cpu import FLOORS
+from .contestants import VLLM
 
 ABC = ("overlay_scan", "scatter_pool", "one_pass")
 

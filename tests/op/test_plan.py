@@ -1,0 +1,165 @@
+"""A plan: the same from every implementation, right for every layer, and refused where it does not fit."""
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from batches import assert_identical, make_batch, random_case
+from vllm_dsv4_indexer import contract, ops
+from vllm_dsv4_indexer.contract import EARLY, LATE, NO_WINDOW, ContractError, Extents, Plan, PlanHeader
+from vllm_dsv4_indexer.ops import arguments, cpu
+
+IMPLS = ("reference", "cpu")
+CSRC = Path(__file__).parents[2] / "csrc"
+MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_native_plan_is_that_of_the_reference(seed):
+    pick = random.Random(seed)
+    batch = make_batch(**random_case(pick))
+    if pick.random() < 0.3:  # a slot twice
+        saved = (batch.inner_state_slot_mapping >= 0).nonzero()[:, 0].tolist()
+        tokens = pick.choices(saved, k=2)
+        batch.inner_state_slot_mapping[tokens] = batch.inner_state_slot_mapping[tokens[0]].clone()
+    native, reference = (Plan.of(batch.plan(impl)) for impl in ("cpu", "reference"))
+    for name in Plan._fields[:-1]:
+        assert torch.equal(getattr(native, name), getattr(reference, name)), f"{name}, seed {seed}"
+    early = native.windows == EARLY
+    assert torch.equal(native.sources[early], reference.sources[early]), f"sources, seed {seed}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_plan_serves_every_layer(impl):
+    """Layers differ in weights, caches and where these lie; the step is the same."""
+    layers = [make_batch(MIXED, seed=0, layout=layout) for layout in ("dense", "padded", "engine")]
+    layers = [replace(layer, **layers[0].call.step._asdict()) for layer in layers]
+    for scale, layer in enumerate(layers):
+        layer.kv_score.mul_(1 + scale)
+    plan = layers[0].plan(impl, Extents(*map(min, *(Extents.of(layer.call.layer) for layer in layers))))
+    for layer in layers:
+        expected = layer.clone().run(impl)
+        assert_identical(layer.run_planned(plan, impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_plan_outlives_the_tensors_that_it_was_made_from(impl):
+    batch = make_batch(MIXED)
+    expected, plan = batch.clone().run(impl), batch.plan(impl)
+    for tensor in batch.call.step:
+        tensor.fill_(-7)
+    assert_identical(batch.run_planned(plan, impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_plan_is_replayed_from_a_buffer_that_is_refreshed_in_place(impl):
+    """As a captured graph does."""
+    first, second = make_batch(MIXED, seed=1), make_batch([(5, 9), (0, 130), (67, 1), (128, 3), (7, 1), (4, 3), (62, 41)])
+    buffer = first.plan(impl).clone()
+    first.run_planned(buffer, impl)
+    buffer.copy_(second.plan(impl))
+    assert_identical(second.clone().run_planned(buffer, impl), second.clone().run(impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_sections_say_what_the_step_is(impl):
+    batch = make_batch([(4, 12)], padding=2)
+    plan = Plan.of(batch.plan(impl))
+    assert PlanHeader(*plan.header[: len(PlanHeader._fields)].tolist()) == PlanHeader(
+        contract.PLAN_LAYOUT, 14, entries=3, early=1, unique=1, **Extents.of(batch.call.layer)._asdict()
+    )
+    assert plan.windows.tolist() == [0, 0, 0, EARLY, 0, 0, 0, LATE, 0, 0, 0, LATE, 0, 0]
+    assert torch.equal(plan.k_slots, batch.k_slot_mapping)
+
+
+WRONG = [
+    (lambda b, p: (b.take(slice(0, 12)), p), "plan has 224 numbers, one for 12 tokens 172"),
+    (lambda b, p: (b, p.int()), "plan is torch.int32"),
+    (lambda b, p: (b, torch.zeros_like(p)), "plan was not made by this version's `plan`"),
+    (lambda b, p: (b, p.to("meta")), "plan is on meta; expected cpu"),
+    (lambda b, p: (replace(b, cos_sin_cache=b.cos_sin_cache[:20]), p), "plan is for caches of max_pos 512, .* have 20"),
+    (lambda b, p: (replace(b, inner_state_cache=b.inner_state_cache[:3]), p), "of state_pages 7, .* have 3"),
+    (lambda b, p: (replace(b, k_cache=b.k_cache[:1]), p), "of k_entries 192, .* have 64"),
+    (lambda b, p: (replace(b, inner_state_cache=b.inner_state_cache[:, :2]), p), "of state_page 4, .* have 2"),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("change, message", WRONG, ids=[m for _, m in WRONG])
+def test_a_plan_that_does_not_fit_is_refused_and_nothing_is_written(impl, change, message):
+    batch = make_batch([(0, 16)])
+    before = batch.clone()
+    changed, plan = change(batch, batch.plan(impl))
+    with pytest.raises(ContractError, match=message):
+        changed.run_planned(plan, impl)
+    assert_identical(batch, before)
+
+
+@pytest.mark.parametrize("impl, other", [("cpu", "scatter_pool"), ("scatter_pool", "cpu"), ("scatter_pool", "reference")])
+def test_a_plan_of_a_baseline_is_for_baselines_alone(impl, other):
+    batch = make_batch([(0, 16)])
+    with pytest.raises(ContractError, match="for this implementation"):
+        batch.run_planned(batch.plan(impl), other)
+
+
+def test_a_layer_whose_tensor_has_moved_is_followed():
+    batch, other = make_batch(MIXED), make_batch(MIXED, seed=5)
+    bound = ops.BoundLayer(batch.call.layer)
+    plan = batch.plan("cpu")
+    bound.run(batch.kv_score, plan)
+    batch.ape.data = other.ape.clone()  # as weights that are loaded again may come
+    bound.run(batch.kv_score, plan)
+    expected = make_batch(MIXED).run()
+    expected.ape.copy_(other.ape)
+    assert_identical(batch, expected.run())
+
+
+def test_without_memory_for_the_plan_nothing_is_written_and_the_process_goes_on(monkeypatch):
+    batch = make_batch([(0, 16)])
+    before = batch.clone()
+    library = type("Library", (), {"dsv4_indexer_plan": staticmethod(lambda *_: cpu._NO_MEMORY)})
+    monkeypatch.setattr(cpu, "native", lambda native=cpu.native(): native._replace(library=library))
+    with pytest.raises(MemoryError, match="no memory for the plan of 16 tokens; nothing was written"):
+        batch.run("cpu")
+    assert_identical(batch, before)
+
+
+def fields_of(header: str, struct: str) -> list[tuple[str, str]]:
+    """Type and name of the struct's fields, in order."""
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", (CSRC / header).read_text(), re.DOTALL)[1]
+    return re.findall(r"^\s*([\w ]+?[ *]+)(\w+);", re.sub(r"//.*", "", body), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "struct, names, packed",
+    [
+        ("StepArguments", arguments.STEP_FIELDS, cpu.STEP),
+        ("LayerArguments", arguments.LAYER_FIELDS, cpu.LAYER),
+        ("KvScore", arguments.KV_SCORE_FIELDS, cpu.KV_SCORE),
+        ("Violation", tuple(name for name, _ in cpu.Violation._fields_), None),
+    ],
+)
+def test_abi_h_has_the_fields_that_python_fills_in_the_same_order_and_width(struct, names, packed):
+    fields = fields_of("cpu/abi.h", struct)
+    assert tuple(name for _, name in fields) == names
+    codes = ["d" if kind.strip() == "double" else "q" for kind, _ in fields]
+    assert all(kind.strip() in ("double", "int64_t") or kind.strip().endswith("*") for kind, _ in fields)
+    if packed:
+        assert "".join(codes) == re.sub(r"(\d+)(\w)", lambda m: int(m[1]) * m[2], packed.format)
+
+
+def test_plan_h_has_the_layout_of_the_contract():
+    text = (CSRC / "plan.h").read_text()
+    assert tuple(name for _, name in fields_of("plan.h", "PlanHeader")) == PlanHeader._fields
+    numbers = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", text))
+    assert int(numbers["kPlanLayout"], 16) == contract.PLAN_LAYOUT == -contract.STATE_ONLY_LAYOUT
+    assert eval(numbers["kPlanWidth"], {"kWindow": contract.WINDOW}) == contract.PLAN_WIDTH
+    expected = (contract.PLAN_HEADER, NO_WINDOW, EARLY, LATE, contract.MASKED)
+    assert tuple(int(numbers[name]) for name in ("kPlanHeader", "kNoWindow", "kEarly", "kLate", "kMasked")) == expected
+    sections = re.findall(r"plan_(\w+)\(int64_t ?\w*\) { return kPlanHeader(?: \+ (?:(\d) \* )?(tokens))?", text)
+    assert [name for name, *_ in sections] == list(Plan._fields[1:])
+    assert [int(times or bool(tokens)) for _, times, tokens in sections] == list(range(6))
