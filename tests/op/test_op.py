@@ -9,18 +9,41 @@ import torch
 
 from batches import IMPLS_WHERE_ROWS_ARE_UNIQUE, assert_identical, make_batch
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.ops import cpu
+from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.ops import cpu, library
 
-OP = torch.ops.dsv4_indexer.compress.default
-
-
-@pytest.mark.parametrize(
+OPS = torch.ops.dsv4_indexer
+IMPLS_AND_FORMATS = pytest.mark.parametrize(
     "impl, k_format",
     [(i, f) for i in IMPLS_WHERE_ROWS_ARE_UNIQUE for f in ("fp8_pow2", "int8_hadamard")] + [("reference", "fp8_amax")],
 )
-def test_opcheck_passes(impl, k_format):
+
+
+@IMPLS_AND_FORMATS
+def test_opcheck_passes_for_compress(impl, k_format):
     batch = make_batch([(5, 9)], k_format=k_format)
-    torch.library.opcheck(OP, batch.call, {"k_format": k_format, "impl": impl})
+    torch.library.opcheck(OPS.compress.default, batch.call, {"k_format": k_format, "impl": impl})
+
+
+@pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
+def test_opcheck_passes_for_plan(impl):
+    call = make_batch([(5, 9)]).call
+    extents = Extents.of(call.layer)._asdict()
+    # A plan has places that no window fills: they hold what the memory held, so two plans need not be equal there.
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(OPS.plan.default, call.step, extents | {"impl": impl}, test_utils=utils)
+
+
+@IMPLS_AND_FORMATS
+def test_opcheck_passes_for_run(impl, k_format):
+    batch = make_batch([(5, 9)], k_format=k_format)
+    ape, norm_weight, cos_sin_cache, *caches = batch.call.layer
+    arguments = (batch.kv_score, ape, norm_weight, cos_sin_cache, batch.plan(impl), *caches)
+    torch.library.opcheck(OPS.run.default, arguments, {"k_format": k_format, "impl": impl})
+
+
+def compiled(function):
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def test_torch_compile_sees_the_mutation():
@@ -31,9 +54,25 @@ def test_torch_compile_sees_the_mutation():
         ops.compress(*tensors)
         return tensors[8] * 2
 
-    result = torch.compile(doubled, backend="aot_eager", fullgraph=True)(*batch.call)
+    result = compiled(doubled)(*batch.call)
     assert_identical(batch, expected)
     assert torch.equal(result.view(torch.int32), (expected.inner_state_cache * 2).view(torch.int32))
+
+
+def test_torch_compile_takes_a_plan_and_two_layers_in_one_graph():
+    layers = [make_batch([(5, 9)], seed=0), make_batch([(5, 9)], seed=0)]
+    layers[1].kv_score.mul_(2)
+    expected = [layer.clone().run() for layer in layers]
+    bounds = [ops.BoundLayer(layer.call.layer) for layer in layers]
+
+    def step(kv_scores, *tensors):
+        made = ops.plan(*tensors, **bounds[0].extents._asdict())
+        for bound, kv_score in zip(bounds, kv_scores):
+            bound.run(kv_score, made)
+
+    compiled(step)([layer.kv_score for layer in layers], *layers[0].call.step)
+    for layer, alone in zip(layers, expected):
+        assert_identical(layer, alone)
 
 
 def test_the_default_on_a_cpu_is_the_native_kernel():
@@ -60,6 +99,21 @@ def test_a_missing_library_says_where_it_was_looked_for(monkeypatch, fresh_libra
     monkeypatch.setattr(cpu, "_LIBRARY", "vllm_dsv4_indexer/none.so")
     with pytest.raises(ImportError, match=r"looked for .*none\.so; install the package with `pip install \.`"):
         make_batch([(0, 4)]).run()
+
+
+def test_a_library_from_other_sources_is_refused_by_its_path(monkeypatch, fresh_library):
+    monkeypatch.setattr(library, "_sources", lambda folder: "of a later commit")
+    with pytest.raises(ImportError, match=r"libdsv4_indexer_cpu\.so: built from other sources than csrc has now; install"):
+        make_batch([(0, 4)]).run()
+
+
+def test_an_old_copy_beside_the_package_does_not_hide_a_later_build(monkeypatch, fresh_library, tmp_path):
+    built = next(path for path in library._candidates(cpu._LIBRARY) if path.exists())
+    old = tmp_path / "old.so"
+    subprocess.run(["cc", "-shared", "-o", old, "-x", "c", "-"], input="int nothing;", text=True, check=True)
+    monkeypatch.setattr(library, "_candidates", lambda _: [old, built])
+    make_batch([(0, 4)]).run()
+    assert cpu.native().library._name == str(built)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch, fresh_library):

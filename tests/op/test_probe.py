@@ -1,0 +1,35 @@
+"""How the native kernel tells whether the state's rows are in memory alone (csrc/cpu/probe.h)."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    program = tmp_path_factory.mktemp("probe") / "probe"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["c++", *flags, str(HERE / "probe.cpp"), "-o", program], check=True)
+    return lambda reading, memory: subprocess.check_output([program, str(reading), str(memory)], text=True).strip()
+
+
+@pytest.mark.parametrize("memory, found", [(2, "warm"), (50, "warm"), (100, "cold"), (400, "cold")])
+@pytest.mark.parametrize("reading", (0, 20, 60))
+def test_the_time_of_the_rows_decides_whatever_the_clock_takes(probe, reading, memory, found):
+    assert probe(reading, memory) == found
+
+
+@pytest.mark.parametrize("memory", (2, 400))
+def test_a_clock_that_is_slower_than_what_it_measures_never_says_cold(probe, memory):
+    assert probe(2000, memory) == "warm"
+
+
+def test_without_stores_past_the_cache_rows_are_written_once():
+    """The constant that the kernel asks first, on a CPU that has no such stores."""
+    source = '#include "vec.h"\nstatic_assert(!kHasStoresPastCache);\nint main() { wait_for_stores(); }'
+    command = ["c++", "-std=c++17", "-U__SSE2__", "-U__AVX__", "-DDSV4_LANES=4", "-Wno-unused-function"]
+    command += [f"-I{HERE.parents[1] / 'csrc/cpu'}", "-fsyntax-only", "-x", "c++", "-"]
+    subprocess.run(command, input=source, text=True, check=True)
