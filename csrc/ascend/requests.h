@@ -58,6 +58,7 @@ class RequestTokens {
   __aicore__ inline void Seek(int64_t low, int64_t high) {
     low_ = low, high_ = high;
     request_ = requests_;
+    end_ = EndOf(requests_ - 1);
     position_ = begin_ = 0;
   }
 
@@ -107,13 +108,14 @@ class RequestTokens {
   }
 
   // Positions [begin_, position_) of the request are now those between low_ and high_ that it has in
-  // this call.
+  // this call. The request after it, where there is one, was the one before in the search.
   __aicore__ inline void SeekIn(int64_t request) {
-    const int64_t start = request == 0 ? 0 : StartOf(request), end = EndOf(request);
-    shift_ = Shift(request);
-    begin_ = start + shift_ > low_ ? start + shift_ : low_;
-    position_ = (end < tokens_ ? end : tokens_) + shift_;
+    const int64_t start = StartOf(request), first = request == 0 ? 0 : start;
+    shift_ = positions_.GetValue(request - held_) - start;
+    begin_ = first + shift_ > low_ ? first + shift_ : low_;
+    position_ = (end_ < tokens_ ? end_ : tokens_) + shift_;
     position_ = position_ < high_ + 1 ? position_ : high_ + 1;
+    end_ = start;
   }
 
   __aicore__ inline void Hold(int64_t request) {
@@ -141,9 +143,9 @@ class RequestTokens {
   TPipe* pipe_;
   int64_t tokens_, requests_, stride_;
   bool maps_;
-  int64_t held_ = -1;                                          // the first request that is here
-  int64_t low_ = 0, high_ = 0;                                 // of the search
-  int64_t request_ = 0, begin_ = 0, position_ = 0, shift_ = 0;  // where it is
+  int64_t held_ = -1;  // the first request that is here
+  int64_t low_ = 0, high_ = 0;  // of the search; then where it is
+  int64_t request_ = 0, end_ = 0, begin_ = 0, position_ = 0, shift_ = 0;
   GlobalTensor<int32_t> starts_gm_, positions_gm_, mapping_gm_;
   Table state_table_, k_table_;
   TBuf<TPosition::VECIN> starts_buffer_, positions_buffer_, mapping_buffer_;
