@@ -8,10 +8,10 @@ namespace dsv4 {
 
 enum KFormat : int64_t { kInt8Hadamard = 1, kFp8Amax = 2 };  // 0 is the CPU's kFp8Pow2 (cpu/abi.h)
 
-// Addresses are of the device. Strides are in elements of the tensor. A kernel takes a struct by value.
+// Addresses are of the device. Strides are in elements of tensors. Kernels take structs by value.
 
-// What a step's plan is made from. A step tells its tokens one by one (dsv4_indexer_ascend_plan), or by
-// its requests (dsv4_indexer_ascend_plan_requests); the fields of the other way are 0.
+// What a step's plan is made from. A step tells its tokens (dsv4_indexer_ascend_plan), or its
+// requests (dsv4_indexer_ascend_plan_requests); the fields of the other way are 0.
 struct PlanArguments {
   int64_t tokens;               // T
   uint64_t positions;           // [T] int64
@@ -74,8 +74,9 @@ enum Outcome : int64_t { kDone = 0, kRefused = 1, kFailed = 2 };
 
 }  // namespace dsv4
 
-// The others return an Outcome, and write a sentence into `message` if it is not kDone: kRefused names what
-// is not supported, kFailed what CANN's runtime said of the launch. Nothing waits for the device.
+// The others return an Outcome, and write a sentence into `message` if it is not kDone: kRefused
+// names what is not supported, kFailed what CANN's runtime said of the launch. None waits for the
+// device.
 extern "C" {
 
 const char* dsv4_indexer_sources();  // the digest of the sources that it was built from

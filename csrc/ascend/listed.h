@@ -70,7 +70,8 @@ class ListedTokens {
   }
 
   template <class T>
-  __aicore__ inline void Load(const LocalTensor<T>& target, const GlobalTensor<T>& source, int64_t count) {
+  __aicore__ inline void Load(const LocalTensor<T>& target, const GlobalTensor<T>& source,
+                              int64_t count) {
     const DataCopyExtParams params(1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0);
     DataCopyPad(target, source, params, DataCopyPadExtParams<T>());
   }

@@ -8,7 +8,7 @@
 namespace dsv4 {
 
 constexpr int64_t kPiece = 256;
-constexpr int64_t kBefore = 8;  // the seven that a window may look back to, and one: a block of 32 bytes
+constexpr int64_t kBefore = 8;  // the seven that a window may look back to, and one for alignment
 
 class Piece {
  public:
@@ -17,8 +17,8 @@ class Piece {
     sections_ = buffer_.Get<int64_t>();
   }
 
-  // The piece is now that of tokens [first, first + count), with nothing in it. `first` is a multiple
-  // of four.
+  // The piece is now that of tokens [first, first + count), with nothing in it. `first` is a
+  // multiple of four.
   __aicore__ inline void Begin(int64_t first, int64_t count) { first_ = first, count_ = count; }
 
   __aicore__ inline int64_t First() const { return first_; }
@@ -35,12 +35,13 @@ class Piece {
     return sections_[Place(section, token)];
   }
 
-  // Copies the sections of the piece's own tokens to a plan of `tokens`, which begins with `sections`.
+  // Copies the sections of the piece's own tokens to those of a plan of `tokens`.
   __aicore__ inline void Store(const GlobalTensor<int64_t>& sections, int64_t tokens) const {
     const uint32_t bytes = static_cast<uint32_t>(count_ * sizeof(int64_t));
-    const uint32_t gap = kRoom * sizeof(int64_t) / kBlockBytes - (bytes + kBlockBytes - 1) / kBlockBytes;
+    const uint32_t gap = kRoom * sizeof(int64_t) / kBlockBytes - Blocks(bytes);
     const uint32_t rest = static_cast<uint32_t>((tokens - count_) * sizeof(int64_t));
-    DataCopyPad(sections[first_], At(kPositions, first_), DataCopyExtParams(kSections, bytes, gap, rest, 0));
+    const DataCopyExtParams params(kSections, bytes, gap, rest, 0);
+    DataCopyPad(sections[first_], At(kPositions, first_), params);
   }
 
  private:

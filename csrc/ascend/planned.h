@@ -1,4 +1,4 @@
-// What the plan says of the tokens around the one in hand, in the unified buffer, for the scalar unit.
+// What the plan says of the tokens around the one in hand, in the unified buffer.
 #pragma once
 
 #include "abi.h"
@@ -22,15 +22,16 @@ class Planned {
   // Whether this is a plan of that layout, of as many tokens, and of no larger caches.
   __aicore__ inline bool Fits(const RunArguments& a, int64_t layout) {
     Load(sources_, plan_gm_, DataCopyExtParams(1, kPlanHeader * sizeof(int64_t), 0, 0, 0));
-    return sources_.GetValue(kLayoutPlace) == layout && sources_.GetValue(kTokensPlace) == a.tokens &&
+    return sources_.GetValue(kLayoutPlace) == layout &&
+           sources_.GetValue(kTokensPlace) == a.tokens &&
            sources_.GetValue(kStatePagesPlace) <= a.state_pages &&
            sources_.GetValue(kStatePagePlace) == a.state_page &&
            sources_.GetValue(kKEntriesPlace) <= a.k_pages * a.k_page &&
            sources_.GetValue(kMaxPosPlace) <= a.cos_sin_rows;
   }
 
-  // Makes the sections of tokens [first - 1, first + kAhead) available, as far as they exist. `first`
-  // never goes back. Nothing from `end` on will be asked for later.
+  // Makes the sections of tokens [first - 1, first + kAhead) available, as far as they exist.
+  // `first` never goes back. Nothing from `end` on will be asked for later.
   __aicore__ inline void Hold(int64_t first, int64_t end) {
     const int64_t needed = first + kAhead < tokens_ ? first + kAhead : tokens_;
     if (needed <= end_) return;
@@ -39,8 +40,9 @@ class Planned {
     end_ = end_ < tokens_ ? end_ : tokens_;
     const uint32_t bytes = static_cast<uint32_t>((end_ - begin_) * sizeof(int64_t));
     const uint32_t rest = static_cast<uint32_t>((tokens_ - (end_ - begin_)) * sizeof(int64_t));
-    const uint32_t gap = kHeld * sizeof(int64_t) / kBlockBytes - (bytes + kBlockBytes - 1) / kBlockBytes;
-    Load(sections_, plan_gm_[kPlanHeader + begin_], DataCopyExtParams(kSections, bytes, rest, gap, 0));
+    const uint32_t gap = kHeld * sizeof(int64_t) / kBlockBytes - Blocks(bytes);
+    const DataCopyExtParams params(kSections, bytes, rest, gap, 0);
+    Load(sections_, plan_gm_[kPlanHeader + begin_], params);
   }
 
   __aicore__ inline int64_t Position(int64_t token) const { return Get(kPositions, token); }
@@ -82,7 +84,8 @@ class Planned {
     Load(sources_, plan_gm_[at], DataCopyExtParams(1, bytes, 0, 0, 0));
   }
 
-  __aicore__ inline void Load(const LocalTensor<int64_t>& target, const GlobalTensor<int64_t>& source,
+  __aicore__ inline void Load(const LocalTensor<int64_t>& target,
+                              const GlobalTensor<int64_t>& source,
                               const DataCopyExtParams& params) {
     Order<HardEvent::S_MTE2>(pipe_);
     DataCopyPad(target, source, params, DataCopyPadExtParams<int64_t>());

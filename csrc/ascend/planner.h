@@ -1,10 +1,10 @@
-// The kernel of one vector core that plans: for each of its tokens, what is to be written where, and
-// for each window whose rows are not all its own run's, where they come from (the row rule).
+// The kernel of one vector core that plans: for each of its tokens, what is to be written where; for
+// each window whose rows are not all its own run's, where they come from (the row rule).
 //
 // `Tokens` tells the step's tokens: ListedTokens reads them, RequestTokens computes them. What the
 // tokens themselves do not settle, a row that is not the request's own token of the call, is taken
-// from the state at first. Then the core goes once over the tokens of the call, from the last to the
-// first, and claims each row that one of them holds: the same position, and the slot that the table
+// from the state at first. Then the core goes once over the tokens of the call, the last one first,
+// and claims each row that one of them holds: the same position, and the slot that the table
 // gives it. Only a core with such rows does so.
 #pragma once
 
@@ -82,7 +82,8 @@ class Planner {
     }
   }
 
-  __aicore__ inline void DecideToken(int64_t token, int64_t position, int64_t request, int64_t run) {
+  __aicore__ inline void DecideToken(int64_t token, int64_t position, int64_t request,
+                                     int64_t run) {
     const int64_t row = piece_.Get(kStateSlots, token);
     if (row < args_.state_page || row >= args_.state_pages * args_.state_page)
       piece_.Set(kStateSlots, token, -1);  // page 0 is nobody's
@@ -134,7 +135,9 @@ class Planner {
       }
   }
 
-  __aicore__ inline int64_t Place(int64_t token) const { return (token - piece_.First()) * kWindow; }
+  __aicore__ inline int64_t Place(int64_t token) const {
+    return (token - piece_.First()) * kWindow;
+  }
 
   __aicore__ inline void StoreSources(int64_t token) {
     const int64_t to = kPlanHeader + kSections * args_.tokens + token * kWindow;

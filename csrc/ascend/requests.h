@@ -24,9 +24,10 @@ class RequestTokens {
     starts_gm_.SetGlobalBuffer((__gm__ int32_t*)a.query_start_loc);
     positions_gm_.SetGlobalBuffer((__gm__ int32_t*)a.start_pos);
     mapping_gm_.SetGlobalBuffer((__gm__ int32_t*)a.slot_mapping);
-    state_table_.Init(a.block_table, a.block_table_stride, a.requests, a.table_columns, a.state_page,
+    state_table_.Init(a.block_table, a.block_table_stride, requests_, a.table_columns, a.state_page,
                       a.state_pages);
-    k_table_.Init(a.k_table, a.k_table_stride, a.requests, a.k_columns, a.k_page, a.k_entries / a.k_page);
+    k_table_.Init(a.k_table, a.k_table_stride, requests_, a.k_columns, a.k_page,
+                  a.k_entries / a.k_page);
     pipe->InitBuffer(starts_buffer_, (kHeld + 1) * sizeof(int32_t));
     pipe->InitBuffer(positions_buffer_, kHeld * sizeof(int32_t));
     pipe->InitBuffer(mapping_buffer_, kMostMappingStride * kPiece * sizeof(int32_t));
@@ -47,14 +48,15 @@ class RequestTokens {
       piece.Set(kPositions, token, position < 0 ? 0 : position);
       piece.Set(kRequests, token, row);
       if (token < first) continue;
-      const bool writes = position >= 0 && !(maps_ && mapping_.GetValue((token - first) * stride_) < 0);
+      const bool excluded = maps_ && mapping_.GetValue((token - first) * stride_) < 0;
+      const bool writes = position >= 0 && !excluded;
       const bool closes = writes && position % kRatio == kRatio - 1;
       piece.Set(kStateSlots, token, writes ? state_table_.Slot(row, position) : -1);
       piece.Set(kKSlots, token, closes ? k_table_.Slot(row, position / kRatio) : -1);
     }
   }
 
-  // As ListedTokens::Seek and Next: of a request at most the tokens at these positions are looked at.
+  // As ListedTokens::Seek and Next. A request's tokens at other positions are not looked at.
   __aicore__ inline void Seek(int64_t low, int64_t high) {
     low_ = low, high_ = high;
     request_ = requests_;
@@ -107,8 +109,8 @@ class RequestTokens {
     return positions_.GetValue(request - held_) - start;
   }
 
-  // Positions [begin_, position_) of the request are now those between low_ and high_ that it has in
-  // this call. The request after it, where there is one, was the one before in the search.
+  // Positions [begin_, position_) of the request are now those between low_ and high_ that it has
+  // in this call. The request after it, where there is one, was the one before in the search.
   __aicore__ inline void SeekIn(int64_t request) {
     const int64_t start = StartOf(request), first = request == 0 ? 0 : start;
     shift_ = positions_.GetValue(request - held_) - start;
@@ -134,8 +136,8 @@ class RequestTokens {
     Order<HardEvent::MTE2_S>(pipe_);
   }
 
-  __aicore__ inline void Load(const LocalTensor<int32_t>& target, const GlobalTensor<int32_t>& source,
-                              int64_t count) {
+  __aicore__ inline void Load(const LocalTensor<int32_t>& target,
+                              const GlobalTensor<int32_t>& source, int64_t count) {
     const DataCopyExtParams params(1, static_cast<uint32_t>(count * sizeof(int32_t)), 0, 0, 0);
     DataCopyPad(target, source, params, DataCopyPadExtParams<int32_t>());
   }

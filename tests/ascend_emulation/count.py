@@ -1,5 +1,5 @@
-"""Counts, in the emulation, what each kernel does, and writes it where `vllm-dsv4-indexer bench --model
-ascend` reads it. From the top of the checkout:
+"""Counts, in the emulation, what each kernel does, and writes it where `vllm-dsv4-indexer bench
+--model ascend` reads it. From the top of the checkout:
 
     python tests/ascend_emulation/count.py
 """
@@ -12,14 +12,17 @@ from pathlib import Path
 import torch
 
 from vllm_dsv4_indexer.bench.ascend_model import COUNTS
-from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, Extents, Layer
+from vllm_dsv4_indexer.contract import (
+    HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, Extents, Layer,
+)  # fmt: skip
 from vllm_dsv4_indexer.ops import ascend
 from vllm_dsv4_indexer.ops.requests import Requests, step_of
 
 ALGORITHMS = ("overlay_scan", "scatter_pool", "one_pass")  # a layer of one request of T tokens
 PLANS = ("plan", "plan_requests")  # a step of one request of T tokens, told in either way
 DECODE = tuple(f"{name}, decode" for name in PLANS)  # a step of T requests of one token
-LENGTHS = {**dict.fromkeys(ALGORITHMS + PLANS, (128, 512, 2048, 8192)), **dict.fromkeys(DECODE, (16, 128, 512))}
+LENGTHS = dict.fromkeys(ALGORITHMS + PLANS, (128, 512, 2048, 8192))
+LENGTHS |= dict.fromkeys(DECODE, (16, 128, 512))
 CORES = 48
 START = 1024  # of a request: what lies before it is in the state
 K_PAGE, STATE_PAGE = 128, 8  # vLLM Ascend's block size 128
@@ -38,14 +41,16 @@ def decode(requests: int) -> tuple[Requests, Extents]:
 def _requests(start: torch.Tensor, length: torch.Tensor) -> tuple[Requests, Extents]:
     count, end = len(start), int((start + length).max())
     columns, k_columns = end // STATE_PAGE + 1, end // RATIO // K_PAGE + 1
-    table, k_table = (1 + torch.arange(count * n, dtype=torch.int32).view(count, n) for n in (columns, k_columns))
+    table, k_table = (
+        1 + torch.arange(count * n, dtype=torch.int32).view(count, n) for n in (columns, k_columns)
+    )
     starts = torch.cat([torch.zeros(1), length.cumsum(0)]).int()
     extents = Extents(count * columns + 1, STATE_PAGE, (count * k_columns + 1) * K_PAGE, end)
     return Requests(starts, start.int(), table, k_table), extents
 
 
 def layer(extents: Extents) -> Layer:
-    """In vLLM Ascend's layout for A2 and A3: pages of 128 entries and their scales, or of 8 rows."""
+    """In vLLM Ascend's layout for A2 and A3: pages of 128 entries with scales, or of 8 rows."""
     numbers = torch.Generator().manual_seed(0)
     page_bytes = K_PAGE * (HEAD_DIM + 2)
     state = torch.zeros(extents.state_pages, page_bytes // 4)[:, : STATE_PAGE * ROW_WIDTH]
@@ -61,8 +66,8 @@ def layer(extents: Extents) -> Layer:
 
 
 def count(emulator, name: str, tokens: int) -> list[dict]:
-    """Of one of the names of LENGTHS, for each launch: its cores, what all of them did, and what the
-    one that moved most (a plan: that read most scalars) did."""
+    """Of a name in LENGTHS, for each launch: its cores, what all of them did, and what the one that
+    moved most (a plan: that read most scalars) did."""
     if name in ALGORITHMS:
         return count_layer(emulator, name, tokens)
     kernel, *decodes = name.split(", ")
@@ -79,7 +84,9 @@ def count_layer(emulator, algorithm: str, tokens: int) -> list[dict]:
     return _launches(emulator, lambda core: core["read_bytes"] + core["write_bytes"])
 
 
-def count_plan(emulator, kernel: str, requests: Requests, extents: Extents, tokens: int) -> list[dict]:
+def count_plan(
+    emulator, kernel: str, requests: Requests, extents: Extents, tokens: int
+) -> list[dict]:
     emulator.use(cores=CORES)
     if kernel == "plan":
         ascend.plan(step_of(requests, tokens, STATE_PAGE, K_PAGE), extents)
@@ -89,13 +96,18 @@ def count_plan(emulator, kernel: str, requests: Requests, extents: Extents, toke
 
 
 def _launches(emulator, work: Callable[[dict], int]) -> list[dict]:
-    return [{"cores": len(c), "all": _sum(c), "busiest": max(c, key=work)} for c in emulator.counts()]
+    return [
+        {"cores": len(cores), "all": _sum(cores), "busiest": max(cores, key=work)}
+        for cores in emulator.counts()
+    ]
 
 
 def _sum(cores: list[dict]) -> dict:
     total = {name: sum(core[name] for core in cores) for name in cores[0] if name != "vector"}
     names = sorted({name for core in cores for name in core["vector"]})
-    vector = {n: [sum(core["vector"].get(n, (0, 0))[i] for core in cores) for i in (0, 1)] for n in names}
+    vector = {
+        n: [sum(core["vector"].get(n, (0, 0))[i] for core in cores) for i in (0, 1)] for n in names
+    }
     return total | {"vector": vector}
 
 
@@ -105,8 +117,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         emulator = Emulator(Path(folder))
         with emulator.installed():
-            counts = {name: {str(t): count(emulator, name, t) for t in lengths} for name, lengths in LENGTHS.items()}
-    text = json.dumps(counts).replace('"all": ', '\n"all": ').replace('"busiest": ', '\n"busiest": ')
+            counts = {
+                name: {str(t): count(emulator, name, t) for t in lengths}
+                for name, lengths in LENGTHS.items()
+            }
+    text = json.dumps(counts)
+    for part in ("all", "busiest"):
+        text = text.replace(f'"{part}": ', f'\n"{part}": ')
     COUNTS.write_text(text + "\n")
     print(f"wrote {COUNTS}")
 

@@ -4,19 +4,17 @@ import random
 
 import pytest
 import torch
-from batches import MAX_POSITION, Batch, Prefixes, make_batch, random_case
-from sharing import SHARED, shared_batch
+from batches import Batch, make_batch, random_case
+from steps import K_PAGE, PAGES, SHARED, by_requests, random_requests, shared_batch
 from torch import Tensor
 
 from vllm_dsv4_indexer.contract import (
-    EARLY, LATE, NO_WINDOW, RATIO, WINDOW, Extents, Plan, PlanHeader, Step, row_source,
+    EARLY, LATE, NO_WINDOW, Extents, Plan, PlanHeader, Step, row_source,
 )  # fmt: skip
 from vllm_dsv4_indexer.ops import ascend, reference
 from vllm_dsv4_indexer.ops.requests import Requests, step_of
 
 CORES = (1, 7, 48)
-PAGES = (2, 4, 8)
-K_PAGE = 32
 INT8 = {"k_format": "int8_hadamard", "k_page": K_PAGE}
 MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (31, 1), (99, 4)]
 
@@ -26,8 +24,8 @@ def step_and_extents(batch: Batch) -> tuple[Step, Extents]:
 
 
 def assert_same(actual: Tensor, expected: Tensor, case: object = "") -> None:
-    """But for what a device cannot know: how many windows there are, and whether slots are unique. The
-    reference has all windows early if they are not."""
+    """But for what a device cannot know: how many windows there are, and whether slots are unique.
+    The reference has all windows early if they are not."""
     ours, theirs = Plan.of(actual), Plan.of(expected)
     told = PlanHeader(*theirs.header[: len(PlanHeader._fields)].tolist())
     header = told._replace(entries=-1, early=-1, unique=1)
@@ -67,7 +65,7 @@ def test_a_prefix_that_the_call_fills_comes_from_its_tokens(ascend_emulation, na
 
 @pytest.mark.parametrize("seed", range(120))
 def test_random_batches_are_planned_as_by_the_reference(ascend_emulation, seed):
-    """With shared prefixes, and also in rings: a plan asks nothing of the slots, only running it does."""
+    """With shared prefixes, also in rings: only running a plan asks something of the slots."""
     pick = random.Random(seed)
     case = random_case(pick) | INT8 | {"layout": "dense"}
     compare(ascend_emulation, make_batch(**case), case, (pick.randrange(1, 49),))
@@ -89,7 +87,7 @@ def test_tokens_in_any_order_are_planned_as_by_the_reference(ascend_emulation):
         compare(ascend_emulation, batch.take(order), seed)
 
 
-def test_a_call_of_more_tokens_than_a_core_looks_at_in_a_piece_is_planned_as_by_the_reference(ascend_emulation):
+def test_a_call_of_more_than_a_piece_is_planned_as_by_the_reference(ascend_emulation):
     owners = [(0, 400), (7, 300), (3, 450), *((start, 1) for start in range(300))]
     prefixes = {len(owners): (0, 400), len(owners) + 1: (1, 304)}
     batch = make_batch([*owners, (400, 40), (304, 5)], prefixes=prefixes, page=8, **INT8)
@@ -133,48 +131,12 @@ def test_the_baselines_plan_has_all_windows_early_and_all_rows_in_the_state(asce
             assert plan.sources[token, row] == (row_source(slot) if q >= 0 else -1)
 
 
-# ---- a step that is told by its requests ---------------------------------------------------------------------------
+# ---- a step that is told by its requests ---------------------------------------------------------
 
 
-def by_requests(
-    requests: list[tuple[int, int]], prefixes: Prefixes, pick: random.Random, page: int
-) -> tuple[Requests, Extents]:
-    """The requests in vLLM Ascend's form, each with the pages that it needs and block 0 elsewhere."""
-    count, ends = len(requests), [start + length for start, length in requests]
-    columns, k_columns = max(ends) // page + 1, max(ends) // (RATIO * K_PAGE) + 1
-    blocks = pick.sample(range(1, count * columns + 3), count * columns)
-    keys = torch.tensor(pick.sample(range(1, count * k_columns + 3), count * k_columns), dtype=torch.int32)
-    state = torch.zeros(count, columns, dtype=torch.int32)
-    for row, (start, _) in enumerate(requests):
-        owner, shared = prefixes.get(row, (row, 0))
-        for column in range(max(start - WINDOW, 0) // page, -(-ends[row] // page)):
-            state[row, column] = state[owner, column] if column * page < shared else blocks.pop()
-    starts = torch.tensor([0] + [length for _, length in requests]).cumsum(0).int()
-    start_pos = torch.tensor([start for start, _ in requests], dtype=torch.int32)
-    extents = Extents(count * columns + 3, page, (count * k_columns + 3) * K_PAGE, MAX_POSITION)
-    return Requests(starts, start_pos, state, keys.view(count, k_columns)), extents
-
-
-def padded(requests: Requests, count: int) -> Requests:
-    """With so many requests of a graph's padding, without tokens and with block 0."""
-    starts, start_pos, state, keys, mapping = requests
-    starts = torch.cat([starts, starts[-1:].expand(count)])
-    return Requests(
-        starts, *(torch.cat([t, t.new_zeros(count, *t.shape[1:])]) for t in (start_pos, state, keys)), mapping
-    )
-
-
-def random_requests(seed: int) -> tuple[Requests, int, Extents]:
-    pick = random.Random(seed)
-    case = random_case(pick)
-    requests, extents = by_requests(case["requests"], case["prefixes"], pick, case["page"])
-    tokens = int(requests.query_start_loc[-1]) + pick.choice((0, 0, 1, 9))
-    if pick.random() < 0.5:
-        requests = padded(requests, pick.randrange(1, 4))
-    return requests, tokens, extents
-
-
-def compare_requests(emulation, requests: Requests, tokens: int, extents: Extents, cores: int, case=""):
+def compare_requests(
+    emulation, requests: Requests, tokens: int, extents: Extents, cores: int, case: object = ""
+) -> Plan:
     emulation.use(cores=cores)
     actual = ascend.plan_requests(requests, tokens, extents, K_PAGE)
     expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
@@ -191,11 +153,14 @@ def test_requests_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation
 
 @pytest.mark.parametrize("count", (511, 512, 513, 1100))
 @pytest.mark.parametrize("cores", (1, 48))
-def test_requests_of_more_than_a_piece_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation, count, cores):
+def test_more_requests_than_a_piece_are_planned_as_the_tokens_that_they_stand_for(
+    ascend_emulation, count, cores
+):
     pick = random.Random(count)
     told = [(7, 33), *((pick.randrange(40), 1) for _ in range(count - 3)), (0, 9), (8, 4)]
     requests, extents = by_requests(told, {count - 1: (count - 2, 8)}, pick, 8)
-    plan = compare_requests(ascend_emulation, requests, int(requests.query_start_loc[-1]), extents, cores)
+    tokens = int(requests.query_start_loc[-1])
+    plan = compare_requests(ascend_emulation, requests, tokens, extents, cores)
     assert (plan.sources[plan.windows == EARLY] >= 0).any()
 
 
@@ -205,12 +170,14 @@ def test_a_token_that_the_slot_mapping_excludes_writes_nothing(ascend_emulation,
     for seed in range(10):
         requests, tokens, extents = random_requests(seed)
         real = int(requests.query_start_loc[-1])
-        mapping = torch.randint(-1, 3, (tokens, stride), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        numbers = torch.Generator().manual_seed(seed)
+        mapping = torch.randint(-1, 3, (tokens, stride), generator=numbers).to(dtype)
         requests = requests._replace(slot_mapping=mapping[:, 0])
         plan = compare_requests(ascend_emulation, requests, tokens, extents, 5, seed)
         excluded = mapping[:real, 0] < 0
-        assert (plan.state_slots[:real][excluded] == -1).all() and (plan.k_slots[:real][excluded] == -1).all()
-        assert (plan.state_slots[:real][~excluded] >= 0).all()
+        state_slots, k_slots = plan.state_slots[:real], plan.k_slots[:real]
+        assert (state_slots[excluded] == -1).all() and (k_slots[excluded] == -1).all()
+        assert (state_slots[~excluded] >= 0).all()
 
 
 def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
@@ -224,11 +191,12 @@ def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
     assert (plan.windows == NO_WINDOW).all()
 
 
-def test_positions_before_0_and_outside_the_tables_are_planned_alike_by_both_kernels(ascend_emulation):
+def test_positions_outside_the_tables_are_planned_alike_by_both_kernels(ascend_emulation):
     ascend_emulation.use(cores=3)
     requests, extents = by_requests([(0, 40), (20, 40), (9, 3)], {}, random.Random(0), 4)
     narrow = requests.state_block_table[:, :9].contiguous()
-    requests = requests._replace(state_block_table=narrow, start_pos=requests.start_pos - torch.tensor([5, 0, 0]).int())
+    before_0 = requests.start_pos - torch.tensor([5, 0, 0]).int()
+    requests = requests._replace(state_block_table=narrow, start_pos=before_0)
     step = step_of(requests, 90, 4, K_PAGE)
     ours, theirs = ascend.plan_requests(requests, 90, extents, K_PAGE), ascend.plan(step, extents)
     for section, other in zip(Plan.of(ours)[:-1], Plan.of(theirs)[:-1]):
@@ -237,7 +205,7 @@ def test_positions_before_0_and_outside_the_tables_are_planned_alike_by_both_ker
     assert torch.equal(Plan.of(ours).sources[early], Plan.of(theirs).sources[early])
 
 
-# ---- the tests above notice ----------------------------------------------------------------------------------------
+# ---- the tests above notice ----------------------------------------------------------------------
 
 CLAIM = "sources_.GetValue(at) == kRowZero - candidate.state_slot"
 MISTAKES = {
@@ -247,13 +215,17 @@ MISTAKES = {
         ("tokens_.Seek(low_, high_)", "tokens_.Seek(0, args_.max_pos)"),
         (
             "const int64_t back = piece_.Get(kPositions, window) - candidate.position;",
-            "int64_t back = 0; while (back < kWindow && sources_.GetValue(Place(window) + kWindow - 1 - back) != "
-            "kRowZero - candidate.state_slot) ++back;",
+            "int64_t back = 0; while (back < kWindow && sources_.GetValue(Place(window) + kWindow - 1 "
+            "- back) != kRowZero - candidate.state_slot) ++back;",
         ),
     ],
-    "the first token instead of the last": [(CLAIM, f"({CLAIM} || sources_.GetValue(at) > candidate.token)")],
-    "the row that the table has, although it is the request's own": [("Holds(token - back, request, q)", "back == 0")],
-}  # fmt: skip
+    "the first token instead of the last": [
+        (CLAIM, f"({CLAIM} || sources_.GetValue(at) > candidate.token)")
+    ],
+    "the row that the table has, although it is the request's own": [
+        ("Holds(token - back, request, q)", "back == 0")
+    ],
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

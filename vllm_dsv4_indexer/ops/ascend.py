@@ -2,10 +2,10 @@
 current stream.
 
 Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in
-page 0 is not written, a window's row without a page counts for nothing, and a layer whose caches a plan
+page 0 is not written, a window's row without a page counts for nothing, and a layer that a plan
 does not fit stays as it is. What the kernels cannot do is refused with the table of
-csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend (csrc/ascend/README.md says
-why): the slots of a call are unique, and a slot has one position.
+csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend: the slots of a call are
+unique, and a slot has one position. csrc/ascend/README.md says why.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
 _K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}
 # csrc/ascend/abi.h: struct PlanArguments, struct RunArguments, enum Outcome.
 _OF_REQUESTS = (
-    "query_start_loc", "start_pos", "k_table", "k_table_stride", "k_columns", "k_page", "slot_mapping",
-    "slot_mapping_stride",
+    "query_start_loc", "start_pos", "k_table", "k_table_stride", "k_columns", "k_page",
+    "slot_mapping", "slot_mapping_stride",
 )  # fmt: skip
 _OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan")
 PLAN_FIELDS = (*STEP_FIELDS, "plan", "state_only", *_OF_REQUESTS)
@@ -39,8 +39,8 @@ _REFUSED = 1
 
 
 def plan(step: Step, extents: Extents, *, algorithm: str = "one_pass") -> Tensor:
-    """See `vllm_dsv4_indexer.ops.plan`; one launch. The plans of the other algorithms, which are kept for
-    comparison, have all rows in the state."""
+    """See `vllm_dsv4_indexer.ops.plan`; one launch. The other algorithms are kept for comparison:
+    their plans have all rows in the state."""
     made = _empty_plan(step.positions.shape[0], step.positions.device)
     of_requests = (0,) * len(_OF_REQUESTS)
     arguments = _PLAN.pack(
@@ -51,8 +51,8 @@ def plan(step: Step, extents: Extents, *, algorithm: str = "one_pass") -> Tensor
 
 
 def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int) -> Tensor:
-    """The plan of a step of so many tokens that is told by its requests, as `requests.step_of` says; one
-    launch. `k_page`: entries of a K page."""
+    """The plan of a step of so many tokens that is told by its requests, as `requests.step_of`
+    says; one launch. `k_page`: entries of a K page."""
     starts, start_pos, table, k_table, slot_mapping = requests
     made = _empty_plan(tokens, start_pos.device)
     unlisted = dict.fromkeys(("positions", "token_to_req", "state_slots", "k_slots"), 0)
@@ -79,7 +79,7 @@ def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int
 
 
 class Bound:
-    """A layer's tensors, as the library takes them: packed once, and again if one of them has moved."""
+    """A layer's tensors as the library takes them: packed once, and again if one has moved."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
         self._layer, self._eps, self._k_format = layer, eps, _K_FORMATS[k_format]
@@ -92,7 +92,7 @@ class Bound:
         """Runs the layer. How many entries it writes only the device knows."""
         if kv_score.dtype is not torch.float32:
             raise contract.ContractError(
-                f"kv_score has dtype {kv_score.dtype}; on NPUs the projection's output is torch.float32"
+                f"kv_score has dtype {kv_score.dtype}; on NPUs the projection gives torch.float32"
             )
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
@@ -122,7 +122,7 @@ def _empty_plan(tokens: int, device: torch.device) -> Tensor:
 
 
 def _signs(slots: Tensor | None) -> dict[str, int]:
-    """The kernel looks at signs alone, of int32: an int64 is read as the second of its two halves."""
+    """The kernel looks at signs of int32 alone: an int64 is read as the second of its halves."""
     if slots is None:
         return {"slot_mapping": 0, "slot_mapping_stride": 0}
     halves = slots.itemsize // 4
@@ -131,7 +131,7 @@ def _signs(slots: Tensor | None) -> dict[str, int]:
 
 
 def _launch(function: Callable[..., int], device: torch.device, arguments: bytes) -> None:
-    """Raises ContractError for what is refused, and RuntimeError with what CANN says of the launch."""
+    """Raises ContractError for what is refused, RuntimeError with what CANN says of the launch."""
     message = ctypes.create_string_buffer(1000)
     outcome = function(arguments, _stream(device), message, len(message))
     if outcome:
