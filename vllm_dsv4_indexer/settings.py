@@ -10,7 +10,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
+
+from vllm_dsv4_indexer.errors import UserError
 
 NAMESPACE = "dsv4_indexer"
 ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
@@ -33,33 +35,45 @@ class Settings:
 
     @staticmethod
     def read(additional_config: Mapping[str, Any] | Any) -> "Settings":
-        """Check and return the user's settings. Raises ValueError that names the setting and what is allowed."""
+        """Check and return the user's settings. UserError names the setting and what is allowed."""
         for name in os.environ:
             if name.startswith(f"{NAMESPACE.upper()}_") and name not in ENVIRONMENT_VARIABLES:
-                raise ValueError(
-                    f"unknown environment variable {name}: unset it; {NAMESPACE} knows {sorted(ENVIRONMENT_VARIABLES)}"
+                raise UserError(
+                    f"unknown environment variable {name}: unset it; {NAMESPACE} knows "
+                    f"{sorted(ENVIRONMENT_VARIABLES)}"
                 )
-        additional_config = additional_config if isinstance(additional_config, Mapping) else {}
-        for key in additional_config:
-            if key != NAMESPACE and re.sub("[^a-z0-9]", "", key.lower()) == NAMESPACE.replace("_", ""):
-                raise ValueError(f"--additional-config: unknown key {key!r}; settings of ours stand under {NAMESPACE!r}")
-        given = additional_config.get(NAMESPACE, {})
+        keys = keys_of_ours(additional_config)
+        for key in keys:
+            if key != NAMESPACE:
+                _refuse(f"unknown key {key!r}; settings of ours stand under {NAMESPACE!r}")
+        given = additional_config[NAMESPACE] if keys else {}
         if not isinstance(given, Mapping):
-            raise ValueError(f"--additional-config: {NAMESPACE} must be an object of settings, not {given!r}")
+            _refuse(f"{NAMESPACE} must be an object of settings, not {given!r}")
         choices = {name: list(get_args(kind)) for name, kind in get_type_hints(Settings).items()}
         for key, value in given.items():
             if key not in choices:
-                raise ValueError(f"--additional-config: unknown key {NAMESPACE}.{key}; known keys are {list(choices)}")
+                _refuse(f"unknown key {NAMESPACE}.{key}; known keys are {list(choices)}")
             if value not in choices[key]:
-                raise ValueError(f"--additional-config: {NAMESPACE}.{key} is {value!r}; choose one of {choices[key]}")
+                _refuse(f"{NAMESPACE}.{key} is {value!r}; choose one of {choices[key]}")
         settings = Settings(**given)
         if settings.impl == "stock" and settings.state_save == "tail":
-            raise ValueError(
-                f"--additional-config: {NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from "
-                "the state; leave one of the two out"
+            _refuse(
+                f"{NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from the "
+                "state; leave one of the two out"
             )
         return settings
 
     def on(self, native: str) -> "Settings":
         """The same on a device with the native implementation `native`, which takes the place of `auto`."""
         return replace(self, impl=native) if self.impl == "auto" else self
+
+
+def keys_of_ours(additional_config: Mapping[str, Any] | Any) -> list[str]:
+    """The keys of `additional_config` that are meant for us, well spelt or not."""
+    keys = additional_config if isinstance(additional_config, Mapping) else ()
+    plain = NAMESPACE.replace("_", "")
+    return [key for key in keys if re.sub("[^a-z0-9]", "", str(key).lower()) == plain]
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UserError(f"--additional-config: {what}")

@@ -134,17 +134,18 @@ constexpr float kRounder = 12582912.0f;
 // looks far enough ahead to overlap eight such chains by itself.
 inline void exp_nonpositive(Floats (&x)[8]) {
   constexpr float kLog2E = 1.44269504f, kSmallest = -87.0f;
+  constexpr float kBiased = kRounder + 127;  // leaves n with the exponent's bias in the low bits
   constexpr float kCoefficients[] = {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
   Floats shifted[8], p[8];
   Ints underflows[8];
   DSV4_UNROLL for (int j = 0; j < 8; ++j) underflows[j] = x[j] < kSmallest;
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) shifted[j] = multiply_add(x[j], broadcast(kLog2E), broadcast(kRounder));
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kRounder - shifted[j]);
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) shifted[j] = multiply_add(x[j], broadcast(kLog2E), broadcast(kBiased));
+  DSV4_UNROLL for (int j = 0; j < 8; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kBiased - shifted[j]);
   DSV4_UNROLL for (int j = 0; j < 8; ++j) p[j] = broadcast(0.00132647273f);
   DSV4_UNROLL for (int i = 0; i < 5; ++i)
     DSV4_UNROLL for (int j = 0; j < 8; ++j) p[j] = multiply_add(p[j], x[j], broadcast(kCoefficients[i]));
   DSV4_UNROLL for (int j = 0; j < 8; ++j) {
-    const Floats power = (Floats)(((Ints)shifted[j] + 127) << 23);  // the low bits of `shifted` are n
+    const Floats power = (Floats)((Ints)shifted[j] << 23);
     x[j] = underflows[j] ? Floats{} : p[j] * power;
   }
 }

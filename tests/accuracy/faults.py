@@ -1,45 +1,55 @@
-"""Ways in which an indexer compressor can be wrong: each an implementation of the op with one fault planted."""
+"""Ways in which an indexer compressor can be wrong: each a `compress` with one fault planted."""
 
-import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from torch import Tensor
-from vllm_dsv4_indexer.ops import baselines, cpu, reference
+
+from vllm_dsv4_indexer import contract
+from vllm_dsv4_indexer.contract import Call, Extents, row_source
+from vllm_dsv4_indexer.ops import Functions, baselines, cpu, reference
 
 HALF = 128  # channels
-ARGUMENTS = [name for name in inspect.signature(reference.compress).parameters if name not in ("eps", "k_format")]
-FAULTS: dict[str, Callable[..., int]] = {}
-right = cpu.compress
+Compress = Callable[..., int]  # of a Call; returns the number of entries written
+FAULTS: dict[str, Compress] = {}
+REFERENCE = Functions(reference.plan, reference.bind)
+SCATTER_POOL = Functions(baselines.plan, baselines.scatter_pool)
 
 
-def spoils_arguments(name: str, implementation: Callable[..., int] = right):
-    """Registers a fault: a function that changes the arguments of the op before a right implementation takes them."""
+def compress(call: Call, functions: Functions = Functions(cpu.plan, cpu.bind), **options) -> int:
+    """The right one."""
+    plan = functions.plan(call.step, Extents.of(call.layer))
+    return functions.bind(call.layer, **options)(call.kv_score, plan)
+
+
+def spoils_arguments(name: str, *functions: Functions):
+    """Registers a fault: a function that changes the arguments before a right implementation takes them."""
 
     def register(spoil: Callable[[SimpleNamespace], None]) -> None:
-        def compress(*tensors: Tensor | None, **options) -> int:
-            arguments = SimpleNamespace(**dict(zip(ARGUMENTS, tensors, strict=True)))
+        def wrong(call: Call, **options) -> int:
+            arguments = SimpleNamespace(**call._asdict())
             spoil(arguments)
-            return implementation(*vars(arguments).values(), **options)
+            return compress(Call(**vars(arguments)), *functions, **options)
 
-        FAULTS[name] = compress
+        FAULTS[name] = wrong
 
     return register
 
 
-def spoils_reference(name: str, part: str):
-    """Registers a fault: a wrong value or function in the place of `part` of the reference, whose own it is given."""
+def spoils_reference(name: str, part: str, **others):
+    """Registers a fault: a wrong value or function in the place of `part` of the reference, whose own it is given.
+
+    others: what stands in the place of further parts."""
 
     def register(spoil: Callable) -> None:
-        wrong = spoil(getattr(reference, part))
+        parts = others | {part: spoil(getattr(reference, part))}
 
-        def compress(*tensors: Tensor | None, **options) -> int:
-            with mock.patch.object(reference, part, wrong):
-                return reference.compress(*tensors, **options)
+        def wrong(call: Call, **options) -> int:
+            with mock.patch.multiple(reference, **parts):
+                return compress(call, REFERENCE, **options)
 
-        FAULTS[name] = compress
+        FAULTS[name] = wrong
 
     return register
 
@@ -55,17 +65,29 @@ def _(a):
     a.ape = a.ape.unflatten(1, (2, HALF)).flip(1).flatten(1)
 
 
-@spoils_reference("window one row too early", "_windows")
+# No slot counts as unique, so that the plan says of every row where it comes from.
+@spoils_reference("window one row too early", "_windows", _unique=lambda slots: False)
 def _(windows):
-    def early(token, positions, token_to_req):
-        right = windows(token, positions, token_to_req)
+    def early(token, step):
+        right = windows(token, step)
         q = right.q - 1
-        u = token[:, None] + q - positions[token, None]
+        u = token[:, None] + q - step.positions[token, None]
         held = u.clamp(min=0)
-        in_call = (u >= 0) & (positions[held] == q) & (token_to_req[held] == token_to_req[token, None])
-        return right._replace(q=q, u=held, in_call=in_call)
+        own = (u >= 0) & (step.positions[held] == q) & (step.token_to_req[held] == step.token_to_req[token, None])
+        return right._replace(q=q, u=held, own=own)
 
     return early
+
+
+@spoils_reference("rows of other requests from before the call", "_sources")
+def _(sources):
+    def old(windows, step, page):
+        right = sources(windows, step, page)
+        others = windows.history & (right >= 0)
+        slots = step.inner_state_slot_mapping[right.clamp(min=0)]
+        return torch.where(others, row_source(slots), right)
+
+    return old
 
 
 @spoils_arguments("RoPE at the window's last position")
@@ -80,7 +102,7 @@ def _(a):
     a.inner_state_slot_mapping = a.inner_state_slot_mapping.masked_fill(four_later != a.token_to_req, -1)
 
 
-@spoils_arguments("a missing state row under scatter-first", baselines.scatter_pool)
+@spoils_arguments("a missing state row under scatter-first", SCATTER_POOL)
 def _(a):
     a.inner_state_slot_mapping = a.inner_state_slot_mapping.masked_fill(a.positions % 4 == 3, -1)
 
@@ -119,9 +141,14 @@ def _(store):
     return lambda x, slots, k_cache: store(reference._hadamard(x), slots, k_cache)
 
 
-@spoils_reference("window of twelve rows", "WINDOW")
-def _(rows):
-    return rows + 4
+def twelve_rows(call: Call, **options) -> int:
+    """A plan then has as many sources for a token."""
+    rows, width = contract.WINDOW + 4, contract.PLAN_WIDTH + 4
+    with mock.patch.multiple(contract, WINDOW=rows, PLAN_WIDTH=width), mock.patch.object(reference, "WINDOW", rows):
+        return compress(call, REFERENCE, **options)
+
+
+FAULTS["window of twelve rows"] = twelve_rows
 
 
 @spoils_reference("random keys", "_store_fp8_pow2")

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from vllm_dsv4_indexer.accuracy.document import PAGE, make_document
+from vllm_dsv4_indexer.accuracy.document import BURST, PAGE, make_burst, make_document
 from vllm_dsv4_indexer.checkpoint.needle import DECOYS, KEYS, VALUES
 
 CHUNK = 509
@@ -53,3 +53,13 @@ def test_windows_of_needles_lie_across_the_borders_of_chunks(document):
 
 def test_the_same_arguments_give_the_same_document():
     assert make_document(1024, seed=1) == make_document(1024, seed=1) != make_document(1024, seed=2)
+
+
+def test_documents_of_a_burst_part_behind_the_key_of_their_needle():
+    documents = make_burst(512, seed=1)
+    assert len(documents) == BURST == len({document.tokens[512] for document in documents})
+    for document in documents:
+        assert document.tokens[:512] == documents[0].tokens[:512]
+        (needle,) = document.needles
+        assert (needle.position, needle.entry) == (511, 128) and len(document.tokens) % 4 == 0
+        assert document.tokens[511:513] == [KEYS[needle.key], needle.value]

@@ -11,6 +11,7 @@ MOST = {
     "no positional bias": ("anywhere", 0.3),
     "previous and current halves swapped": ("anywhere", 0.1),
     "window one row too early": ("key in the previous group", 0.1),
+    "rows of other requests from before the call": ("behind a prefix of the same step", 0.1),
     "RoPE at the window's last position": ("by distance", 0.1),
     "stale state at a chunk border": ("window across chunks", 0.5),
     "a missing state row under scatter-first": ("key in the previous group", 0.1),
@@ -33,6 +34,12 @@ def test_a_planted_fault_loses_needles_where_it_acts(counts, fault):
     column, most = MOST[fault]
     found, of = counts[fault][column]
     assert found <= most * of
+
+
+def test_rows_from_before_the_call_lose_no_needle_that_shares_no_prefix(counts):
+    """So that nothing but a burst shows that fault."""
+    columns = counts["rows of other requests from before the call"]
+    assert [name for name, (found, of) in columns.items() if found < of] == ["behind a prefix of the same step"]
 
 
 def test_a_wrong_rotation_loses_no_needle_that_its_key_alone_finds(counts):

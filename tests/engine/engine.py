@@ -14,6 +14,7 @@ import numpy as np
 INDEXERS = 2  # layers of the demo checkpoint that have one
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
+SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
 
 
@@ -34,6 +35,23 @@ STAGED = [*(dict(prompts=[one], sampling=GREEDY) for one in MIXED["prompts"]), M
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
+# Short prompts beside long ones, by length. With steps of 2100 tokens, what is behind a prompt of 2100
+# starts while that one decodes, and what is behind another long one starts with its last chunk. So
+# there are steps whose prefills have no entry, and steps whose last prefill has none.
+SHORT_STEP = 2100
+SHORT_MIXTURES = ((2100, 3, 2, 1), (2100, 4, 3), (1, 2100, 4, 2))
+SHORT_LENGTHS = (1, 2, 3, 4, 2100)  # of these mixtures
+MORE_MIXTURES = (*SHORT_MIXTURES, (5000, 4, 3, 2, 1), (3, 2, 2040, 1, 2100, 3))
+MORE_LENGTHS = (*SHORT_LENGTHS, 2040, 5000)
+
+
+def alone_and_mixed(lengths: tuple[int, ...], mixtures: tuple[tuple[int, ...], ...]) -> list[dict]:
+    """Rounds: a prompt of each of the lengths alone; each of the mixtures."""
+    sampling = GREEDY | dict(max_tokens=4)
+    rounds = (*zip(lengths), *mixtures)
+    return [dict(prompts=list(map(prompt, one)), sampling=sampling) for one in rounds]
+
+
 DRAFTED_LENGTHS, DRAFTED_TOKENS = (1, 6, 129, 2010), 37
 DRAFTED = dict(
     prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS)
@@ -44,6 +62,7 @@ DRAFTED = dict(
 class Result:
     rounds: list[list[dict]]
     metrics: dict[str, int]  # vLLM's own counters
+    native: bool  # whether the process loaded our native library; its workers, if it has any, are not asked
     saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
     log: str
 
@@ -84,21 +103,38 @@ def run_engine(
 
     In one process vLLM schedules all requests of a round at once, so that two engines see the same batches.
     """
+    job = dict(options=complete(model, options), rounds=rounds)
+    job |= dict(caches=caches, entries=entries, projections=projections, without=without)
+    result_file = folder / "result.json"
+    lines = launch("run_engine.py", folder, job, result_file, environment)
+    saved = dict(np.load(result_file.with_suffix(".npz")))
+    return Result(**json.loads(result_file.read_text()), saved=saved, log=lines)
+
+
+def complete(model: Path, options: dict) -> dict:
+    """The arguments of LLM: our backend and what all engines here have in common, unless `options` say otherwise."""
     defaults = dict(attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192)
     defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
-    job = dict(options=dict(model=str(model)) | defaults | options, rounds=rounds)
-    job |= dict(caches=caches, entries=entries, projections=projections, without=without)
-    job_file, result_file = folder / "job.json", folder / "result.json"
-    job_file.write_text(json.dumps(job))
-    command = [sys.executable, str(Path(__file__).with_name("run_engine.py")), str(job_file), str(result_file)]
+    return dict(model=str(model)) | defaults | options
+
+
+def launch(script: str, folder: Path, job: dict, result: Path, environment: dict[str, str] | None) -> str:
+    """Run a script of this folder on a job, in a process of its own; returns what it logged."""
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder / "job.json"), str(result)]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {})
     with (folder / "log").open("w+") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600)
         log.seek(0)
         lines = log.read()
     assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
-    saved = dict(np.load(result_file.with_suffix(".npz")))
-    return Result(**json.loads(result_file.read_text()), saved=saved, log=lines)
+    return lines
+
+
+def two_processes() -> dict[str, str]:
+    """An environment in which each of two workers has a core of its own."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    return SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
 
 
 def largest_difference(one: dict, other: dict) -> float:

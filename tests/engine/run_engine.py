@@ -3,7 +3,8 @@
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
 "caches", "entries", "projections": whether to save, beside RESULT, as .npz, the indexers' caches, what each call of the
 op stored, and what goes into and comes out of the projections in front of them, "without": functions of
-engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters};
+engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters,
+"native": whether our native library is in this process};
 an answer has the generated tokens, for each of them the log-probabilities of the most likely ones, the same for the
 prompt if asked for, and how many prompt tokens came from the prefix cache.
 """
@@ -40,7 +41,8 @@ def main(job_file: str, result_file: str) -> None:
     arrays = {name: np.concatenate(calls) for name, calls in projections.items()}
     arrays |= indexer_caches(llm) if job["caches"] else {}
     np.savez(Path(result_file).with_suffix(".npz"), **arrays, **entries)
-    Path(result_file).write_text(json.dumps({"rounds": rounds, "metrics": metrics}))
+    native = "libdsv4_indexer" in Path("/proc/self/maps").read_text()
+    Path(result_file).write_text(json.dumps({"rounds": rounds, "metrics": metrics, "native": native}))
 
 
 def generate(llm: LLM, prompts: list[list[int]], sampling: dict) -> list[RequestOutput]:

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
+from vllm.v1.attention.backends.mla import compressor_utils, indexer
 from vllm.v1.attention.ops import metadata
 
-from vllm_dsv4_indexer.engines import vllm_cpu
+from vllm_dsv4_indexer.engines import vllm_cpu, vllm_cpu_metadata
 
 RATIO, PAGE, PAD = 4, 64, -1
 BATCHES = {
@@ -15,14 +15,15 @@ BATCHES = {
     "one decode": [(256, 1)],
     "decodes before prefills": [(7, 1), (1023, 1), (0, 300), (5, 8)],
     "chunks that start anywhere": [(start, 13) for start in range(8)],
+    "prompts without an entry at the end": [(1023, 1), (0, 300), (0, 4), (0, 3), (0, 2)],
+    "prompts without an entry in front": [(1, 1), (0, 3), (0, 2), (0, 5)],
 }
 
 
 @pytest.fixture
 def provided():
-    vllm_cpu.provide_metadata("a test")
-    yield
-    vllm_cpu.withdraw_metadata("a test")
+    with vllm_cpu_metadata.metadata_on_cpu():
+        yield
 
 
 @pytest.fixture(params=BATCHES.values(), ids=BATCHES)
@@ -63,20 +64,51 @@ def test_the_last_token_of_a_group_gets_the_slot_of_its_entry(batch):
     assert mapped.tolist() == expected
 
 
-def test_a_prefill_token_may_score_the_entries_up_to_its_own(batch):
+def prefill_chunk(batch, rows: slice | None = None):
+    """vLLM's chunk of all requests of the batch, made of our metadata."""
     requests, query_start_loc, seq_lens, table = batch
-    entries = seq_lens // RATIO
+    entries, both = seq_lens // RATIO, (query_start_loc, query_start_loc)
+    return indexer.build_prefill_chunk_metadata(
+        0, len(requests), *both, seq_lens, entries, entries, table, RATIO, query_slice=rows
+    )
+
+
+def test_a_prefill_token_may_score_the_entries_up_to_its_own(batch):
+    requests, query_start_loc, seq_lens, _ = batch
+    entries = (seq_lens // RATIO).tolist()
     tokens = int(query_start_loc[-1])
     rows = slice(tokens // 3, tokens)
-    chunk = indexer.build_prefill_chunk_metadata(
-        0, len(requests), query_start_loc, query_start_loc, seq_lens, entries, entries, table, RATIO, query_slice=rows
-    )
-    before = [sum(entries.tolist()[:request]) for request in range(len(requests))]
-    first = [before[request] for request, (_, count) in enumerate(requests) for _ in range(count)]
-    scored = [(position + 1) // RATIO for start, count in requests for position in range(start, start + count)]
+    chunk = prefill_chunk(batch, rows)
+    first = [sum(entries[:r]) for r, (_, count) in enumerate(requests) for _ in range(count)]
+    first = [min(entry, sum(entries) - 1) for entry in first]  # for requests without an entry
+    scored = [(start + i + 1) // RATIO for start, count in requests for i in range(count)]
+    end = [begin + count for begin, count in zip(first, scored)]
     assert chunk.cu_seqlen_ks.tolist() == first[rows]
-    assert chunk.cu_seqlen_ke.tolist() == [begin + count for begin, count in zip(first, scored)][rows]
-    assert chunk.token_to_seq.tolist() == [r for r, count in enumerate(entries.tolist()) for _ in range(count)]
+    assert chunk.cu_seqlen_ke.tolist() == end[rows]
+    assert chunk.token_to_seq.tolist() == [r for r, n in enumerate(entries) for _ in range(n)]
+
+
+def test_a_token_that_may_score_entries_is_found_to_be_of_its_own_request_and_any_token_of_one(batch):
+    """By the look-up in `forward_cpu` of vLLM's indexer."""
+    requests, chunk = batch[0], prefill_chunk(batch)
+    found = torch.searchsorted(chunk.local_cu_seq_lens, chunk.cu_seqlen_ks, right=True) - 1
+    own = torch.tensor([r for r, (_, count) in enumerate(requests) for _ in range(count)])
+    scores = chunk.cu_seqlen_ke > chunk.cu_seqlen_ks
+    assert found[scores].tolist() == own[scores].tolist()
+    assert 0 <= found.min() and found.max() < len(requests)
+
+
+def test_prefills_without_an_entry_get_an_empty_chunk_of_all_their_tokens(provided):
+    """Of a step with one decode, as `forward_cpu` of vLLM's indexer wants it."""
+    query_start_loc = torch.tensor([0, 1, 4, 6], dtype=torch.int32)
+    seq_lens = torch.tensor([2100, 3, 2], dtype=torch.int32)
+    entries, both = seq_lens // RATIO, (query_start_loc, query_start_loc)
+    table = torch.ones(3, 9, dtype=torch.int32)
+    chunk = indexer.build_prefill_chunk_metadata(
+        1, 3, *both, seq_lens, entries, entries, table, RATIO, query_slice=slice(0, 5)
+    )
+    assert (chunk.token_start, chunk.token_end) == (1, 6) and chunk.num_reqs == 2
+    assert chunk.local_total_seq_lens == 0
 
 
 def test_a_token_and_each_of_its_drafts_become_a_request_of_one_token(provided):
@@ -92,46 +124,55 @@ def test_a_token_and_each_of_its_drafts_become_a_request_of_one_token(provided):
 
 
 def test_every_layer_type_has_a_schedule_of_none(provided):
-    builder = vllm_cpu.DeepseekV4CPUSparseSWAMetadataBuilder
+    builder = vllm_cpu_metadata.DeepseekV4CPUSparseSWAMetadataBuilder
     kinds = {"swaonly", "c4a", "c128a", "c1a", "c2a"}
     assert builder.build_tile_scheduler(object.__new__(builder), 3) == dict.fromkeys(kinds)
 
 
-KERNELS = [
-    (metadata, "_token_request_mapping_kernel"),
-    (compressor_utils.CompressedSlotMappingKernel, "kernel"),
-    (indexer.BuildPrefillChunkMetadataKernel, "kernel"),
-    (indexer.PrepareUniformDecodeKernel, "kernel"),
-    (sparse_swa.ComputeSWAIndicesAndLensKernel, "kernel"),
-    (sparse_swa.ComputePrefillMetadataKernel, "kernel"),
-    (vllm_cpu.DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler"),
-]
-VLLMS_OWN = [vars(owner)[name] for owner, name in KERNELS]
+VLLMS_OWN = [vars(owner)[name] for owner, name, _ in vllm_cpu_metadata.REPLACED]
 
 
 def vllms_own() -> list[bool]:
-    return [vars(owner)[name] is own for (owner, name), own in zip(KERNELS, VLLMS_OWN)]
+    """Of each object that we replace, whether vLLM's own is in its place."""
+    replaced = vllm_cpu_metadata.REPLACED
+    return [vars(owner)[name] is own for (owner, name, _), own in zip(replaced, VLLMS_OWN)]
 
 
-def test_vllms_own_objects_are_back_when_a_model_cannot_be_loaded(monkeypatch):
-    def fail(worker):
-        assert not any(vllms_own())
-        raise OSError("no such weights")
+@pytest.fixture
+def worker(monkeypatch):
+    """Our worker, whose step is to say which objects of vLLM's it meets."""
+    monkeypatch.setattr(vllm_cpu.CPUWorker, "execute_model", lambda worker, step: step())
+    monkeypatch.setattr(vllm_cpu.Worker, "_log_account", lambda worker: None)
+    return object.__new__(vllm_cpu.Worker)
 
-    monkeypatch.setattr(vllm_cpu.CPUWorker, "load_model", fail)
-    worker = object.__new__(vllm_cpu.Worker)
-    worker.vllm_config = SimpleNamespace(additional_config={})
-    with pytest.raises(OSError, match="no such weights"):
-        worker.load_model()
+
+def test_only_a_step_of_our_own_engine_meets_our_metadata(worker):
+    assert all(vllms_own())
+    assert not any(worker.execute_model(vllms_own))
     assert all(vllms_own())
 
 
-def test_vllms_own_objects_are_back_when_the_last_engine_of_the_process_is_gone():
+def test_vllms_own_objects_are_back_when_a_step_fails(worker):
+    def fail():
+        raise OSError("no such page")
+
+    with pytest.raises(OSError, match="no such page"):
+        worker.execute_model(fail)
     assert all(vllms_own())
-    vllm_cpu.provide_metadata("first")
-    vllm_cpu.provide_metadata("second")
-    assert not any(vllms_own())
-    vllm_cpu.withdraw_metadata("first")
-    assert not any(vllms_own())
-    vllm_cpu.withdraw_metadata("second")
+
+
+def test_vllms_own_objects_are_back_when_one_of_them_cannot_be_replaced(worker, monkeypatch):
+    immutable = (int, "real", None)
+    replaced = (*vllm_cpu_metadata.REPLACED, immutable)
+    monkeypatch.setattr(vllm_cpu_metadata, "REPLACED", replaced)
+    with pytest.raises(TypeError, match="immutable type 'int'"):
+        worker.execute_model(vllms_own)
     assert all(vllms_own())
+
+
+def test_what_was_replaced_last_comes_back_first(worker, monkeypatch):
+    owner = SimpleNamespace(kernel="vLLM's own")
+    replaced = [(owner, "kernel", value) for value in ("ours", "ours, again")]
+    monkeypatch.setattr(vllm_cpu_metadata, "REPLACED", replaced)
+    assert worker.execute_model(lambda: owner.kernel) == "ours, again"
+    assert owner.kernel == "vLLM's own"

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from batches import Batch, make_batch, random_case
-from vllm_dsv4_indexer.contract import KV_WIDTH
+from vllm_dsv4_indexer.contract import KV_WIDTH, Extents
 from vllm_dsv4_indexer.ops import cpu
+from vllm_dsv4_indexer.ops.arguments import kv_score_fields, layer_fields, step_fields
 
 DRIVER = Path(__file__).parents[2] / "build/aarch64/driver"
 EMULATED = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", DRIVER)
@@ -57,15 +58,22 @@ def image(batch: Batch) -> tuple[bytes, bytes]:
             memory += torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
             memory += bytes(-len(memory) % 64)
         offsets[tensor.data_ptr()] = storages[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
-    fields = cpu.ARGUMENTS.unpack(cpu.arguments_of(*batch.call, eps=EPS, k_format=batch.k_format))
-    return cpu.ARGUMENTS.pack(*(offsets.get(field, field) for field in fields)), bytes(memory)
+    structs = (
+        (cpu.STEP, step_fields(batch.call.step, Extents.of(batch.call.layer))),
+        (cpu.LAYER, layer_fields(batch.call.layer, cpu.K_FORMATS[batch.k_format], EPS)),
+        (cpu.KV_SCORE, kv_score_fields(batch.kv_score)),
+    )
+    packed = (struct.pack(*(offsets.get(field, field) for field in fields)) for struct, fields in structs)
+    return b"".join(packed), bytes(memory)
 
 
 def assert_stores_the_same_emulated(batch: Batch, algorithm: str, case: str) -> None:
     arguments, memory = image(batch)
     command = (*EMULATED, algorithm, str(len(memory)))
     stored = subprocess.run(command, input=arguments + memory, stdout=subprocess.PIPE, check=True).stdout
-    entries = cpu.compress(*batch.call, eps=EPS, k_format=batch.k_format, algorithm=algorithm)
+    bound = cpu.bind(batch.call.layer, eps=EPS, k_format=batch.k_format, algorithm=algorithm)
+    rule = cpu.ROW_RULE if algorithm == "one_pass" else cpu.STATE_ONLY
+    entries = bound(batch.kv_score, cpu.plan(batch.call.step, Extents.of(batch.call.layer), rule))
     expected = entries.to_bytes(8, "little") + image(batch)[1]
     same = stored == expected  # not in the assertion: pytest would write out what differs in megabytes
     assert same, f"{sum(map(operator.ne, stored, expected))} bytes differ: {case}, {algorithm}"

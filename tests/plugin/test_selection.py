@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
+from vllm.config import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_dsv4_indexer import plugin
+from vllm_dsv4_indexer import plugin, selection
 from vllm_dsv4_indexer.engines import vllm_cpu
+from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.settings import Settings
 
 OURS = "vllm_dsv4_indexer.engines.vllm_cpu.Worker"
@@ -19,16 +22,6 @@ OURS = "vllm_dsv4_indexer.engines.vllm_cpu.Worker"
 def configure(model: Path, backend: str | None = "dsv4_indexer", **options):
     arguments = EngineArgs(model=str(model), attention_backend=backend, skip_tokenizer_init=True, **options)
     return arguments.create_engine_config()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    """A model that is not DeepSeek-V4; its configuration is all that is read of it."""
-    directory = tmp_path_factory.mktemp("llama")
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64, intermediate_size=64)
-    config |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128)
-    (directory / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=128)))
-    return directory
 
 
 @pytest.fixture
@@ -68,9 +61,99 @@ def test_deepseek_v4_without_our_backend_is_left_to_vllm(checkpoint: Path):
 
 
 def refusal(*arguments, **options) -> str:
-    with pytest.raises(ValueError) as refused:
+    """What our error says, which vLLM wraps in its own."""
+    with pytest.raises(ValidationError) as refused:
         configure(*arguments, **options)
-    return str(refused.value)
+    error = refused.value.errors()[0]["ctx"]["error"]
+    assert type(error) is UserError
+    return str(error)
+
+
+OTHER = "CPU_MLA"
+
+
+@pytest.mark.parametrize("backend", [None, "dsv4_indexer"])
+def test_naming_the_backend_for_the_kind_of_the_keys_is_the_same_selection(
+    checkpoint: Path, backend: str | None
+):
+    kinds = {"mla_attention": "dsv4_indexer"}
+    config = configure(checkpoint, backend, attention_config={"backend_per_kind": kinds})
+    assert config.parallel_config.worker_cls == OURS
+    assert config.attention_config == configure(checkpoint).attention_config
+
+
+@pytest.mark.parametrize(
+    "backend, kinds, found",
+    [
+        (None, {"sliding_window_mla": "dsv4_indexer"}, "names it for 'sliding_window_mla'"),
+        (OTHER, {"full_attention": "dsv4_indexer"}, "names it for 'full_attention'"),
+        (OTHER, {"mla_attention": "dsv4_indexer"}, f"{OTHER} and DSV4_INDEXER"),
+        ("dsv4_indexer", {"mla_attention": OTHER}, f"DSV4_INDEXER and {OTHER}"),
+        (
+            None,
+            {"mla_attention": "dsv4_indexer", "sliding_window_mla": OTHER},
+            f"DSV4_INDEXER and {OTHER}",
+        ),
+    ],
+)
+def test_a_selection_for_a_part_of_the_layers_is_refused(
+    checkpoint: Path, backend: str | None, kinds: dict, found: str
+):
+    message = refusal(checkpoint, backend, attention_config={"backend_per_kind": kinds})
+    assert found in message and "pass --attention-backend dsv4_indexer" in message
+
+
+@pytest.mark.parametrize("backend", [None, "dsv4_indexer"])
+def test_the_backend_is_refused_for_drafts(checkpoint: Path, backend: str | None):
+    drafts = dict(method="ngram", num_speculative_tokens=2, attention_backend="dsv4_indexer")
+    message = refusal(checkpoint, backend, speculative_config=drafts)
+    assert "attention_backend in --speculative-config names it" in message
+
+
+def test_the_backend_is_refused_for_images():
+    multimodal = MultiModalConfig(mm_encoder_attn_backend="dsv4_indexer")
+    config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
+    with pytest.raises(UserError, match="--mm-encoder-attn-backend names it"):
+        selection.is_selected(config)
+
+
+def test_other_backends_for_kinds_and_drafts_are_none_of_our_business(llama: Path):
+    kinds = {"backend_per_kind": {"full_attention": "CPU_ATTN"}}
+    drafts = dict(method="ngram", num_speculative_tokens=2, attention_backend="CPU_ATTN")
+    config = configure(llama, None, attention_config=kinds, speculative_config=drafts)
+    assert config.attention_config.backend_per_kind["full_attention"].name == "CPU_ATTN"
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The warnings that our logger has given so far."""
+    return lambda: [
+        record.message
+        for record in caplog.records
+        if (record.name, record.levelname) == ("vllm.dsv4_indexer", "WARNING")
+    ]
+
+
+@pytest.mark.parametrize("key", ["dsv4_indexer", "DSV4-indexer"])
+def test_settings_without_the_backend_are_warned_of_once(llama: Path, warnings, key: str):
+    for _ in range(2):
+        configure(llama, None, additional_config={key: {"impl": "reference"}})
+    (warning,) = warnings()
+    assert repr(key) in warning and "pass --attention-backend dsv4_indexer" in warning
+
+
+def test_no_settings_or_those_of_other_plugins_are_not_warned_of(llama: Path, warnings):
+    configure(llama, None)
+    configure(llama, None, additional_config={"another_plugin": {"impl": "reference"}})
+    assert warnings() == []
+
+
+def test_a_configuration_that_is_ours_already_is_not_warned_of():
+    """vllm-ascend drops the backend's name, and vLLM checks a configuration more than once."""
+    config = SimpleNamespace(additional_config={"dsv4_indexer": {}}, parallel_config=None)
+    assert "does nothing" in selection.idle_settings(config)
+    config.parallel_config = SimpleNamespace(worker_cls=OURS)
+    assert selection.idle_settings(config) is None
 
 
 def test_a_model_that_is_not_deepseek_v4_is_refused(llama: Path):
@@ -87,6 +170,15 @@ def test_a_model_without_an_indexer_is_refused(variant):
     assert "no layer of this model has an indexer" in refusal(variant(compress_ratios=[0, 128, 128, 0]))
 
 
+def test_a_model_with_fewer_compress_ratios_than_layers_is_refused(variant):
+    message = refusal(variant(compress_ratios=[0, 4, 128]))
+    assert "4 layers, and compress_ratios for 3" in message and "config.json" in message
+
+
+def test_ratios_of_layers_for_drafts_behind_the_models_own_are_accepted(variant):
+    configure(variant(compress_ratios=[0, 4, 128, 4, 0]))
+
+
 def test_another_worker_class_is_refused(checkpoint: Path):
     message = refusal(checkpoint, worker_cls="some.other.Worker")
     assert "some.other.Worker" in message
@@ -100,6 +192,9 @@ def test_another_worker_class_is_refused(checkpoint: Path):
         (dict(speculative_config=dict(method="ngram", num_speculative_tokens=1)), "num_speculative_tokens is 1"),
         (dict(data_parallel_size=2), "data_parallel_size is 2"),
         (dict(enable_expert_parallel=True, tensor_parallel_size=2), "expert parallelism is on"),
+        (dict(dtype="float16"), "dtype is 'float16'"),
+        (dict(dtype="float32"), "dtype is 'float32'"),
+        (dict(enable_prompt_embeds=True), "prompt embeddings are on"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, found: str):
@@ -148,7 +243,7 @@ def test_an_unknown_way_to_save_is_refused_by_name(checkpoint: Path):
 
 
 def test_an_unknown_platform_is_refused():
-    with pytest.raises(ValueError, match=r"the platform is 'cuda'; supported are \['cpu', 'npu'\]"):
+    with pytest.raises(UserError, match=r"the platform is 'cuda'; supported: cpu, npu"):
         plugin._engine(SimpleNamespace(device_type="cuda"))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import signal
 import time
-import traceback
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .. import output
+from ..errors import UserError
+from ..options import fill_in, numbers, refuse
 from ..settings import NAMESPACE, Settings
 
 if TYPE_CHECKING:  # they import torch, which takes longer than an error should
@@ -21,20 +21,30 @@ if TYPE_CHECKING:  # they import torch, which takes longer than an error should
 NEEDLES, RECALL, SERVERS = "needles", "recall", "two servers"
 # The options that have no meaning everywhere, and where they have one.
 MODES = {
-    "engine": [NEEDLES], "url": [NEEDLES, SERVERS], "settings": [NEEDLES, RECALL], "chunk": [NEEDLES, RECALL],
-    "against": [RECALL], "prompts": [RECALL], "schedules": [RECALL, SERVERS],
+    "engine": [NEEDLES], "url": [NEEDLES, SERVERS], "settings": [NEEDLES, RECALL],
+    "chunk": [NEEDLES, RECALL], "against": [RECALL], "prompts": [RECALL],
+    "schedules": [RECALL, SERVERS],
     "against_url": [SERVERS], "tasks": [SERVERS], "samples": [SERVERS],
 }  # fmt: skip
-DEFAULTS = {"engine": "vllm", "settings": {}, "chunk": 2039, "prompts": 1}  # of these; None of the others
+DEFAULTS = {
+    "lengths": [2048, 4096, 8192, 16384, 32768], "engine": "vllm", "settings": {}, "chunk": 2039,
+    "prompts": 1,
+}  # fmt: skip
+FILES = ("accuracy.json", "accuracy.svg")
 EXAMPLES = """\
 examples:
-  accuracy NEEDLES                               of make-checkpoint --task needle: find needles at every length and depth
-  accuracy NEEDLES --url http://localhost:8000   the same of a server
-  accuracy MODEL --lengths 4096 --prompts 4      recall: the share of the exact top-k that the engine selects
-  accuracy MODEL --lengths 4096 --schedules 2048 --against '{"impl": "stock", "projection": "engine"}'
-                                                 recall and log-probabilities, beside those of vLLM's own code
-  accuracy MODEL --url http://localhost:8000 --against-url http://localhost:8001 --schedules 2048 --tasks gsm8k
-                                                 what two servers differ in: log-probabilities, lm-eval's scores
+  accuracy NEEDLES
+      of make-checkpoint --task needle: find needles at every length and depth
+  accuracy NEEDLES --url http://localhost:8000
+      the same of a server
+  accuracy MODEL --lengths 4096 --prompts 4
+      recall: the share of the exact top-k that the engine selects
+  accuracy MODEL --lengths 4096 --schedules 2048 \\
+      --against '{"impl": "stock", "projection": "engine"}'
+      recall and log-probabilities, beside those of vLLM's own code
+  accuracy MODEL --url http://localhost:8000 --against-url http://localhost:8001 \\
+      --schedules 2048 --tasks gsm8k
+      what two servers differ in: log-probabilities, lm-eval's scores
 """
 
 
@@ -42,69 +52,131 @@ def add_to(commands) -> None:
     """Adds `accuracy` to the subcommands."""
     accuracy = commands.add_parser(
         "accuracy",
-        help="what the indexer finds, and what it changes in log-probabilities and in lm-eval's scores",
+        help="what the indexer finds, and what it changes in log-probabilities and in lm-eval's "
+        "scores",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    accuracy.add_argument("model", metavar="MODEL", help="the checkpoint's directory")
-    accuracy.add_argument("--lengths", type=_lengths, default="2048,4096,8192,16384,32768", metavar="N,M",
-                          help="of documents and prompts, in tokens (default: %(default)s); RULER is asked at the greatest")
-    accuracy.add_argument("--settings", type=_settings, metavar="JSON",
-                          help="of our backend in vLLM, e.g. '{\"projection\": \"engine\"}'")
-    accuracy.add_argument("--chunk", type=int, metavar="N",
-                          help="tokens of a prefill step; needles lie at its borders, too (default: %(default)s)")
-    accuracy.add_argument("--seed", type=int, default=0, metavar="N",
-                          help="of documents, prompts and samples (default: %(default)s)")
-    accuracy.add_argument("--output", type=Path, default=Path("build/accuracy"), metavar="DIR",
-                          help="for accuracy.json and accuracy.svg (default: %(default)s)")
-    needles = accuracy.add_argument_group("needles, if MODEL comes from make-checkpoint --task needle")
-    needles.add_argument("--engine", choices=("vllm", "transformers"),
-                         help="transformers: to about 4K tokens (default: %(default)s)")
-    needles.add_argument("--url", help="a server that runs MODEL, instead of an engine")
-    recall = accuracy.add_argument_group("recall, of any other MODEL")
-    recall.add_argument("--prompts", type=int, metavar="N", help="how many (default: %(default)s)")
-    recall.add_argument("--schedules", type=int, metavar="N",
-                        help="compare the log-probabilities of a prompt of N tokens, too: prefilled in chunks of 1 to 8192, "
-                        "beside another, decoded, and taken from the prefix cache")
-    recall.add_argument("--against", type=_settings, metavar="JSON",
-                        help="compare with other settings; '{\"impl\": \"stock\", \"projection\": \"engine\"}' is vLLM's own code")
-    servers = accuracy.add_argument_group("two servers, --url and")
-    servers.add_argument("--against-url", metavar="URL", help="which runs MODEL, too; with --schedules, --tasks or both")
-    servers.add_argument("--tasks", type=lambda text: text.split(","), metavar="T,U",
-                         help="compare the scores in these tasks of lm-eval (names, or YAML files), e.g. gsm8k,niah_single_1")
-    servers.add_argument("--samples", type=int, metavar="N", help="of each task, the first N (default: all)")  # fmt: skip
-    accuracy.set_defaults(run=_accuracy, **DEFAULTS)
+    lengths = ",".join(map(str, DEFAULTS["lengths"]))
+    stock = '{"impl": "stock", "projection": "engine"}'
+    add = accuracy.add_argument
+    add("model", metavar="MODEL", help="the checkpoint's directory")
+    add(
+        "--lengths",
+        type=_lengths,
+        metavar="N,M",
+        help=f"of documents and prompts, in tokens (default: {lengths}); "
+        "RULER is asked at the greatest",
+    )
+    add(
+        "--settings",
+        type=_settings,
+        metavar="JSON",
+        help='of our backend in vLLM, e.g. \'{"projection": "engine"}\'',
+    )
+    add(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="tokens of a prefill step; needles lie at its borders, too "
+        f"(default: {DEFAULTS['chunk']})",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of documents, prompts and samples (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("build/accuracy"),
+        metavar="DIR",
+        help=f"for {' and '.join(FILES)} (default: %(default)s)",
+    )
+
+    add = accuracy.add_argument_group(
+        "needles, if MODEL comes from make-checkpoint --task needle"
+    ).add_argument
+    add(
+        "--engine",
+        choices=("vllm", "transformers"),
+        help=f"transformers: to about 4K tokens (default: {DEFAULTS['engine']})",
+    )
+    add("--url", help="a server that runs MODEL, instead of an engine")
+
+    add = accuracy.add_argument_group("recall, of any other MODEL").add_argument
+    add("--prompts", type=int, metavar="N", help=f"how many (default: {DEFAULTS['prompts']})")
+    add(
+        "--schedules",
+        type=int,
+        metavar="N",
+        help="compare the log-probabilities of a prompt of N tokens, too: prefilled in chunks of "
+        "1 to 8192, beside another, decoded, and taken from the prefix cache",
+    )
+    add(
+        "--against",
+        type=_settings,
+        metavar="JSON",
+        help=f"compare with other settings; '{stock}' is vLLM's own code",
+    )
+
+    add = accuracy.add_argument_group("two servers, --url and").add_argument
+    add(
+        "--against-url",
+        metavar="URL",
+        help="which runs MODEL, too; with --schedules, --tasks or both",
+    )
+    add(
+        "--tasks",
+        type=lambda text: text.split(","),
+        metavar="T,U",
+        help="compare the scores in these tasks of lm-eval (names, or YAML files), e.g. "
+        "gsm8k,niah_single_1",
+    )
+    add("--samples", type=int, metavar="N", help="of each task, the first N (default: all)")
+    accuracy.set_defaults(run=_accuracy)
 
 
 def _settings(text: str) -> dict:
     try:
         settings = json.loads(text)
         if Settings.read({NAMESPACE: settings}).state_save == "tail":
-            raise ValueError("state_save 'tail' is refused with the prefix cache, which is asked here: leave it out")
+            raise ValueError(
+                "state_save 'tail' is refused with the prefix cache, which is asked here: leave it "
+                "out"
+            )
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     return settings
 
 
 def _lengths(text: str) -> list[int]:
-    try:
-        return sorted(map(int, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 4096,8192") from None
+    return sorted(numbers(text))
 
 
 def _accuracy(arguments: argparse.Namespace) -> None:
     mode = _mode(arguments)
+    _refuse_ignored(arguments, mode)
+    fill_in(arguments, DEFAULTS)
     _check(arguments, mode)
-    from . import recall, report
+    files = FILES if mode == NEEDLES else FILES[:1]
+    output.check(arguments.output, files)
 
     options = [name for name, modes in MODES.items() if mode in modes]
     result = {name: getattr(arguments, name) for name in ("model", "lengths", "seed", *options)}
-    result |= {NEEDLES: _find_needles, RECALL: _measure_recall, SERVERS: _compare_servers}[mode](arguments)
-    files = {"accuracy.json": json.dumps(result)}
+    measure = {NEEDLES: _find_needles, RECALL: _measure_recall, SERVERS: _compare_servers}[mode]
+    result |= measure(arguments)
+    _print(arguments, mode, result)
+    output.write(arguments.output, {name: _text(name, result) for name in files})
+
+
+def _print(arguments: argparse.Namespace, mode: str, result: dict) -> None:
+    from . import recall, report
+
     if mode == NEEDLES:
         print(report.needle_table(result))
-        files["accuracy.svg"] = report.heat_map(result)
     if mode == RECALL:
         print(report.recall_table(result["recall"], arguments.lengths))
     if arguments.tasks:
@@ -112,11 +184,16 @@ def _accuracy(arguments: argparse.Namespace) -> None:
     for title, agreements in result.get("agreement", {}).items():
         print("", report.agreement_table(title, agreements), sep="\n")
     if arguments.schedules and arguments.schedules <= recall.ALL_SELECTED:
-        print(f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor need not show.)")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (arguments.output / name).write_text(text)
-        print(f"wrote {arguments.output / name}")
+        print(
+            f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor "
+            "need not show.)"
+        )
+
+
+def _text(name: str, result: dict) -> str:
+    from . import report
+
+    return json.dumps(result) if name.endswith(".json") else report.heat_map(result)
 
 
 def _find_needles(arguments: argparse.Namespace) -> dict:
@@ -126,17 +203,21 @@ def _find_needles(arguments: argparse.Namespace) -> dict:
     documents = []
     for length in arguments.lengths:
         start = time.monotonic()
-        document = make_document(length, arguments.seed, arguments.chunk, spacing=max(8, length // 256))
+        document = make_document(
+            length, arguments.seed, arguments.chunk, spacing=max(8, length // 256)
+        )
         entries = [needle.entry for needle in document.needles]
         documents.append({"length": length, "entries": entries} | engine.found(document))
-        print(f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"{length} tokens: {len(entries)} needles, {time.monotonic() - start:.0f} s", flush=True
+        )
     return {"documents": documents}
 
 
 def _engine(arguments: argparse.Namespace):
     from .engines import Server, Transformers, VllmEngine
 
-    if arguments.url:
+    if arguments.url is not None:
         server = Server(arguments.url)
         print(f"{server.url} serves {server.model}, which should be {arguments.model}", flush=True)
         return server
@@ -151,30 +232,30 @@ class _Measured(NamedTuple):
 
 
 def _measure_recall(arguments: argparse.Namespace) -> dict:
-    """With our settings, then with those that are compared with; each engine in a process of its own, which takes
-    what it leaves behind with it."""
+    """With our settings, then with those that are compared with; each engine in a process of its
+    own, which takes what it leaves behind with it."""
     sides = [arguments.settings] + ([] if arguments.against is None else [arguments.against])
-    measured = []
-    for settings in sides:
-        try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                measured.append(process.submit(_measure_or_tell, arguments, settings).result())
-        except BrokenProcessPool:
-            raise ValueError(
-                f"the engine with the settings {json.dumps(settings)} was killed, as the system does where memory ends "
-                "(--schedules N takes about 1.4 MiB a token): try fewer tokens"
-            ) from None
+    measured = [_measure_apart(arguments, settings) for settings in sides]
     result = {"recall": [one.recall for one in measured]}
     return result | ({"agreement": _agreements(measured)} if arguments.schedules else {})
 
 
-def _measure_or_tell(arguments: argparse.Namespace, settings: dict) -> _Measured:
-    """vLLM's errors cannot all be sent to another process: the trace is printed in this one, and the words are sent."""
+def _measure_apart(arguments: argparse.Namespace, settings: dict) -> _Measured:
+    from . import process
+
     try:
-        return _measure_one(arguments, settings)
+        return process.call(_measure_one, arguments, settings)
+    except process.Died as death:
+        why = f"the engine with the settings {json.dumps(settings)} {death}"
+        if death.exitcode == -signal.SIGKILL:
+            why += (
+                ". Nothing in it sends that signal; the system does where memory ends (`dmesg` "
+                "tells). Try fewer tokens: --schedules N takes about 1.4 MiB a token"
+            )
+        raise UserError(why) from None
     except Exception as error:
-        traceback.print_exc()
-        raise ValueError(f"with the settings {json.dumps(settings)}: {error}") from None
+        error.add_note(f"with the settings {json.dumps(settings)}")
+        raise
 
 
 def _measure_one(arguments: argparse.Namespace, settings: dict) -> _Measured:
@@ -183,10 +264,14 @@ def _measure_one(arguments: argparse.Namespace, settings: dict) -> _Measured:
     from .recall import recall
 
     longest = arguments.lengths[-1]
-    engine = VllmEngine(arguments.model, settings, longest, max(arguments.chunk, arguments.schedules or 0))
+    engine = VllmEngine(
+        arguments.model, settings, longest, max(arguments.chunk, arguments.schedules or 0)
+    )
     engine.set_chunk(arguments.chunk)
     print(f"{json.dumps(settings)}: recall in {arguments.prompts} x {longest} tokens", flush=True)
-    recalls = recall(engine, arguments.model, longest, range(arguments.seed, arguments.seed + arguments.prompts))
+    recalls = recall(
+        engine, arguments.model, longest, range(arguments.seed, arguments.seed + arguments.prompts)
+    )
     if not arguments.schedules:
         return _Measured(recalls, None)
     print(f"{json.dumps(settings)}: log-probabilities of {arguments.schedules} tokens", flush=True)
@@ -197,7 +282,10 @@ def _agreements(measured: list[_Measured]) -> dict[str, list[Agreement]]:
     """By what is compared."""
     from .agreement import compare
 
-    agreements = {who: one.observed.agreement for who, one in zip(("with itself", "the other with itself"), measured)}
+    agreements = {
+        who: one.observed.agreement
+        for who, one in zip(("with itself", "the other with itself"), measured)
+    }
     if len(measured) == 2:
         ours, others = (one.observed.prefilled for one in measured)
         agreements["with the other"] = [compare(name, ours[name], others[name]) for name in ours]
@@ -209,67 +297,112 @@ def _compare_servers(arguments: argparse.Namespace) -> dict:
 
     servers = Server(arguments.url), Server(arguments.against_url)
     if servers[0].model != servers[1].model:
-        raise ValueError(
-            f"{servers[0].url} serves {servers[0].model}, {servers[1].url} serves {servers[1].model}: a difference would "
-            "be that of the models. Serve one twice (with two paths to it: under one --served-model-name)"
+        raise UserError(
+            f"{servers[0].url} serves {servers[0].model}, {servers[1].url} serves "
+            f"{servers[1].model}: a difference would be that of the models. Serve one twice (with "
+            "two paths to it: under one --served-model-name)"
         )
     result = {}
     if arguments.tasks:
         from . import tasks
 
         longest = arguments.lengths[-1]
-        scores = tasks.compare(arguments.model, servers, arguments.tasks, longest, arguments.samples, arguments.seed)
+        scores = tasks.compare(
+            arguments.model, servers, arguments.tasks, longest, arguments.samples, arguments.seed
+        )
         result["scores"] = scores
     if arguments.schedules:
         from .agreement import between
 
-        result["agreement"] = {"two servers": between(*servers, arguments.schedules, arguments.seed)}
+        result["agreement"] = {
+            "two servers": between(*servers, arguments.schedules, arguments.seed)
+        }
     return result
 
 
 def _mode(arguments: argparse.Namespace) -> str:
     if not Path(arguments.model, "config.json").is_file():
-        raise ValueError(f"{arguments.model} is no checkpoint: it has no config.json")
+        raise UserError(f"{arguments.model} is no checkpoint: it has no config.json")
     if arguments.against_url or arguments.tasks:
         return SERVERS
     from ..checkpoint import RECORD
 
     record = Path(arguments.model, RECORD)
-    return NEEDLES if record.is_file() and json.loads(record.read_text()).get("task") == "needle" else RECALL
+    return NEEDLES if record.is_file() and _read(record).get("task") == "needle" else RECALL
+
+
+def _read(path: Path) -> dict:
+    """A JSON object of the checkpoint."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
+def _refuse_ignored(arguments: argparse.Namespace, mode: str) -> None:
+    """Before the defaults are filled in."""
+    for name, modes in MODES.items():
+        if mode not in modes:
+            refuse(arguments, [name], f"goes with {' and '.join(modes)}, and this is {mode}")
+    if arguments.url is not None:
+        refuse(
+            arguments, ["engine"], "is one of this command's own, and --url names a server instead"
+        )
+    if arguments.url is not None or arguments.engine == "transformers":
+        refuse(
+            arguments,
+            ["settings"],
+            "are those of our backend in an engine of this command: give them to the server itself",
+        )
+    if not arguments.tasks:
+        refuse(arguments, ["samples"], "are those of --tasks, which is not given")
+        if mode == SERVERS:
+            refuse(arguments, ["lengths"], "are those of --tasks, which is not given")
 
 
 def _check(arguments: argparse.Namespace, mode: str) -> None:
-    for name, modes in MODES.items():
-        if mode not in modes and getattr(arguments, name) != DEFAULTS.get(name):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} goes with {' and '.join(modes)}, and this is {mode}: leave it out, or see --help")
     for name in ("chunk", "prompts", "samples"):
         if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; it is at least 1")
+            raise UserError(f"--{name} is {value}; it is at least 1")
     _check_lengths(arguments, mode)
-    if arguments.settings and (arguments.url or arguments.engine == "transformers"):
-        raise ValueError("--settings are those of our backend in an engine of this command: give them to the server itself")
-    if arguments.samples and not arguments.tasks:
-        raise ValueError("--samples are those of --tasks: add these, or leave it out")
-    if mode == SERVERS and not (arguments.url and arguments.against_url and (arguments.schedules or arguments.tasks)):
-        raise ValueError(
-            "two servers are compared with --url and --against-url together, by the log-probabilities of a prompt "
+    asked = arguments.schedules or arguments.tasks
+    if mode == SERVERS and not (arguments.url and arguments.against_url and asked):
+        raise UserError(
+            "two servers are compared with --url and --against-url together, by the "
+            "log-probabilities of a prompt "
             "(--schedules N) or by lm-eval (--tasks T,U)"
         )
+    if mode == RECALL:
+        from .weights import Indexers
+
+        Indexers(arguments.model)  # refuses now what recall could not read later
 
 
 def _check_lengths(arguments: argparse.Namespace, mode: str) -> None:
     from ..contract import RATIO
     from .recall import ALL_SELECTED
 
-    most = json.loads(Path(arguments.model, "config.json").read_text()).get("max_position_embeddings", 0) - RATIO
-    for length in arguments.lengths:
+    most = _read(Path(arguments.model, "config.json")).get("max_position_embeddings", 0) - RATIO
+    for length in arguments.lengths if mode != SERVERS or arguments.tasks else []:
         if not 64 <= length <= most:
-            raise ValueError(f"--lengths: {length} is not from 64 to {most}, which is what the model can")
+            raise UserError(
+                f"--lengths: {length} is not from 64 to {most}, which is what the model can"
+            )
         if mode == NEEDLES and length % RATIO:
-            raise ValueError(f"--lengths: {length} is no multiple of {RATIO}; a document with needles is made of groups")
+            raise UserError(
+                f"--lengths: {length} is no multiple of {RATIO}; a document with needles is made "
+                "of groups"
+            )
     if mode == RECALL and arguments.lengths[-1] <= ALL_SELECTED:
-        raise ValueError(f"recall needs a length above {ALL_SELECTED}: up to there all entries are selected")
+        raise UserError(
+            f"recall needs a length above {ALL_SELECTED}: up to there all entries are selected"
+        )
     longest = arguments.lengths[-1] if mode == RECALL else most
     if arguments.schedules is not None and not 16 <= arguments.schedules <= longest:
-        raise ValueError(f"--schedules is {arguments.schedules}; it goes from 16 to the greatest length, {longest}")
+        raise UserError(
+            f"--schedules is {arguments.schedules}; it goes from 16 to the greatest length, "
+            f"{longest}"
+        )

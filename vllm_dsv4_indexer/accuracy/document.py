@@ -5,11 +5,14 @@ erase it if the windows of the indexer are wrong.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint.needle import DECOYS, DISTANCES, FILLERS, KEYS, QUESTIONS, VALUES
 from ..contract import FP8_PAGE_ENTRIES as PAGE
 from ..contract import RATIO as GROUP
+
+BURST = 12  # documents of a burst
+
 
 @dataclass(frozen=True)
 class Needle:
@@ -60,8 +63,26 @@ def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing:
     tokens, those whose windows lie across a border, with the key before it. Keys stand at all four offsets.
     """
     draw = random.Random(f"{length} {seed}")
+    return _fill(draw, length, _apart(_hosts(draw, length // GROUP, chunk or length, spacing)))
+
+
+def make_burst(common: int, seed: int = 0) -> list[Document]:
+    """Documents with one needle each and the first `common` tokens in common, a multiple of 4: the needle's key is the
+    last of these, its value the first that a document has of its own. They are 4 to 48 tokens longer."""
+    draw = random.Random(f"burst {common} {seed}")
+    whole = _fill(draw, common + 4 * BURST, {common // GROUP: -1})
+    (needle,) = whole.needles
+    documents = []
+    for number, value in enumerate(draw.sample(VALUES, BURST), start=1):
+        tokens = whole.tokens[: common + GROUP * number]
+        tokens[common] = value
+        documents.append(Document(tokens, [replace(needle, value=value)]))
+    return documents
+
+
+def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
+    """A document in which `hosts` hold the needles; of each the last offset that its key may have."""
     entries = length // GROUP
-    hosts = _apart(_hosts(draw, entries, chunk or length, spacing))
     tokens = draw.choices(FILLERS, k=length)
     needles, keys, decoys = [], draw.sample(range(len(KEYS)), entries), iter(draw.sample(DECOYS, entries))
     free = 0  # the first position that no pair holds

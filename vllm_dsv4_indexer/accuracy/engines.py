@@ -1,21 +1,40 @@
-"""What is asked: vLLM in this process or a server for needles and log-probabilities, transformers for needles.
+"""What is asked: vLLM in this process or a server for needles and log-probabilities, transformers
+for needles.
 
-Each has a method `found(document)`, which returns for each needle of the document whether the model says its value,
-asked for by its key and by its distance: {"key": [bool, ...], "distance": [bool, ...]}.
+Each has a method `found(document)`, which returns for each needle of the document whether the model
+says its value, asked for by its key and by its distance:
+{"key": [bool, ...], "distance": [bool, ...]}.
 """
 
+import http.client
 import json
 import os
+import traceback
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from ..errors import UserError
+from ..packages import need
 from ..settings import NAMESPACE
-from .document import Document
+from .document import Document, Needle
 
 SECONDS = 3600  # that a server may take for one request
 Found = dict[str, list[bool]]
 Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine names
+
+
+@contextmanager
+def _starting(how: str) -> Iterator[None]:
+    """What a library says against a model or its settings is for the user, and is raised as such.
+    But a ValueError may be a fault, too: its trace is printed."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        traceback.print_exc()
+        raise UserError(f"{how}: {error}") from None
 
 
 class Engine(ABC):
@@ -27,7 +46,8 @@ class Engine(ABC):
 
     @abstractmethod
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
-        """By prompt, for each token but the first, the log-probabilities of it and of the most likely one."""
+        """By prompt, for each token but the first, the log-probabilities of it and of the most
+        likely one."""
 
     @abstractmethod
     def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
@@ -35,9 +55,17 @@ class Engine(ABC):
 
     def found(self, document: Document) -> Found:
         self.answers([document.tokens])  # from now on it comes from the prefix cache
-        needles = document.needles
-        prompts = [*map(document.ask_by_key, needles), *map(document.ask_by_distance, needles)]
-        hits = [answer == needle.value for answer, needle in zip(self.answers(prompts), 2 * needles, strict=True)]
+        return self._ask([(document, needle) for needle in document.needles])
+
+    def found_at_once(self, documents: list[Document]) -> Found:
+        """The same of documents that begin alike, unknown to the engine: all is asked at once."""
+        return self._ask([(document, needle) for document in documents for needle in document.needles])
+
+    def _ask(self, needles: list[tuple[Document, Needle]]) -> Found:
+        prompts = [document.ask_by_key(needle) for document, needle in needles]
+        prompts += [document.ask_by_distance(needle) for document, needle in needles]
+        answers = zip(self.answers(prompts), 2 * needles, strict=True)
+        hits = [answer == needle.value for answer, (_, needle) in answers]
         return {"key": hits[: len(needles)], "distance": hits[len(needles) :]}
 
 
@@ -49,27 +77,36 @@ class Server(Engine):
     def __init__(self, url: str):
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"{url} is no URL of a server: write http://HOST:PORT")
+            raise UserError(f"{url!r} is no URL of a server: write http://HOST:PORT")
         try:
             self.model = self._json("/v1/models")["data"][0]["id"]
-        except (OSError, ValueError, LookupError) as error:
-            raise ValueError(f"{self.url} does not answer as `vllm serve` does: {error}") from error
+        except (TypeError, LookupError):
+            raise UserError(f"{self.url} does not name its model as `vllm serve` does") from None
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
         asked = {"return_token_ids": True, "max_tokens": 1}
-        batches = [prompts[start : start + self.AT_ONCE] for start in range(0, len(prompts), self.AT_ONCE)]
-        return [choice["token_ids"][0] for batch in batches for choice in self._complete(batch, **asked)]
+        batches = [
+            prompts[start : start + self.AT_ONCE] for start in range(0, len(prompts), self.AT_ONCE)
+        ]
+        return [
+            choice["token_ids"][0] for batch in batches for choice in self._complete(batch, **asked)
+        ]
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
         choices = self._complete(prompts, max_tokens=1, prompt_logprobs=1)
         return [
-            [{int(token): entry["logprob"] for token, entry in position.items()} for position in choice["prompt_logprobs"][1:]]
+            [
+                {int(token): entry["logprob"] for token, entry in position.items()}
+                for position in choice["prompt_logprobs"][1:]
+            ]
             for choice in choices
         ]
 
     def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
         asked = {"max_tokens": tokens, "ignore_eos": True, "logprobs": 1}
-        (said,) = self._complete([prompt], **asked, return_token_ids=True, return_tokens_as_token_ids=True)
+        (said,) = self._complete(
+            [prompt], **asked, return_token_ids=True, return_tokens_as_token_ids=True
+        )
         return said["token_ids"], [
             {int(name.removeprefix("token_id:")): value for name, value in position.items()}
             for position in said["logprobs"]["top_logprobs"]
@@ -78,37 +115,46 @@ class Server(Engine):
     def _complete(self, prompts: list[list[int]], **asked) -> list[dict]:
         """The answers to prompts that are asked at once."""
         asked |= {"model": self.model, "prompt": prompts, "temperature": 0}
-        return sorted(self._json("/v1/completions", asked)["choices"], key=lambda choice: choice["index"])
+        return sorted(
+            self._json("/v1/completions", asked)["choices"], key=lambda choice: choice["index"]
+        )
 
     def _json(self, path: str, asked: dict | None = None) -> dict:
         data = None if asked is None else json.dumps(asked).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as refusal:
-            raise ValueError(f"{self.url}: {refusal}: {refusal.read(500).decode(errors='replace')}") from None
+            words = refusal.read(500).decode(errors="replace")
+            raise UserError(f"{self.url}: {refusal}: {words}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON
+            raise UserError(f"{self.url} does not answer as `vllm serve` does: {error}") from None
 
 
 class VllmEngine(Engine):
     """An engine in this process, with our backend."""
 
     def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
-        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a step takes of a
-        prompt. abreast: how many prompts it takes so many tokens of."""
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a
+        step takes of a prompt. abreast: how many prompts it takes so many tokens of."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
+        need("vllm", "an engine in this process")
         from vllm import LLM
 
-        self.llm = LLM(
-            model,
-            attention_backend="dsv4_indexer",
-            additional_config={NAMESPACE: settings},
-            max_model_len=longest + 2,  # with a question and its answer
-            max_num_batched_tokens=max(abreast * chunk, 512),
-            kv_cache_memory_bytes=1 << 30,
-            enforce_eager=True,
-        )
+        with _starting(f"with the settings {json.dumps(settings)}"):
+            self.llm = LLM(
+                model,
+                attention_backend="dsv4_indexer",
+                additional_config={NAMESPACE: settings},
+                max_model_len=longest + 2,  # with a question and its answer
+                max_num_batched_tokens=max(abreast * chunk, 512),
+                kv_cache_memory_bytes=1 << 30,
+                enforce_eager=True,
+            )
         self.set_chunk(chunk, abreast)
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
@@ -117,12 +163,15 @@ class VllmEngine(Engine):
     def set_chunk(self, chunk: int, abreast: int = 1) -> None:
         """Both as above, from now on; not more tokens together than the engine was made for."""
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        scheduler.scheduler_config.long_prefill_token_threshold = chunk  # vLLM looks at it if there are several prompts
+        # vLLM looks at the first if there are several prompts.
+        scheduler.scheduler_config.long_prefill_token_threshold = chunk
         scheduler.max_num_scheduled_tokens = abreast * chunk
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[Logprobs]:
         outputs = self._generate(prompts, max_tokens=1, prompt_logprobs=1)
-        return [[_values(position) for position in output.prompt_logprobs[1:]] for output in outputs]
+        return [
+            [_values(position) for position in output.prompt_logprobs[1:]] for output in outputs
+        ]
 
     def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], Logprobs]:
         (output,) = self._generate([prompt], max_tokens=tokens, logprobs=1, ignore_eos=True)
@@ -133,13 +182,23 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
 
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return self.llm.generate(requests, SamplingParams(temperature=0, **sampling), use_tqdm=False)
+        return self.llm.generate(
+            requests, SamplingParams(temperature=0, **sampling), use_tqdm=False
+        )
 
     def indexed_layers(self) -> dict:
         """The attention modules that have an indexer, by the number of their layer."""
         model = self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
-        attention = {name.split(".")[-2]: module for name, module in model.named_modules() if name.endswith(".attn")}
-        return {int(number): module for number, module in attention.items() if module.indexer is not None}
+        attention = {
+            name.split(".")[-2]: module
+            for name, module in model.named_modules()
+            if name.endswith(".attn")
+        }
+        return {
+            int(number): module
+            for number, module in attention.items()
+            if module.indexer is not None
+        }
 
 
 def _values(position: dict) -> dict[int, float]:
@@ -147,14 +206,16 @@ def _values(position: dict) -> dict[int, float]:
 
 
 class Transformers:
-    """transformers' own implementation in fp32, which computes a document and all its questions at once: about 4K
-    tokens."""
+    """transformers' own implementation in fp32, which computes a document and all its questions at
+    once: about 4K tokens."""
 
     def __init__(self, model: str):
+        need("transformers", "--engine transformers")
         import torch
         from transformers import DeepseekV4ForCausalLM
 
-        self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        with _starting("in transformers"):
+            self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def found(self, document: Document) -> Found:
         import torch
@@ -162,6 +223,12 @@ class Transformers:
         questions = document.all_questions()
         with torch.inference_mode():
             tokens = torch.tensor([[*document.tokens, *questions]])
-            answers = self.model(tokens, use_cache=False, logits_to_keep=len(questions)).logits[0].argmax(dim=-1)
+            answers = (
+                self.model(tokens, use_cache=False, logits_to_keep=len(questions))
+                .logits[0]
+                .argmax(dim=-1)
+            )
         values = torch.tensor([needle.value for needle in document.needles])
-        return {how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))}
+        return {
+            how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))
+        }

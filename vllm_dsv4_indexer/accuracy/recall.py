@@ -1,50 +1,59 @@
-"""Indexer recall: of the 512 entries that exact arithmetic selects, the share that the engine selected.
+"""Indexer recall: of the 512 entries that exact arithmetic selects, the share that the engine
+selected.
 
-Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with nothing quantised.
-What the engine loses against it is its projection's rounding, the eight bits of its keys, and those of its queries.
+Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with
+nothing quantised. What the engine loses against it is its projection's rounding, the eight bits of
+its keys, and those of its queries.
 """
 
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint.config import INDEX_HEAD_DIM, INDEX_TOPK
 from ..contract import KV_WIDTH, RATIO, WINDOW
 from ..ops import reference
 from .engines import VllmEngine
+from .weights import Indexers
 
 ALL_SELECTED = RATIO * INDEX_TOPK  # tokens up to which a selection cannot be wrong
 EVERY = 4  # every so many positions one selection is compared
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 
 
-Recall = dict[int, list[tuple[int, float]]]  # by layer, pairs of the entries to choose from and the recall
+# By layer, pairs of the entries to choose from and the recall.
+Recall = dict[int, list[tuple[int, float]]]
 
 
 def recall(engine: VllmEngine, model: str, length: int, seeds: Iterable[int]) -> Recall:
     """Recall in prompts of `length` random tokens.
 
-    The engine runs in this process. Positions with 512 entries or fewer are left out: there all are selected.
+    The engine runs in this process. Positions with 512 entries or fewer are left out: there all
+    are selected. Raises UserError if the weights of `model` cannot be read as numbers.
     """
-    by_prompt = [_recall_in_prompt(engine, model, random_prompt(length, seed)) for seed in seeds]
-    return {number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]}
+    indexers = Indexers(model)
+    by_prompt = [_recall_in_prompt(engine, indexers, random_prompt(length, seed)) for seed in seeds]
+    return {
+        number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]
+    }
 
 
-def _recall_in_prompt(engine: VllmEngine, model: str, prompt: list[int]) -> Recall:
+def _recall_in_prompt(engine: VllmEngine, indexers: Indexers, prompt: list[int]) -> Recall:
     with ExitStack() as stack:
         layers = engine.indexed_layers()
-        steps = {number: stack.enter_context(_recording(attention)) for number, attention in layers.items()}
+        steps = {
+            number: stack.enter_context(_recording(attention))
+            for number, attention in layers.items()
+        }
         engine.answers([prompt])
     return {
         number: _recall_of_layer(
             _Step(*map(torch.cat, zip(*steps[number], strict=True))),
-            _weights(model, f"layers.{number}.attn.indexer."),
+            indexers[number],
             attention.indexer_rotary_emb.cos_sin_cache.double(),
         )
         for number, attention in layers.items()
@@ -58,8 +67,8 @@ def random_prompt(length: int, seed: int) -> list[int]:
 class _Step(NamedTuple):
     """What went into a layer's indexer in one step, and what it selected.
 
-    positions: [S] those that are compared. hidden: [T, H] of all tokens. low_rank_query: [S, R]. selected: [S, 512]
-    entries."""
+    positions: [S] those that are compared. hidden: [T, H] of all tokens. low_rank_query: [S, R].
+    selected: [S, 512] entries."""
 
     positions: Tensor
     hidden: Tensor
@@ -78,44 +87,49 @@ def _recording(attention: torch.nn.Module) -> Iterator[list[_Step]]:
         positions = others[-2]
         seldom = positions % EVERY == EVERY - 1
         selected = attention.topk_indices_buffer[: len(positions)]
-        steps.append(_Step(positions[seldom], hidden.clone(), low_rank_query[seldom], selected[seldom]))
+        steps.append(
+            _Step(positions[seldom], hidden.clone(), low_rank_query[seldom], selected[seldom])
+        )
 
     attention._prepare_and_attn_fn = record
-    yield steps
-    attention._prepare_and_attn_fn = compute
+    try:
+        yield steps
+    finally:
+        attention._prepare_and_attn_fn = compute
 
 
-def _recall_of_layer(step: _Step, weights: dict[str, Tensor], cos_sin: Tensor) -> list[tuple[int, float]]:
+def _recall_of_layer(
+    step: _Step, weights: dict[str, Tensor], cos_sin: Tensor
+) -> list[tuple[int, float]]:
     """step: all steps in one."""
     keys = _keys(step.hidden.double(), weights, cos_sin)
-    queries = (step.low_rank_query.double() @ weights["wq_b.weight"].T).unflatten(1, (-1, INDEX_HEAD_DIM))
+    queries = (step.low_rank_query.double() @ weights["wq_b.weight"].T).unflatten(
+        1, (-1, INDEX_HEAD_DIM)
+    )
     head_weights = step.hidden[step.positions].double() @ weights["weights_proj.weight"].T
     result = []
-    for position, query, of_head, chosen in zip(step.positions.tolist(), queries, head_weights, step.selected, strict=True):
+    for position, query, of_head, chosen in zip(
+        step.positions.tolist(), queries, head_weights, step.selected, strict=True
+    ):
         entries = (position + 1) // RATIO
         if entries > INDEX_TOPK:
             scores = of_head @ (reference._rope(query, cos_sin[position]) @ keys[:entries].T).relu()
-            result.append((entries, torch.isin(scores.topk(INDEX_TOPK).indices, chosen).double().mean().item()))
+            selected = torch.isin(scores.topk(INDEX_TOPK).indices, chosen)
+            result.append((entries, selected.double().mean().item()))
     return result
 
 
 def _keys(hidden: Tensor, weights: dict[str, Tensor], cos_sin: Tensor) -> Tensor:
     """[E, 128]: the indexer's keys of a whole prompt, before any rounding."""
     tokens = len(hidden) // RATIO * RATIO
-    kv, gate = (hidden[:tokens] @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate"))
+    kv, gate = (
+        hidden[:tokens] @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate")
+    )
     rows = torch.cat([kv, gate + weights["compressor.ape"].repeat(tokens // RATIO, 1)], dim=1)
     before = rows.new_zeros(RATIO, 2 * KV_WIDTH)
     before[:, KV_WIDTH:] = -torch.inf
     windows = torch.cat([before, rows]).unfold(0, WINDOW, RATIO).transpose(1, 2)
     pooled = reference._pool(windows)
-    return reference._rope(reference._rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO])
-
-
-def _weights(model: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix` in float64, by the rest of their names."""
-    weights = {}
-    for path in Path(model).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            weights |= {name.removeprefix(prefix): file.get_tensor(name).double() for name in names}
-    return weights
+    return reference._rope(
+        reference._rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO]
+    )

@@ -1,6 +1,7 @@
 """lm-eval's tasks, put to two servers: how far their scores differ, and how well that is known.
 
-Both answer the same samples: each gives a pair of scores, and how hard it is drops out of their difference.
+Both answer the same samples: each gives a pair of scores, and how hard it is drops out of their
+difference.
 """
 
 import math
@@ -11,49 +12,57 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+from ..errors import UserError
+from ..packages import need
 from .engines import SECONDS, Server
 
-LM_EVAL = "lm-eval[api,ruler]>=0.4.13,<0.5"  # as pyproject.toml has it
 Z = 1.96  # standard deviations on each side of a normal distribution's middle 95 %
-NO_LIMIT = 1 << 30  # tokens: the server refuses a prompt that is too long for it; lm-eval would cut it, and not say so
+# Tokens: the server refuses a prompt that is too long for it; lm-eval would cut it, and not say so.
+NO_LIMIT = 1 << 30
 NOT_ASKED = -1  # RULER's score for lengths that a sample does not have
 
 
 def compare(
-    model: str, servers: tuple[Server, Server], names: list[str], length: int, samples: int | None, seed: int
+    model: str,
+    servers: tuple[Server, Server],
+    names: list[str],
+    length: int,
+    samples: int | None,
+    seed: int,
 ) -> list[dict]:
     """The scores of two servers of one model in lm-eval's tasks, by task and metric.
 
-    model: directory of the checkpoint that both serve, for its tokenizer. names: of tasks, or YAML files. length:
-    tokens of RULER's contexts. samples: how many of each task, from its first on; None: all. seed: of the samples
-    that a task makes itself, and of the examples in prompts.
+    model: directory of the checkpoint that both serve, for its tokenizer. names: of tasks, or YAML
+    files. length: tokens of RULER's contexts. samples: how many of each task, from its first on;
+    None: all. seed: of the samples that a task makes itself, and of the examples in prompts.
 
-    Returns dictionaries: `task`; `metric`; `difference`, the mean over the samples, first server less second;
-    `interval`, in which it lies with 95 % confidence; `samples`, each with `id`, `scores` and `answers`, both as
-    (first, second). Left out are metrics that do not give each sample a score from 0 to 1. Raises ValueError and
-    ImportError, which name the remedy.
+    Returns dictionaries: `task`; `metric`; `difference`, the mean over the samples, first server
+    less second; `interval`, in which it lies with 95 % confidence; `samples`, each with `id`,
+    `scores` and `answers`, both as (first, second). Left out are metrics that do not give each
+    sample a score from 0 to 1. Raises UserError, which names the remedy.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ImportError(f"--tasks needs lm-eval: pip install '{LM_EVAL}'") from None
+    need("lm_eval", "--tasks")
     random.seed(seed)
     tasks = _load(names, {"tokenizer": model, "max_seq_lengths": [length]})
     first, second = (_answers(server, model, tasks, samples, seed) for server in servers)
-    comparisons = [comparison for task in first for comparison in _pairs(task, first[task], second[task])]
+    comparisons = [
+        comparison for task in first for comparison in _pairs(task, first[task], second[task])
+    ]
     if not comparisons:
-        raise ValueError(f"--tasks: no metric of {', '.join(first)} gives each sample a score from 0 to 1")
+        raise UserError(
+            f"--tasks: no metric of {', '.join(first)} gives each sample a score from 0 to 1"
+        )
     return comparisons
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
     """The 95 % confidence interval of the mean difference of paired scores from 0 to 1.
 
-    Wald's, after Z^2 pseudo-pairs, half of them at each of -1 and 1: what Agresti and Coull add to one proportion
-    (The American Statistician 52, 1998, 119-126). Without, five pairs that agree would prove that all do. Half a pair
-    at each, and one at 0 (Agresti and Min, Statistics in Medicine 24, 2005, 729-740), are too few where pairs differ
-    in one direction alone, as when a fault loses answers: a true loss of 2 % is missed by 13 of 100 intervals of 100
-    pairs."""
+    Wald's, after Z^2 pseudo-pairs, half of them at each of -1 and 1: what Agresti and Coull add to
+    one proportion (The American Statistician 52, 1998, 119-126). Without, five pairs that agree
+    would prove that all do. Half a pair at each, and one at 0 (Agresti and Min, Statistics in
+    Medicine 24, 2005, 729-740), are too few where pairs differ in one direction alone, as when a
+    fault loses answers: a true loss of 2 % is missed by 13 of 100 intervals of 100 pairs."""
     n = len(differences) + Z**2
     middle = sum(differences) / n
     variance = (sum(d * d for d in differences) + Z**2) / n - middle**2
@@ -63,32 +72,42 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 def _load(names: list[str], metadata: dict) -> dict:
     """The tasks by name, once for both servers: RULER makes other samples each time."""
+    import yaml
     from lm_eval.tasks import TaskManager
 
-    only_files = all(name.endswith(".yaml") for name in names)  # lm-eval takes seconds to read through its own tasks
+    only_files = all(
+        name.endswith(".yaml") for name in names
+    )  # lm-eval takes seconds to read through its own tasks
     manager = TaskManager(metadata=metadata, include_defaults=not only_files)
     tasks = {}
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
-            raise ValueError(f"lm-eval has no task {name!r}, nor is it a YAML file: `lm-eval ls tasks` lists them")
+            raise UserError(
+                f"lm-eval has no task {name!r}, nor is it a YAML file: `lm-eval ls tasks` lists "
+                "them"
+            )
         try:
             tasks |= manager.load([name])["tasks"]
-        except OSError as error:
-            raise ValueError(
-                f"task {name} cannot be loaded ({error}). If it is its dataset: run it once where there is a network and "
-                "bring $HF_HOME along, or name a YAML file that includes the task and has a dataset_path of its own"
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(
+                f"task {name} cannot be loaded ({error}). If it is its dataset: run it once where "
+                "there is a network and bring $HF_HOME along, or name a YAML file that includes "
+                "the task and has a dataset_path of its own"
             ) from error
     return tasks
 
 
-def _answers(server: Server, model: str, tasks: dict, samples: int | None, seed: int) -> dict[str, list[dict]]:
+def _answers(
+    server: Server, model: str, tasks: dict, samples: int | None, seed: int
+) -> dict[str, list[dict]]:
     """By task, lm-eval's account of each sample."""
     import requests
     from lm_eval import evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     api = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model=server.model, tokenizer=model, tokenizer_backend="huggingface",
+        base_url=f"{server.url}/v1/completions", model=server.model,
+        tokenizer=model, tokenizer_backend="huggingface",
         add_bos_token=True, max_length=NO_LIMIT, batch_size=Server.AT_ONCE, timeout=SECONDS,
     )  # fmt: skip
     for task in tasks.values():
@@ -96,7 +115,8 @@ def _answers(server: Server, model: str, tasks: dict, samples: int | None, seed:
     try:
         return evaluate(api, {"tasks": tasks}, limit=samples, bootstrap_iters=0)["samples"]
     except requests.RequestException as error:
-        raise ValueError(f"{server.url}: {error if error.response is None else error.response.text}") from error
+        words = error if error.response is None else error.response.text
+        raise UserError(f"{server.url}: {words}") from error
 
 
 def _pairs(task: str, first: list[dict], second: list[dict]) -> Iterator[dict]:
@@ -106,12 +126,18 @@ def _pairs(task: str, first: list[dict], second: list[dict]) -> Iterator[dict]:
         answers = [list(chain(*sample["resps"])) for sample in (a, b)]
         for metric in a["metrics"]:
             name = metric if a["filter"] == "none" else f"{metric}, {a['filter']}"
-            by_metric[name].append({"id": a["doc_id"], "scores": [a[metric], b[metric]], "answers": answers})
+            by_metric[name].append(
+                {"id": a["doc_id"], "scores": [a[metric], b[metric]], "answers": answers}
+            )
     for metric, samples in by_metric.items():
         asked = [sample for sample in samples if NOT_ASKED not in sample["scores"]]
         if asked and all(_is_score(score) for sample in asked for score in sample["scores"]):
             differences = [one - other for one, other in (sample["scores"] for sample in asked)]
-            result = {"difference": fmean(differences), "interval": interval(differences), "samples": asked}
+            result = {
+                "difference": fmean(differences),
+                "interval": interval(differences),
+                "samples": asked,
+            }
             yield {"task": task, "metric": metric} | result
 
 

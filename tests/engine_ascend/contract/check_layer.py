@@ -4,7 +4,7 @@ import npu
 import pytest
 import stock
 import torch
-from layer import Layer, Rows
+from layer import Layer, Rows, forward_call
 from schedule import Schedule, store
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_ascend import utils
@@ -51,13 +51,10 @@ def test_context_parallel_steps_store_the_reference(config, seed, monkeypatch):
     layer = Layer(config, seed=seed)
     assert type(layer.attention) is engine.ContextParallelAttention
 
-    def run(rows, x):
-        metadata = layer.metadata(rows)
-        starts = metadata[0].req_metadata.query_start_loc
-        with torch.inference_mode():
-            layer.attention._update_indexer_cache(x, layer.kv_cache, metadata, starts)
-
-    assert_stores_the_reference(layer, Schedule(seed, layer.page, layer.k_page), run)
+    schedule = Schedule(seed, layer.page, layer.k_page)
+    assert_stores_the_reference(
+        layer, schedule, lambda rows, x: layer.run_context_parallel(x, layer.metadata(rows))
+    )
 
 
 def test_requests_that_a_graph_adds_store_nothing(config):
@@ -73,6 +70,26 @@ def test_requests_that_a_graph_adds_store_nothing(config):
         with torch.inference_mode():
             store(layer, expected, rows, x)
         assert all(map(torch.equal, layer.storages, expected))
+
+
+@pytest.mark.parametrize("decode_tokens", [1, 4], ids="decode_{}".format)
+@pytest.mark.parametrize("path", ["one_stream", "two_streams", "context_parallel"])
+def test_a_dummy_run_on_live_tables_stores_nothing(config, path, decode_tokens, monkeypatch):
+    """A rank without requests of its own runs one with those that have others: as long as a decode step, its tables
+    are those of requests that may live, and only its slots say that nothing is written."""
+    if path == "context_parallel":
+        monkeypatch.setattr(utils, "enable_dsa_cp", lambda: True)
+    layer = Layer(config, multistream=path == "two_streams")
+    for builder in layer.builders:
+        builder.decode_threshold = decode_tokens
+    run = layer.run_context_parallel if path == "context_parallel" else layer.run
+    blocks = [list(range(first, first + 4)) for first in range(1, 32, 4)]
+    live = [storage.clone() for storage in layer.storages]
+    for lengths in ([8], [4, 4], [1] * 8):
+        rows = Rows([0] * len(lengths), lengths, blocks[: len(lengths)], blocks[: len(lengths)])
+        run(layer.hidden_states(8), layer.metadata(rows, dummy=True))
+        for name, now, before in zip(("state", "K"), layer.storages, live):
+            assert not (changed := (now != before).sum()), f"{changed} bytes of the live {name} cache, {lengths}"
 
 
 def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monkeypatch):
@@ -118,16 +135,80 @@ def two_decodes(layer: Layer):
     return layer.hidden_states(2), layer.metadata(rows)
 
 
-def test_a_layer_launches_the_projection_and_the_op(config):
+def test_a_layer_launches_the_projection_and_the_op(config, monkeypatch):
     layer = Layer(config)
-    attention = layer.attention
     x, metadata = two_decodes(layer)
-    with torch.inference_mode():
-        step = attention.step(metadata[2].decode, metadata[3].decode, len(x), layer.kv_cache)
+    with forward_call(metadata, len(x)):
+        layer.attention.compress(x, layer.kv_cache, metadata[2:4])  # the first layer of a step makes its plan
+        runs = []
+        monkeypatch.setattr(ops.BoundLayer, "run", lambda *arguments: runs.append(arguments))
         with Launches() as launches:
-            assert attention.step(metadata[2].decode, metadata[3].decode, len(x), layer.kv_cache) is step
-            attention.compress(attention.project(x), layer.kv_cache, step)
-    assert launches.names == ["aten.mm.dtype", "dsv4_indexer.compress.default"]
+            layer.attention.compress(x, layer.kv_cache, metadata[2:4])
+    assert launches.names == ["aten.mm.dtype"] and len(runs) == 1
+
+
+def test_layers_whose_caches_have_the_same_metadata_share_one_plan_a_step(config):
+    first, second = Layer(config), Layer(config)
+    x, metadata = two_decodes(first)
+    _, of_another_group = two_decodes(first)
+    before = ops.work.plans
+    for step in (1, 2):
+        with forward_call(metadata, len(x)):
+            for layer in (first, second):
+                layer.attention.compress(x, layer.kv_cache, metadata[2:4])
+            assert ops.work.plans == before + 2 * step - 1
+            second.attention.compress(x, second.kv_cache, of_another_group[2:4])
+            assert ops.work.plans == before + 2 * step
+
+
+def test_a_capture_makes_a_plan_of_its_own(config, monkeypatch):
+    """So that the graph makes it again in every replay, and does not keep what was made before it."""
+    layer = Layer(config)
+    x, metadata = two_decodes(layer)
+    before = ops.work.plans
+    with forward_call(metadata, len(x)):
+        layer.attention.compress(x, layer.kv_cache, metadata[2:4])
+        monkeypatch.setattr(torch.npu, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            layer.attention.compress(x, layer.kv_cache, metadata[2:4])
+    assert ops.work.plans == before + 2
+
+
+def test_metadata_that_are_refreshed_in_place_are_planned_again(config):
+    """As a captured graph has them, whose tensors vllm-ascend's builders write anew for every step."""
+    layer = Layer(config)
+    tables = [list(range(1, 11)), list(range(11, 21))], [[1], [2]]
+    before, after = (Rows(starts, [1, 1], *tables) for starts in ([3, 7], [11, 19]))
+    metadata = layer.metadata(before)
+    layer.run(layer.hidden_states(2), metadata)
+    expected, x = [storage.clone() for storage in layer.storages], layer.hidden_states(2)
+    layer.metadata(after)
+    layer.run(x, metadata)
+    with torch.inference_mode():
+        store(layer, expected, after, x)
+    assert all(map(torch.equal, layer.storages, expected))
+
+
+def test_caches_that_are_replaced_are_written_from_then_on(config):
+    layer = Layer(config)
+    rows = Rows([0], [8], [list(range(1, 9))], [[1]])
+    layer.run(layer.hidden_states(8), layer.metadata(rows))
+    layer.allocate()
+    expected, x = [storage.clone() for storage in layer.storages], layer.hidden_states(8)
+    layer.run(x, layer.metadata(rows))
+    with torch.inference_mode():
+        store(layer, expected, rows, x)
+    assert all(map(torch.equal, layer.storages, expected))
+
+
+@pytest.mark.parametrize("multistream", [False, True], ids=["one_stream", "two_streams"])
+def test_a_step_of_prefills_and_decodes_is_compressed_in_one_call(config, multistream, monkeypatch):
+    layer = Layer(config, multistream=multistream)
+    rows = Rows([3, 7, 0], [1, 1, 6], [list(range(first, first + 8)) for first in (1, 11, 21)], [[1], [2], [3]])
+    runs = []
+    monkeypatch.setattr(ops.BoundLayer, "run", lambda bound, kv_score, plan: runs.append(len(kv_score)))
+    layer.run(layer.hidden_states(8), layer.metadata(rows))
+    assert runs == [8]
 
 
 def test_the_stock_compressor_is_not_called_for_the_indexer(config):
@@ -148,7 +229,7 @@ def test_the_stock_compressor_is_not_called_for_the_indexer(config):
 def test_the_op_runs_beside_the_query_and_before_the_keys_are_read(config, monkeypatch):
     layer = Layer(config, multistream=True)
     x, metadata = two_decodes(layer)
-    monkeypatch.setattr(engine.ops, "compress", npu.counted(ops.compress))
+    monkeypatch.setattr(ops.BoundLayer, "run", npu.counted(ops.BoundLayer.run))
     npu.streams.clear()
     layer.run(x, metadata)
     order = npu.streams[npu.streams.index("projection on main") :]
@@ -157,7 +238,7 @@ def test_the_op_runs_beside_the_query_and_before_the_keys_are_read(config, monke
         "projection on main",
         "event on main",
         "beside waits for event on main",
-        "compress on beside",
+        "run on beside",
         "inplace_partial_rotary_mul on main",
         "main waits for beside",
     ]

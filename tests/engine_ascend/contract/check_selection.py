@@ -1,9 +1,11 @@
 """When our attention is chosen, what is refused by name, and what a change in vllm-ascend is told."""
 
 import importlib
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
+import npu
 import pytest
 import torch
 import vllm
@@ -22,13 +24,15 @@ from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 REFERENCE = dict(additional_config={"dsv4_indexer": {"impl": "reference"}}, enforce_eager=True)
 
 
-def load(config, layers: int = 2) -> torch.nn.Module:
+def load(config, layers: int = 2, draft_layers: int = 0) -> torch.nn.Module:
     """The model that our worker loads, over vllm-ascend's own worker and a runner that makes attention layers."""
-    made = torch.nn.ModuleList()
-    runner = SimpleNamespace(
-        load_model=lambda: made.extend(make_attention(config, ours=False) for _ in range(layers)),
-        get_model=lambda: made,
-    )
+    made, draft = torch.nn.ModuleList(), torch.nn.ModuleList()
+
+    def load_model() -> None:
+        for model, count in ((made, layers), (draft, draft_layers)):
+            model.extend(make_attention(config, ours=False) for _ in range(count))
+
+    runner = SimpleNamespace(load_model=load_model, get_model=lambda: made)
     worker = engine.Worker.__new__(engine.Worker)
     worker.vllm_config, worker.model_runner = config, runner
     worker.load_model()
@@ -87,7 +91,7 @@ def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded
     asked = []
     monkeypatch.setattr(engine.ops, "prepare", lambda *arguments: asked.append(arguments))
     model = load(configure())
-    assert asked == [("ascend", "npu")]
+    assert asked == [("ascend", "npu", {"A2": "int8_hadamard", "A5": "fp8_amax"}[npu.PRODUCT])]
     assert {layer.dsa_attn.dsa_attn.impl.impl for layer in model} == {"ascend"}
 
 
@@ -107,15 +111,35 @@ def test_a_model_with_another_number_of_indexers_is_refused(configure):
         load(configure(**REFERENCE), layers=1)
 
 
+def test_a_dummy_run_is_told_to_write_nothing_before_its_metadata_are_built(monkeypatch):
+    """Where vllm-ascend does so too late, as 0.23.0 does, and whichever of the two ways the run comes."""
+    monkeypatch.setattr(engine, "SLOTS_ARE_VOIDED_LATE", True)
+    tables = [SimpleNamespace(slot_mapping=SimpleNamespace(gpu=torch.arange(5, dtype=torch.int32))) for _ in range(2)]
+    seen = []
+    for name in ("execute_model", "execute_dummy_batch"):
+        look = lambda *_: seen.append([table.slot_mapping.gpu.tolist() for table in tables])  # noqa: E731
+        monkeypatch.setattr(engine.NPUWorker, name, look)
+    worker = engine.Worker.__new__(engine.Worker)
+    worker._account_due = math.inf
+    worker.model_runner = SimpleNamespace(input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=tables)))
+    worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=1))
+    worker.execute_dummy_batch()
+    for table in tables:
+        table.slot_mapping.gpu.zero_()
+    worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=0))
+    assert seen == [[[0, 1, 2, 3, 4]] * 2, [[-1] * 5] * 2, [[-1] * 5] * 2]
+
+
 def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypatch):
     said = []
     monkeypatch.setattr(account.logger, "info", lambda message, *values: said.append(message % values))
     monkeypatch.setattr(ops, "work", ops.Work(calls=2, tokens=26, uncounted=2))
-    monkeypatch.setattr(engine.NPUWorker, "execute_model", lambda worker, step: f"output of {step}")
+    monkeypatch.setattr(engine.NPUWorker, "execute_model", lambda worker, step: step)
     monkeypatch.setattr(engine.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down"))
     worker = engine.Worker.__new__(engine.Worker)
     worker.rank = 3
-    assert [worker.execute_model(step) for step in (1, 2)] == ["output of 1", "output of 2"]
+    steps = [SimpleNamespace(total_num_scheduled_tokens=tokens) for tokens in (20, 6)]
+    assert [worker.execute_model(step) for step in steps] == steps
     worker.shutdown()
     line = f"DSV4_INDEXER: rank 3: {ops.work}"
     assert "called 2 times on 26 tokens" in line and "2 calls whose entries only the device knows" in line
@@ -144,6 +168,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
     with pytest.raises(ValueError) as refused:
         configure(**options)
     assert found in str(refused.value)
+
+
+def test_a_draft_model_with_an_indexer_is_refused_by_the_name_of_its_layer(configure):
+    with pytest.raises(ValueError, match=r"layers\.1\..*indexer\.compressor\.wkv is in an indexer of a draft model"):
+        load(configure(**REFERENCE), draft_layers=1)
 
 
 @pytest.mark.parametrize("quantised", ["wkv", "wgate"])
@@ -178,7 +207,7 @@ CALLED = [
 ]
 
 
-@pytest.mark.parametrize("owner, name", CALLED)
+@pytest.mark.parametrize("owner, name", [*CALLED, (AscendDSAImpl, "forward")])
 def test_another_signature_is_named(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda more: None)
     with pytest.raises(

@@ -22,7 +22,7 @@ from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, HEAD_DIM, ROW_WIDTH
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
 
 INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
-POSITIONS = 64  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
+POSITIONS = 128  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
 BLOCKS = 160  # physical, of the state and of the K cache
 _models = itertools.count()
 
@@ -66,12 +66,14 @@ class Layer:
         self._draw_weights()
         compressor = self.module.indexer.compressor
         self.projection = torch.cat([compressor.wkv.weight, compressor.wgate.weight])
+        self.attention._forward_o_proj = lambda o_proj_input, output: None  # its weights are nobody's concern here
         if ours:
             engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
         cache = config.cache_config
         with mock.patch.object(cache, "cache_dtype", cache.cache_dtype):  # an A5's specs change it for layers to come
-            self._allocate()
+            self._read_specs()
             self._make_builders()
+        self.allocate()
 
     def _draw_weights(self) -> None:
         """Random, but for the projection's: multiples of 1/32 that make every sum of products exact in fp32."""
@@ -83,12 +85,14 @@ class Layer:
         compressor.ape.data.normal_(std=0.15, generator=self.numbers)
         compressor.norm.weight.data.normal_(0.7, 0.26, generator=self.numbers)
 
-    def _allocate(self) -> None:
-        """Random bytes, and among them numbers in the state, since padding may ask for rows of page 0."""
+    def _read_specs(self) -> None:
         indexer = self.module.indexer
         self.state_spec = indexer.compressor.state_cache.get_kv_cache_spec(self.config)
         self.k_spec = indexer.k_cache.get_kv_cache_spec(self.config)
         self.page, self.k_page = self.state_spec.block_size, self.k_spec.block_size
+
+    def allocate(self) -> None:
+        """Random bytes, and among them numbers in the state, since padding may ask for rows of page 0."""
         self.storages = [
             torch.randint(-(2**7), 2**7, (BLOCKS * spec.page_size_bytes,), dtype=torch.int8, generator=self.numbers)
             for spec in (self.state_spec, self.k_spec)
@@ -131,8 +135,9 @@ class Layer:
             builder(spec, [f"{self.prefix}.{name}"], self.config, device) for name, spec in zip(caches, self.specs)
         ]
 
-    def metadata(self, rows: Rows, padding: int = 0) -> list:
-        """What the real builders make of a step; `padding`: decode requests of one token that a graph adds."""
+    def metadata(self, rows: Rows, padding: int = 0, dummy: bool = False) -> list:
+        """What the real builders make of a step; `padding`: decode requests of one token that a graph adds; `dummy`: a
+        run of no requests, which comes with the tables of live ones and with slots that say "write nothing"."""
         lengths = torch.tensor(rows.lengths + [1] * padding, dtype=torch.int32)
         seq_lens = torch.tensor(rows.starts + [0] * padding, dtype=torch.int32) + lengths
         seq_lens[len(rows.lengths) :] = 0
@@ -154,7 +159,7 @@ class Layer:
                 max_query_len=int(lengths.max()),
                 max_seq_len=int(seq_lens.max()),
                 block_table_tensor=table,
-                slot_mapping=torch.full((tokens,), -1, dtype=torch.int32),
+                slot_mapping=slot_mapping(rows, table, spec.block_size, tokens, dummy),
                 positions=positions,
                 positions_cpu=positions,
                 is_prefilling=lengths > builder.decode_threshold,
@@ -184,11 +189,31 @@ class Layer:
         return torch.randint(-2, 3, shape, generator=self.numbers).bfloat16()
 
     def run(self, x: Tensor, metadata: list) -> None:
-        """As `forward` does between its gathers: prefill requests, then decode requests."""
-        name, decodes = f"{self.prefix}.attn", metadata[0].num_decode_tokens
-        context = forward_context.ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
-        with torch.inference_mode(), forward_context.override_forward_context(context):
-            if metadata[0].num_prefills:
-                self.attention._forward_prefill(name, x[decodes:], self.kv_cache, metadata)
-            if metadata[0].num_decodes:
-                self.attention._forward_decode(name, x[:decodes], self.kv_cache, metadata)
+        """One forward call of the model, as far as this layer is concerned."""
+        with forward_call(metadata, len(x)):
+            self.attention.forward(f"{self.prefix}.attn", x, self.kv_cache, metadata, output=torch.empty_like(x))
+
+    def run_context_parallel(self, x: Tensor, metadata: list) -> None:
+        """The one step of context parallelism's `_forward` that is ours; before and after it ranks talk."""
+        with forward_call(metadata, len(x)):
+            starts = metadata[0].req_metadata.query_start_loc
+            self.attention._update_indexer_cache(x, self.kv_cache, metadata, starts)
+
+
+@contextlib.contextmanager
+def forward_call(metadata: list, tokens: int) -> Iterator[None]:
+    """What vllm-ascend's runner has around the model's forward call."""
+    context = forward_context.ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
+    context.num_tokens = tokens
+    with torch.inference_mode(), forward_context.override_forward_context(context):
+        yield
+
+
+def slot_mapping(rows: Rows, table: Tensor, block: int, tokens: int, dummy: bool) -> Tensor:
+    """As vllm-ascend's block tables make it of a group's table, for each token of the requests, then -1 for the padding
+    of a graph; -1 everywhere in a dummy run."""
+    slots = torch.full((tokens,), -1, dtype=torch.int32)
+    if not dummy:
+        request, position = torch.tensor(list(rows.tokens())).t()
+        slots[: len(request)] = (table[request, position // block] * block + position % block).int()
+    return slots

@@ -86,6 +86,7 @@ def install() -> None:
     torch.utils.rename_privateuse1_backend("npu")  # so that torch.device("npu") is one
     torch.npu = torch_npu.npu
     torch.npu.is_available = lambda: False  # transformers asks
+    torch.npu.is_current_stream_capturing = lambda: False
     Stream.current = Stream("main")
     torch.npu.Stream, torch.npu.stream, torch.npu.current_stream = Stream, on_stream, lambda: Stream.current
     built_for = sys.modules["vllm_ascend._build_info"] = types.ModuleType("vllm_ascend._build_info")
@@ -143,9 +144,10 @@ def kv_compress_epilog(**kwargs) -> None:
 
 
 def npu_scatter_nd_update_v2(cache: Tensor, slots: Tensor, values: Tensor) -> None:
-    """cache[block, offset] = value for each (block, offset) that is not negative."""
-    if slots is not None:
-        written = slots[:, 0] >= 0
+    """cache[block, offset] = value for each (block, offset) that is not negative. A cache of one number stands for one
+    that is nobody's concern."""
+    if slots is not None and cache.numel() > 1:
+        written = slots[:, 0] >= 0  # of (-1, block size - 1), which is padding's, too
         block, offset = slots[written].long().unbind(1)
         cache[block, offset] = values[: len(slots)][written].view(-1, *cache.shape[2:])
 
@@ -180,11 +182,13 @@ STOCK_OPERATORS = (
     compressor_metadata, compressor,
 )  # fmt: skip
 _aten = torch.library.Library("aten", "IMPL")
+_vllm = torch.library.Library("vllm", "IMPL")
 
 
 def define_what_a_layer_calls() -> None:
     import torch_npu
 
+    _vllm.impl("maybe_all_gather_and_maybe_unpad", lambda x, label, is_ep_comm=False: x, "CPU")  # one worker
     define_operators(*STOCK_OPERATORS)
     torch_npu.npu_dynamic_quant = counted(npu_dynamic_quant)
     _aten.impl("mm.dtype", mm_with_out_dtype, "CPU")

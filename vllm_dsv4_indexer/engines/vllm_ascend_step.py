@@ -1,0 +1,67 @@
+"""From vllm-ascend's metadata of a step's requests to the op's plan, once for all layers.
+
+Nothing here waits for the device, and every tensor's shape follows from the shapes of the metadata,
+so that a captured graph replays: it reads the metadata where vllm-ascend refreshes them.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.ops.requests import Requests, step_of
+
+Metadata = tuple[Any, Any]  # vllm-ascend's, of the state and of the K cache
+
+
+def requests_of(*parts: Metadata) -> Requests:
+    """The requests of one or more parts of a step, in the order of their tokens.
+
+    Of a layer's metadata, those of the state have a slot for each token. A slot that says "write
+    nothing" means both caches: it is padding's, or a dummy run's, whose tables and positions are
+    those of live requests.
+    """
+    first, *others = (_requests_of_part(state, keys) for state, keys in parts)
+    for part in others:
+        starts = part.query_start_loc[1:] + len(first.slot_mapping)
+        first = Requests(*map(torch.cat, zip(first, part._replace(query_start_loc=starts))))
+    return first
+
+
+def _requests_of_part(state: Any, keys: Any) -> Requests:
+    count = len(keys.start_pos)
+    slots = state.slot_mapping  # [T] on an A5; on A2 and A3 (block, offset) of each token
+    return Requests(
+        keys.query_start_loc[: count + 1],
+        keys.start_pos,
+        state.block_table[:count],
+        keys.block_table[:count],
+        slots if slots.dim() == 1 else slots[:, 0],
+    )
+
+
+def plan_requests(requests: Requests, extents: Extents, k_page: int, impl: str) -> Tensor:
+    """The plan of a step for caches of these extents, with `k_page` entries in a K page."""
+    step = step_of(requests, len(requests.slot_mapping), extents.state_page, k_page)
+    return ops.plan(*step, **extents._asdict(), impl=impl)
+
+
+def once_a_step(metadata: Metadata, extents: Extents, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` returns, called once in a forward call for all layers with these metadata.
+
+    It is kept with the forward call, not with the metadata: vllm-ascend makes a context for every
+    step and for every capture of a graph, also where it refreshes tensors in place. What was made
+    before a capture began is not used in it: a graph has to make its plan again in every replay.
+    """
+    key = *metadata, torch.npu.is_current_stream_capturing(), extents
+    made = get_forward_context().additional_kwargs.setdefault("dsv4_indexer_plans", [])
+    for known, plan in made:  # one for each group of caches: a few
+        if all(map(operator.is_, known[:3], key[:3])) and known[3] == extents:
+            return plan
+    made.append((key, plan := make()))
+    return plan
