@@ -5,38 +5,37 @@
 // state rows by MTE3, and are pooled in between: no intermediate value leaves the unified buffer. A window's first four
 // rows are the frame before its own; where that is not in the unified buffer (a request's first window, the first of a
 // core's span), a frame is filled with their front halves: rows of this call raw from kv_score, older ones from the
-// state. No core reads a row that this launch writes; README.md has the argument.
+// state, as the step's plan says. No core reads a row that this launch writes; README.md has the argument.
 #pragma once
 
 #include "../layout.h"
 #include "abi.h"
 #include "device.h"
 #include "finish.h"
+#include "planned.h"
 #include "pool.h"
 #include "tiling.h"
-#include "tokens.h"
 
 namespace dsv4 {
 
-// kOnePass is the product. The others are the two steps of the algorithms that it is compared with: kSave saves the
-// rows; kPoolState pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with
-// the rows of this call that a scan over all its tokens finds (before kSave).
+// kOnePass is the product. The others are the two steps of the algorithms that it is compared with, for
+// which the plan has all windows early and all rows in the state: kSave saves the rows; kPoolState
+// pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with the
+// rows of this call that a scan over all its tokens finds (before kSave).
 enum Algorithm { kOnePass, kSave, kPoolState, kPoolScan };
 
 template <Algorithm kAlgorithm, int64_t kFormat>
 class Compress {
  public:
-  __aicore__ inline void Init(TPipe* pipe, const Arguments& a, const Tiling& tiling) {
+  __aicore__ inline void Init(TPipe* pipe, const RunArguments& a, const Tiling& tiling) {
     args_ = a;
     begin_ = AscendC::GetBlockIdx() * tiling.tokens_per_core;
     end_ = begin_ + tiling.tokens_per_core < a.tokens ? begin_ + tiling.tokens_per_core : a.tokens;
     kv_score_gm_.SetGlobalBuffer((__gm__ float*)a.kv_score);
     state_gm_.SetGlobalBuffer((__gm__ float*)a.state);
     cos_sin_gm_.SetGlobalBuffer((__gm__ float*)a.cos_sin);
-    table_gm_.SetGlobalBuffer((__gm__ int32_t*)a.block_table);
-    positions_gm_.SetGlobalBuffer((__gm__ int64_t*)a.positions);
-    requests_gm_.SetGlobalBuffer((__gm__ int32_t*)a.token_to_req);
-    tokens_.Init(pipe, a);
+    plan_gm_.SetGlobalBuffer((__gm__ int64_t*)a.plan);
+    plan_.Init(pipe, a);
     pipe->InitBuffer(tile_queue_, 2, (kFrames * kFrameFloats + kFrames * kRopeDim) * sizeof(float));
     pipe->InitBuffer(bias_buffer_, kRatio * kKvWidth * sizeof(float));
     bias_ = bias_buffer_.template Get<float>();
@@ -50,8 +49,10 @@ class Compress {
   }
 
   __aicore__ inline void Process() {
-    tokens_.Hold(begin_, end_ + Tokens::kAhead);
-    while (begin_ < end_ && !tokens_.BeginsGroup(begin_)) ++begin_;  // the rest of a group of the core before
+    // A plan of another step or for other caches: better nothing than anything.
+    if (!plan_.Fits(args_, kAlgorithm == kOnePass ? kPlanLayout : kStateOnlyLayout)) return;
+    plan_.Hold(begin_, end_ + Planned::kAhead);
+    while (begin_ < end_ && !plan_.BeginsGroup(begin_)) ++begin_;  // the rest of a group of the core before
     for (next_ = begin_; next_ < end_;) {
       tile_ = tile_queue_.template AllocTensor<float>();
       CopyIn();
@@ -69,7 +70,7 @@ class Compress {
  private:
   static constexpr int kFrames = 4;
   static constexpr int kHalfBytes = kHeadDim * sizeof(float);
-  static constexpr float kMasked = -3e38f;  // a gate whose weight is 0 beside any other
+  static constexpr float kWeightless = -3e38f;  // a gate whose weight is 0 beside any other
 
   // One group of four positions, or the front halves of the one before a window.
   struct Frame {
@@ -78,6 +79,13 @@ class Compress {
     int half;         // where the 128 channels of the other rows begin: kHeadDim in a window's own group, 0 before
     int raw, absent;  // bits: rows that came from kv_score and lack the bias; rows that do not exist
     int64_t entry;    // the entry of the window that ends here, or -1
+  };
+
+  // Rows of a frame that lie together in kv_score, raw, or in the state: `at` is where, in elements.
+  struct Stretch {
+    bool raw;
+    int64_t at;
+    int row, rows;
   };
 
   __aicore__ inline void LoadBias(TPipe* pipe) {
@@ -91,13 +99,13 @@ class Compress {
   // Takes groups from next_ on until the tile is full or the span ends, and starts the transfers of their rows.
   __aicore__ inline void CopyIn() {
     used_ = 0;
-    tokens_.Hold(next_, end_ + Tokens::kAhead);
+    plan_.Hold(next_, end_ + Planned::kAhead);
     while (next_ < end_ && used_ < kFrames) {
       const int64_t first = next_, last = LastOfGroup(first);
-      const int64_t entry = kAlgorithm == kSave ? -1 : Entry(last);
-      const bool follows = kAlgorithm == kOnePass && full_ &&
-                           tokens_.Holds(first - 1, tokens_.Request(first), tokens_.Position(first) - 1);
-      const bool fetches = entry >= 0 && !follows;
+      const int64_t entry = kAlgorithm == kSave ? -1 : plan_.KSlot(last);
+      // A late window's first four rows are the group before it, which this core has, unless it has
+      // just begun.
+      const bool fetches = entry >= 0 && !(full_ && plan_.IsLate(last));
       if (used_ + 1 + fetches > kFrames) break;
       if (fetches) FetchPrevious(last);
       TakeGroup(first, last, entry);
@@ -108,35 +116,28 @@ class Compress {
 
   __aicore__ inline int64_t LastOfGroup(int64_t first) {
     int64_t last = first;
-    while (last + 1 < args_.tokens && !tokens_.BeginsGroup(last + 1)) ++last;
+    while (last + 1 < args_.tokens && !plan_.BeginsGroup(last + 1)) ++last;
     return last;
-  }
-
-  // The entry of the window that `token` closes, or -1.
-  __aicore__ inline int64_t Entry(int64_t token) {
-    const int64_t position = tokens_.Position(token), slot = tokens_.KSlot(token);
-    const bool closes = position % kRatio == kRatio - 1 && position < args_.cos_sin_rows;
-    return closes && slot >= 0 && slot < args_.k_pages * args_.k_page ? slot : -1;
   }
 
   __aicore__ inline void FetchPrevious(int64_t last) {
     frames_[used_] = {last, 0, 0, 0, 0, 0, -1};
-    Fetch(used_, last, tokens_.Position(last) - kWindow + 1, kRatio);
+    Fetch(used_, last, 0, kRatio);
     ++used_;
   }
 
   __aicore__ inline void TakeGroup(int64_t first, int64_t last, int64_t entry) {
     Frame& frame = frames_[used_];
-    const int64_t position = tokens_.Position(first);
+    const int64_t position = plan_.Position(first);
     const int row = static_cast<int>(position & (kRatio - 1)), rows = static_cast<int>(last - first + 1);
     frame = {first, row, rows, kHeadDim, 0, 0, entry};
     if constexpr (kAlgorithm == kPoolState || kAlgorithm == kPoolScan) {
       frame.rows = 0;
-      if (entry >= 0) Fetch(used_, last, position - row, kRatio);
+      if (entry >= 0) Fetch(used_, last, kRatio, kRatio);
       if (entry >= 0 && kAlgorithm == kPoolScan) Overlay(last);
     } else {
       frame.raw = ((1 << rows) - 1) << row;
-      if (entry >= 0) Fetch(used_, last, position - row, row);
+      if (entry >= 0) Fetch(used_, last, kRatio, row);
     }
     if (entry >= 0) {
       const GlobalTensor<float> source = cos_sin_gm_[(position - row) * args_.cos_sin_stride];
@@ -146,47 +147,43 @@ class Compress {
     ++used_;
   }
 
-  // Fills rows [0, rows) of frame f, positions `position` and on, with the halves that the window of `last` uses.
-  __aicore__ inline void Fetch(int f, int64_t last, int64_t position, int rows) {
-    const int64_t end = tokens_.Position(last);
-    const int32_t request = tokens_.Request(last);
-    int64_t run_source = -1;
-    int run_row = 0, run_rows = 0;
+  // Fills rows [0, rows) of frame f, which are rows `first` and on of the window of `last`, with the
+  // halves that it uses. What lies together in memory comes together.
+  __aicore__ inline void Fetch(int f, int64_t last, int first, int rows) {
+    Stretch stretch = {false, 0, 0, 0};
     for (int row = 0; row < rows; ++row) {
-      const int64_t q = position + row, token = last - (end - q);
-      if (kAlgorithm == kOnePass && tokens_.Holds(token, request, q)) {
-        FetchRaw(f, row, token);
-        continue;
-      }
-      const int64_t source = q < 0 ? -1 : StateRow(request, q);
-      if (source < 0) {
+      const int64_t source = plan_.Source(last, first + row);
+      if (source == kMasked) {
         frames_[f].absent |= 1 << row;
         continue;
       }
-      // Rows of one page, as far as they follow each other, come together.
-      const bool joins =
-          run_rows > 0 && row == run_row + run_rows && source == run_source + run_rows * args_.state_row_stride;
+      const bool raw = source >= 0;
+      const int64_t at = raw ? source * args_.kv_score_stride : StateRow(kRowZero - source);
+      frames_[f].raw |= raw << row;
+      const bool joins = stretch.rows > 0 && raw == stretch.raw && row == stretch.row + stretch.rows &&
+                         at == stretch.at + stretch.rows * RowStride(raw);
       if (!joins) {
-        if (run_rows > 0) FetchHalves(f, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
-        run_source = source, run_row = row, run_rows = 0;
+        FetchStretch(f, stretch);
+        stretch = {raw, at, row, 0};
       }
-      ++run_rows;
+      ++stretch.rows;
     }
-    if (run_rows > 0) FetchHalves(f, run_row, state_gm_[run_source], run_rows, args_.state_row_stride);
+    FetchStretch(f, stretch);
   }
 
-  __aicore__ inline void FetchRaw(int f, int row, int64_t token) {
-    FetchHalves(f, row, kv_score_gm_[token * args_.kv_score_stride], 1, args_.kv_score_stride);
-    frames_[f].raw |= 1 << row;
+  __aicore__ inline void FetchStretch(int f, const Stretch& stretch) {
+    if (stretch.rows == 0) return;
+    const GlobalTensor<float> source = stretch.raw ? kv_score_gm_[stretch.at] : state_gm_[stretch.at];
+    FetchHalves(f, stretch.row, source, stretch.rows, RowStride(stretch.raw));
   }
 
-  // The row of the state that holds position q of a request, in elements, or -1.
-  __aicore__ inline int64_t StateRow(int32_t request, int64_t q) {
-    const int64_t column = q / args_.state_page;
-    if (request < 0 || request >= args_.requests || column >= args_.table_columns) return -1;
-    const int64_t page = ReadFresh(table_gm_[request * args_.block_table_stride + column]);
-    if (page <= 0 || page >= args_.state_pages) return -1;
-    return page * args_.state_page_stride + q % args_.state_page * args_.state_row_stride;
+  __aicore__ inline int64_t RowStride(bool raw) const {
+    return raw ? args_.kv_score_stride : args_.state_row_stride;
+  }
+
+  // Where the state has row `slot`, in elements.
+  __aicore__ inline int64_t StateRow(int64_t slot) const {
+    return slot / args_.state_page * args_.state_page_stride + slot % args_.state_page * args_.state_row_stride;
   }
 
   // The kv half and the gate half of `rows` rows: with rows of 512 floats one transfer, for then the halves of all of
@@ -201,13 +198,16 @@ class Compress {
 
   // kPoolScan: every token of the call is looked at, for every window, whose frames are used_ - 1 and used_.
   __aicore__ inline void Overlay(int64_t last) {
-    const int64_t start = tokens_.Position(last) - kWindow + 1;
+    const int64_t start = plan_.Position(last) - kWindow + 1, request = plan_.Request(last);
+    const GlobalTensor<int64_t> positions = plan_gm_[kPlanHeader + kPositions * args_.tokens];
+    const GlobalTensor<int64_t> requests = plan_gm_[kPlanHeader + kRequests * args_.tokens];
     for (int64_t token = 0; token < args_.tokens; ++token) {
-      const int64_t row = positions_gm_.GetValue(token) - start;
-      if (row < 0 || row >= kWindow || requests_gm_.GetValue(token) != tokens_.Request(last)) continue;
+      const int64_t row = positions.GetValue(token) - start;
+      if (row < 0 || row >= kWindow || requests.GetValue(token) != request) continue;
       const int f = used_ - 1 + static_cast<int>(row / kRatio), in_frame = static_cast<int>(row % kRatio);
       AscendC::PipeBarrier<PIPE_MTE2>();
-      FetchRaw(f, in_frame, token);
+      FetchStretch(f, {true, token * args_.kv_score_stride, in_frame, 1});
+      frames_[f].raw |= 1 << in_frame;
       frames_[f].absent &= ~(1 << in_frame);
     }
   }
@@ -254,7 +254,7 @@ class Compress {
         if (frame.raw >> row & 1) Add(gate[at], gate[at], bias[at], width);
         if (frame.absent >> row & 1) {
           Duplicate(kv[at], 0.0f, width);
-          Duplicate(gate[at], kMasked, width);
+          Duplicate(gate[at], kWeightless, width);
         }
       }
       if constexpr (kAlgorithm != kSave) {
@@ -278,46 +278,41 @@ class Compress {
   }
 
   // Saves the rows of the tile's tokens. Where neighbours in the tile are neighbours in a page, they go together.
-  // Page 0 is nobody's: rows of padding that an engine sends there are not written.
   __aicore__ inline void CopyOut() {
     int64_t slot = 0;
     int row = 0, rows = 0;
     for (int f = 0; f < used_; ++f) {
       const Frame& frame = frames_[f];
       for (int i = 0; i < frame.rows; ++i) {
-        const int64_t to = tokens_.StateSlot(frame.token + i);
+        const int64_t to = plan_.StateSlot(frame.token + i);
         const int from = f * kRatio + frame.row + i;
         if (rows > 0 && from == row + rows && to == slot + rows && to % args_.state_page != 0) {
           ++rows;
           continue;
         }
         if (rows > 0) SaveRun(slot, row, rows);
-        slot = to, row = from;
-        rows = to >= args_.state_page && to < args_.state_pages * args_.state_page;
+        slot = to, row = from, rows = to >= 0;
       }
     }
     if (rows > 0) SaveRun(slot, row, rows);
   }
 
   __aicore__ inline void SaveRun(int64_t slot, int row, int rows) {
-    const int64_t page = slot / args_.state_page, in_page = slot % args_.state_page;
-    const int64_t to = page * args_.state_page_stride + in_page * args_.state_row_stride;
     const uint32_t gap = static_cast<uint32_t>((args_.state_row_stride - kRowWidth) * sizeof(float));
     const DataCopyExtParams params(static_cast<uint16_t>(rows), kRowWidth * sizeof(float), 0, gap, 0);
-    DataCopyPad(state_gm_[to], tile_[row * kRowWidth], params);
+    DataCopyPad(state_gm_[StateRow(slot)], tile_[row * kRowWidth], params);
   }
 
-  Arguments args_;
+  RunArguments args_;
   int64_t begin_, end_, next_;  // the core's tokens; the first that is in no tile yet
   Frame frames_[kFrames];
   int used_ = 0;
   bool full_ = false;  // the last frame holds four tokens of this core
-  Tokens tokens_;
+  Planned plan_;
   Pool pool_;
   Finish<kFormat> finish_;
   GlobalTensor<float> kv_score_gm_, state_gm_, cos_sin_gm_;
-  GlobalTensor<int32_t> table_gm_, requests_gm_;
-  GlobalTensor<int64_t> positions_gm_;
+  GlobalTensor<int64_t> plan_gm_;
   TQueBind<TPosition::VECIN, TPosition::VECOUT, 1> tile_queue_;
   TBuf<TPosition::VECIN> bias_buffer_;
   TBuf<> carry_buffer_;
@@ -325,7 +320,7 @@ class Compress {
 };
 
 template <Algorithm kAlgorithm, int64_t kFormat>
-__aicore__ inline void run(const Arguments& arguments, const Tiling& tiling) {
+__aicore__ inline void run(const RunArguments& arguments, const Tiling& tiling) {
   TPipe pipe;
   Compress<kAlgorithm, kFormat> compress;
   compress.Init(&pipe, arguments, tiling);

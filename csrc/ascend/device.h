@@ -18,6 +18,10 @@ using AscendC::TPosition;
 using AscendC::TQue;
 using AscendC::TQueBind;
 
+constexpr uint32_t kBlockBytes = 32;  // of the unified buffer: what is aligned is aligned to it
+
+__aicore__ inline uint32_t Blocks(uint32_t bytes) { return (bytes + kBlockBytes - 1) / kBlockBytes; }
+
 // What the first pipe of `kEvent` was given so far is over before the second goes on.
 template <HardEvent kEvent>
 __aicore__ inline void Order(TPipe* pipe) {

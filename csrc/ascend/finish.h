@@ -22,7 +22,7 @@ constexpr int kBatchFloats = kBatch * kHeadDim;
 template <int64_t kFormat>
 class Finish {
  public:
-  __aicore__ inline void Init(TPipe* pipe, const Arguments& a) {
+  __aicore__ inline void Init(TPipe* pipe, const RunArguments& a) {
     args_ = a;
     pipe->InitBuffer(pooled_buffer_, kBatchFloats * sizeof(float));
     pipe->InitBuffer(x_buffer_, kBatchFloats * sizeof(float));
@@ -80,7 +80,6 @@ class Finish {
 
  private:
   static constexpr int kCodeBytes = kBatch * kHeadDim;
-  static constexpr int kBlockBytes = 32;
   static constexpr int kScaleBytes = kBatch * kBlockBytes;  // each scale at the start of a block of its own
 
   // The RMSNorm weight, each channel filling a block.
@@ -290,7 +289,7 @@ class Finish {
     DataCopyPad(gm, scales.template ReinterpretCast<T>(), DataCopyExtParams(n, sizeof(T), 0, gap, 0));
   }
 
-  Arguments args_;
+  RunArguments args_;
   int windows_ = 0;
   int64_t slots_[kBatch];
   TBuf<> pooled_buffer_, x_buffer_, y_buffer_, narrow_buffer_;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "compress.h"
+#include "planner.h"
 
 namespace dsv4 {
 
@@ -13,7 +14,6 @@ struct Launch {
 };
 
 // Calls `launch(Launch<...>{})` for each launch of `algorithm`; false: there is no such algorithm.
-
 template <class F>
 bool for_each_launch(const char* algorithm, F launch) {
   if (std::strcmp(algorithm, "one_pass") == 0) {

@@ -18,37 +18,69 @@ struct Machine {
   int64_t cores = 48;
   uint64_t noise = 0, order = 0;
   int64_t built_for = 2201;
+  bool failing = false;  // every launch fails, as far as the runtime is concerned
+
+  Device device() const { return {product->name, built_for}; }
 } machine;
 
 std::vector<std::vector<emulation::Counts>> launches;  // counts of each core of each launch
 
-std::vector<Region> regions_of(const Arguments& a) {
-  std::vector<Region> regions;
-  auto add = [&](const char* name, uint64_t address, int64_t bytes, bool writable = false) {
-    if (bytes > 0) regions.push_back({name, address, address + bytes, writable});
+// The tensors behind the arguments.
+class Regions {
+ public:
+  void add(const char* name, uint64_t address, int64_t bytes, bool writable = false) {
+    if (address && bytes > 0) all_.push_back({name, address, address + bytes, writable});
+  }
+  std::vector<Region> take() { return std::move(all_); }
+
+ private:
+  std::vector<Region> all_;
+};
+
+int64_t plan_bytes(int64_t tokens) { return (kPlanHeader + kPlanWidth * tokens) * 8; }
+
+std::vector<Region> regions_of(const PlanArguments& a, bool by_requests) {
+  Regions regions;
+  const auto table = [&](const char* name, uint64_t address, int64_t stride, int64_t columns) {
+    if (columns > 0) regions.add(name, address, ((a.requests - 1) * stride + columns) * 4);
   };
+  regions.add("plan", a.plan, plan_bytes(a.tokens), true);
+  table("inner_state_block_table", a.block_table, a.block_table_stride, a.table_columns);
+  if (by_requests) {
+    regions.add("query_start_loc", a.query_start_loc, (a.requests + 1) * 4);
+    regions.add("start_pos", a.start_pos, a.requests * 4);
+    table("k_block_table", a.k_table, a.k_table_stride, a.k_columns);
+    regions.add("slot_mapping", a.slot_mapping, ((a.tokens - 1) * a.slot_mapping_stride + 1) * 4);
+  } else {
+    regions.add("positions", a.positions, a.tokens * 8);
+    regions.add("token_to_req", a.token_to_req, a.tokens * 4);
+    regions.add("inner_state_slot_mapping", a.state_slots, a.tokens * 8);
+    regions.add("k_slot_mapping", a.k_slots, a.tokens * 8);
+  }
+  return regions.take();
+}
+
+std::vector<Region> regions_of(const RunArguments& a) {
+  Regions regions;
   const bool fp8 = a.k_format == kFp8Amax;
-  add("kv_score", a.kv_score, ((a.tokens - 1) * a.kv_score_stride + kRowWidth) * 4);
-  add("ape", a.ape, kRatio * kKvWidth * 4);
-  add("norm_weight", a.norm_weight, kHeadDim * (a.norm_weight_is_bf16 ? 2 : 4));
-  add("cos_sin_cache", a.cos_sin, ((a.cos_sin_rows - 1) * a.cos_sin_stride + kRopeDim) * 4);
-  add("positions", a.positions, a.tokens * 8);
-  add("token_to_req", a.token_to_req, a.tokens * 4);
-  add("inner_state_slot_mapping", a.state_slots, a.tokens * 8);
-  add("k_slot_mapping", a.k_slots, a.tokens * 8);
-  if (a.table_columns > 0)
-    add("inner_state_block_table", a.block_table, ((a.requests - 1) * a.block_table_stride + a.table_columns) * 4);
-  add("inner_state_cache", a.state,
-      ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride + kRowWidth) * 4, true);
-  add("k_cache", a.k_cache,
-      (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim + (fp8 ? a.k_page * 4 : 0),
-      true);
+  regions.add("kv_score", a.kv_score, ((a.tokens - 1) * a.kv_score_stride + kRowWidth) * 4);
+  regions.add("plan", a.plan, plan_bytes(a.tokens));
+  regions.add("ape", a.ape, kRatio * kKvWidth * 4);
+  regions.add("norm_weight", a.norm_weight, kHeadDim * (a.norm_weight_is_bf16 ? 2 : 4));
+  regions.add("cos_sin_cache", a.cos_sin, ((a.cos_sin_rows - 1) * a.cos_sin_stride + kRopeDim) * 4);
+  regions.add("inner_state_cache", a.state,
+              ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride + kRowWidth) * 4,
+              true);
+  regions.add("k_cache", a.k_cache,
+              (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim +
+                  (fp8 ? a.k_page * 4 : 0),
+              true);
   if (!fp8)
-    add("k_scale_cache", a.k_scale,
-        ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
-            (a.k_scale_is_fp16 ? 2 : 4),
-        true);
-  return regions;
+    regions.add("k_scale_cache", a.k_scale,
+                ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
+                    (a.k_scale_is_fp16 ? 2 : 4),
+                true);
+  return regions.take();
 }
 
 // Runs `kernel` on every core, in an order of its own: no result may depend on it.
@@ -70,7 +102,7 @@ void launch(int64_t cores, F kernel) {
 }
 
 template <Algorithm kAlgorithm>
-void launch_compress(const Arguments& a) {
+void launch_run(const RunArguments& a) {
   const Tiling tiling = cut(a.tokens, machine.cores);
   launch(tiling.cores, [&] {
     if (a.k_format == kFp8Amax)
@@ -82,13 +114,26 @@ void launch_compress(const Arguments& a) {
 
 template <class F>
 int64_t reporting(char* message, int64_t size, F work) {
+  if (machine.failing) {
+    std::snprintf(message, size, "the launch of an emulated kernel failed, as it was told to");
+    return kFailed;
+  }
   try {
     work();
-    return 0;
+    return kDone;
   } catch (const emulation::Refusal& refusal) {
     std::snprintf(message, size, "%s", refusal.what());
-    return 1;
+    return kRefused;
   }
+}
+
+template <class Tokens>
+int64_t launch_plan(const PlanArguments& a, char* message, int64_t size) {
+  const bool by_requests = std::is_same_v<Tokens, RequestTokens>;
+  if (unsupported(a, by_requests, machine.device(), message, size)) return kRefused;
+  emulation::memory.regions = regions_of(a, by_requests);
+  const Tiling tiling = cut(a.tokens, machine.cores);
+  return reporting(message, size, [&] { launch(tiling.cores, [&] { plan<Tokens>(a, tiling); }); });
 }
 
 std::string counts_json() {
@@ -118,21 +163,28 @@ std::string counts_json() {
 
 extern "C" {
 
-int64_t dsv4_indexer_ascend_arguments_size() { return sizeof(Arguments); }
+int64_t dsv4_indexer_ascend_plan(const PlanArguments* arguments, void*, char* message, int64_t size) {
+  return launch_plan<ListedTokens>(*arguments, message, size);
+}
 
-int64_t dsv4_indexer_ascend_compress(const char* algorithm, const Arguments* arguments, void*, char* message,
-                                     int64_t size) {
-  if (unsupported(*arguments, machine.product->name, machine.built_for, message, size)) return 1;
+int64_t dsv4_indexer_ascend_plan_requests(const PlanArguments* arguments, void*, char* message, int64_t size) {
+  return launch_plan<RequestTokens>(*arguments, message, size);
+}
+
+int64_t dsv4_indexer_ascend_run(const char* algorithm, const RunArguments* arguments, void*, char* message,
+                                int64_t size) {
+  if (unsupported(*arguments, machine.device(), message, size)) return kRefused;
   emulation::memory.regions = regions_of(*arguments);
   return reporting(message, size, [&] {
-    const bool known = for_each_launch(algorithm, [&](auto kernel) { launch_compress<kernel.kAlgorithm>(*arguments); });
+    const bool known = for_each_launch(algorithm, [&](auto kernel) { launch_run<kernel.kAlgorithm>(*arguments); });
     emulation::require(known, "no algorithm %s", algorithm);
   });
 }
 
-// `product` by its place in emulation::kProducts. `noise` and `order`: see machine.h and launch().
-void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_t order, int64_t built_for) {
-  machine = {&emulation::kProducts[product], cores, noise, order, built_for};
+// `product` by its place in emulation::kProducts. `noise`, `order`: see machine.h and launch().
+void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_t order, int64_t built_for,
+                         int64_t failing) {
+  machine = {&emulation::kProducts[product], cores, noise, order, built_for, failing != 0};
   launches.clear();
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,21 +25,38 @@ FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".s
 class Emulator:
     """The emulated machine. One at a time, and not for several threads."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, sources: Path = HERE):
         path = folder / "libdsv4_indexer_ascend_emulation.so"
-        subprocess.run([COMPILER, *FLAGS, f"-I{HERE}", HERE / "emulate.cpp", "-o", path], check=True)
+        subprocess.run([COMPILER, *FLAGS, f"-I{sources}", sources / "emulate.cpp", "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
-        self.library.emulation_configure.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]
+        self.library.emulation_configure.argtypes = (
+            [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64] * 2
+        )
         self.use()
 
+    @staticmethod
+    def with_mistake(folder: Path, file: str, mistakes: list[tuple[str, str]]) -> "Emulator":
+        """An emulation of kernels whose `file` has other text in some places."""
+        root = HERE.parents[1]
+        for part in ("csrc", "tests/ascend_emulation"):
+            shutil.copytree(root / part, folder / part)
+        kernel = folder / "csrc" / "ascend" / file
+        text = kernel.read_text()
+        for right, wrong in mistakes:
+            assert text.count(right) == 1, right
+            text = text.replace(right, wrong)
+        kernel.write_text(text)
+        return Emulator(folder, folder / "tests" / "ascend_emulation")
+
     def use(
-        self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0, built_for: int | None = None
+        self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0,
+        built_for: int | None = None, failing: bool = False,
     ) -> None:
         """The machine of the next calls. `noise`, if not 0, is the seed of the last-bit errors of Exp, Div and Sqrt,
         `order` that of the order in which the cores run, `built_for` the architecture of the library, by default the
-        product's. Forgets the counts."""
+        product's. If `failing`, every launch fails. Forgets the counts."""
         built_for = built_for or (A5 if product == "Ascend950" else A2)
-        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order, built_for)
+        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order, built_for, failing)
 
     def counts(self) -> list[list[dict]]:
         """What each core of each launch since `use` has done; see `Counts` in machine.h."""
@@ -65,7 +83,7 @@ class Emulator:
         """Meanwhile, impl "ascend" is this machine, and may be asked for on any device."""
         anywhere = ops.IMPLEMENTATIONS["ascend"]._replace(devices=())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ascend, "library_path", lambda _: self.library._name)
+            patch.setattr(ascend, "load_library", lambda *_: self.library)
             patch.setattr(ascend, "_stream", lambda device: 0)
             patch.setitem(ops.IMPLEMENTATIONS, "ascend", anywhere)
             _forget()
@@ -75,4 +93,4 @@ class Emulator:
 
 def _forget() -> None:
     ascend.native.cache_clear()
-    ops._implementation.cache_clear()
+    ops._functions.cache_clear()

@@ -10,23 +10,35 @@ COUNTS = ascend_model.load_counts()
 
 
 # Without the 17 million position tests of the overlay scan at T=8192: they take too long to repeat.
-REPEATED = [(a, t) for a in count.ALGORITHMS for t in count.LENGTHS if (a, t) != ("overlay_scan", 8192)]
+REPEATED = [(n, t) for n, lengths in count.LENGTHS.items() for t in lengths if (n, t) != ("overlay_scan", 8192)]
+TOKENS = count.LENGTHS["one_pass"]
 
 
-@pytest.mark.parametrize("algorithm, tokens", REPEATED)
-def test_the_counts_are_up_to_date(ascend_emulation, algorithm, tokens):
-    assert count.count(ascend_emulation, algorithm, tokens) == COUNTS[algorithm][tokens], (
-        "run tests/ascend_emulation/count.py"
-    )
+@pytest.mark.parametrize("name, tokens", REPEATED)
+def test_the_counts_are_up_to_date(ascend_emulation, name, tokens):
+    expected = COUNTS[name][tokens]
+    assert count.count(ascend_emulation, name, tokens) == expected, "run tests/ascend_emulation/count.py"
 
 
-@pytest.mark.parametrize("tokens", [t for t in count.LENGTHS if t >= 2048])
+@pytest.mark.parametrize("tokens", [t for t in TOKENS if t >= 2048])
 def test_one_pass_moves_at_most_4_and_a_half_kib_a_token(tokens):
     (launch,) = COUNTS["one_pass"][tokens]
     assert launch["all"]["read_bytes"] + launch["all"]["write_bytes"] <= 4.5 * 1024 * tokens
 
 
-@pytest.mark.parametrize("tokens", count.LENGTHS)
+@pytest.mark.parametrize("name", ascend_model.PLANS)
+def test_a_plan_is_one_launch(name):
+    assert all(len(launches) == 1 for launches in COUNTS[name].values())
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_plan_of_a_step_told_by_its_requests_takes_less_than_one_layer(tokens):
+    for assumed in ascend_model.variations():
+        plan, layer = (ascend_model.kernel_cycles(COUNTS[n][tokens], assumed) for n in ("plan_requests", "one_pass"))
+        assert plan < layer, assumed
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("other", ["overlay_scan", "scatter_pool"])
 def test_one_pass_takes_fewer_modelled_cycles_under_every_assumption(tokens, other):
     _, least, most = ascend_model.saving(COUNTS[other][tokens], COUNTS["one_pass"][tokens])
@@ -47,6 +59,6 @@ def test_the_command_prints_the_yardstick_before_the_result(capsys):
     printed = capsys.readouterr().out
     places = [
         printed.index(text)
-        for text in ("published  45.6%", "Counts a token", "Modelled cycles", "Hadamard", "Assumptions")
+        for text in ("published  45.6%", "Counts a token", "Modelled cycles", "Counts and modelled", "A step of 21", "Hadamard", "Assumptions")
     ]
     assert places == sorted(places) and "nothing here was measured on an NPU" in printed

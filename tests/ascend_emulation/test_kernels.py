@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from batches import assert_close, assert_identical, make_batch, ordered
+from batches import random_case as random_op_case
 from emulator import A2, A5
+from steps import SHARED, shared_batch
+from test_shared_prefix import one_after_the_other
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError
+from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError, Extents, plan_size
+from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.ops import ascend
 
 STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
@@ -124,6 +128,38 @@ def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(
     compare(ascend_emulation, [case], cores=cores)
 
 
+@pytest.mark.parametrize("page", (2, 4, 8))
+@pytest.mark.parametrize("name", SHARED)
+def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(ascend_emulation, name, page):
+    """Also without a conflict between cores: the emulation would refuse the call."""
+    for options in FORMATS[:1] if page < 8 else FORMATS:
+        batch = shared_batch(name, page=page, padding=3, k_page=32, **options)
+        ascend_emulation.use(product_of(options), cores=11, order=page)
+        together = batch.clone().run("ascend")
+        assert_identical(together, one_after_the_other(batch.clone(), "ascend"), name)
+        comparison = Comparison()
+        comparison.add(together, batch.run("reference"), name)
+        comparison.judge(0.05, 0.05)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_random_shared_prefixes_store_what_they_would_one_after_the_other(ascend_emulation, first):
+    for seed in range(first, first + 50):
+        pick = random.Random(seed)
+        fixed = {"ring": None, "layout": "dense", "kv_dtype": torch.float32, "k_page": 32, **FORMATS[0]}
+        batch = make_batch(**random_op_case(pick) | fixed)
+        ascend_emulation.use(cores=pick.randrange(1, 49), order=seed)
+        assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"), seed)
+
+
+def test_a_prefix_in_pages_that_were_another_s_stores_what_it_would_one_after_the_other(ascend_emulation):
+    """Recycled: the pages that the call fills hold an earlier request's rows."""
+    ascend_emulation.use(cores=7)
+    batch = shared_batch("one sharer", page=8, k_page=32, **FORMATS[0])
+    replace(batch, kv_score=torch.randn_like(batch.kv_score)).run("ascend")
+    assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"))
+
+
 @pytest.mark.parametrize("options", FORMATS[1:], ids=str)
 @pytest.mark.parametrize("algorithm", ["overlay_scan", "scatter_pool"])
 def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options, algorithm):
@@ -131,7 +167,9 @@ def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options,
         batch = make_batch(MIXED, seed=seed, page=page, k_page=32, **options)
         ascend_emulation.use(product_of(options), cores=7)
         expected = batch.clone().run("ascend")
-        ascend.compress(*batch.call, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)
+        call = batch.call
+        plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
+        ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)(call.kv_score, plan)
         assert_identical(batch, expected)
 
 
@@ -250,7 +288,6 @@ def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation)
             {"k_format": "int8_hadamard", "k_page": 16},
             "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128",
         ),
-        ({"k_format": "fp8_pow2"}, "k_format 'fp8_pow2' has no kernel for NPUs; there are int8_hadamard, fp8_amax"),
         ({"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16}, "kv_score has dtype torch.bfloat16; on NPUs"),
     ],
 )
@@ -261,6 +298,46 @@ def test_what_is_not_supported_is_refused_by_name(ascend_emulation, options, mes
     with pytest.raises(ContractError, match=message):
         batch.run("ascend")
     assert_identical(batch, before)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda extents: extents._replace(state_pages=extents.state_pages + 1),
+        lambda extents: extents._replace(state_page=2),
+        lambda extents: extents._replace(k_entries=extents.k_entries + 1),
+        lambda extents: extents._replace(max_pos=extents.max_pos + 1),
+    ],
+    ids=Extents._fields,
+)
+def test_a_plan_for_other_caches_changes_nothing(ascend_emulation, other):
+    ascend_emulation.use(cores=3)
+    batch = make_batch([(0, 30), (5, 9)], page=4, k_page=32, k_format="int8_hadamard")
+    before, call = batch.clone(), batch.call
+    run = ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format)
+    run(call.kv_score, ascend.plan(call.step, other(Extents.of(call.layer))))
+    run(call.kv_score, ascend.plan(call.step, Extents.of(call.layer), algorithm="scatter_pool"))
+    run(call.kv_score, torch.full((plan_size(39),), 7))
+    assert_identical(batch, before)
+    run(call.kv_score, ascend.plan(call.step, Extents.of(call.layer)))
+    assert_identical(batch, before.run("ascend"))
+
+
+@pytest.mark.parametrize("launch", ("plan", "run"))
+def test_what_the_runtime_says_of_a_launch_is_raised_and_is_no_user_error(ascend_emulation, launch):
+    ascend_emulation.use()
+    call = make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).call
+    plan = ascend.plan(call.step, Extents.of(call.layer))
+    run = ascend.bind(call.layer, eps=1e-6, k_format="int8_hadamard")
+    ascend_emulation.use(failing=True)
+    with pytest.raises(RuntimeError, match="the launch of an emulated kernel failed") as error:
+        ascend.plan(call.step, Extents.of(call.layer)) if launch == "plan" else run(call.kv_score, plan)
+    assert not isinstance(error.value, UserError)
+
+
+def test_a_format_without_a_kernel_is_refused_by_name(ascend_emulation):
+    with pytest.raises(UserError, match="impl 'ascend' is not one for device 'cpu' and k_format 'fp8_pow2'"):
+        make_batch([(0, 8)]).run("ascend")
 
 
 @pytest.mark.parametrize("product, built_for", [("Ascend950", A2), ("Ascend910B", A5)])

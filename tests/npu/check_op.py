@@ -10,6 +10,11 @@ import pytest
 import torch
 from batches import Batch, assert_close, assert_identical
 from paged import PAGES, on, paged_batch
+from steps import K_PAGE, SHARED, random_requests
+
+from vllm_dsv4_indexer.contract import EARLY, Plan
+from vllm_dsv4_indexer.ops import reference
+from vllm_dsv4_indexer.ops.requests import step_of
 
 DEVICE, IMPL = os.environ.get("TEST_DEVICE", "npu"), os.environ.get("TEST_IMPL", "ascend")
 if DEVICE == "npu":
@@ -73,3 +78,32 @@ def test_a_prompt_in_chunks_stores_the_bytes_of_the_whole(pages):
     for chunk in torch.arange(130).split([1, 6, 3, 50, 2, 68]):
         chunked.take(slice(int(chunk[0]), int(chunk[-1]) + 1)).run(IMPL)
     assert_identical(on("cpu", chunked), on("cpu", whole))
+
+
+def assert_same_plan(actual: torch.Tensor, expected: torch.Tensor, case: object) -> None:
+    """But for the header: how many windows there are a device does not know."""
+    ours, theirs = Plan.of(actual.cpu()), Plan.of(expected)
+    for name in ("positions", "requests", "state_slots", "k_slots", "windows"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, case)
+    early = theirs.windows == EARLY
+    assert torch.equal(ours.sources[early], theirs.sources[early]), case
+
+
+@pytest.mark.parametrize("pages", PAGES)
+@pytest.mark.parametrize("name", SHARED)
+def test_a_prefix_that_the_call_fills_is_planned_and_stored_as_by_the_reference(name, pages):
+    requests, prefixes = SHARED[name]
+    batch = paged_batch(requests, pages, K_FORMAT, prefixes=prefixes, padding=3)
+    assert_same_plan(on(DEVICE, batch).plan(IMPL), batch.plan("reference"), name)
+    assert_stores_the_reference(batch, (name, pages))
+
+
+@pytest.mark.skipif(DEVICE != "npu", reason="the kernel is for NPUs; tests/ascend_emulation runs it elsewhere")
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_told_by_its_requests_is_planned_as_by_the_reference(seed):
+    from vllm_dsv4_indexer.ops import ascend
+
+    requests, tokens, extents = random_requests(seed)
+    expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
+    on_device = requests._replace(**{n: t.to(DEVICE) for n, t in requests._asdict().items() if t is not None})
+    assert_same_plan(ascend.plan_requests(on_device, tokens, extents, K_PAGE), expected, seed)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "op"))
 
 from paged import PAGES, on, paged_batch  # noqa: E402
 
+from vllm_dsv4_indexer.contract import Extents  # noqa: E402
 from vllm_dsv4_indexer.ops import ascend  # noqa: E402
 
 ALGORITHMS = ("overlay_scan", "scatter_pool", "one_pass")
@@ -56,9 +57,10 @@ def main() -> None:
         for algorithm in ALGORITHMS:
             prompts = [(0, min(tokens, LONGEST))] * max(1, tokens // LONGEST)
             batch = on("npu", paged_batch(prompts, PAGES[0], k_format))
-            times = kernel_times(
-                lambda: ascend.compress(*batch.call, eps=1e-6, k_format=k_format, algorithm=algorithm)
-            )
+            call = batch.call
+            plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
+            run = ascend.bind(call.layer, eps=1e-6, k_format=k_format, algorithm=algorithm)
+            times = kernel_times(lambda: run(call.kv_score, plan))
             total = sum(map(sum, times.values())) / CALLS
             kernels = ", ".join(f"{name} {statistics.median(t):.1f} x {len(t) / CALLS:g}" for name, t in times.items())
             print(f"{tokens:>6}  {algorithm:<13} {total:>9.1f}  {kernels}")

@@ -3,6 +3,7 @@
 The counts are exact: tests/ascend_emulation/count.py ran the kernels in the emulation, for one request of T tokens,
 and wrote them beside this file (the emulation is no part of the package; a test keeps the file up to date). What is
 made of them is a model: a core's launch takes as long as the busiest of its transfers, its vector and its scalar unit.
+A layer's algorithm is counted without the step's plan, which is counted apart: it is made once a step.
 """
 
 import json
@@ -29,6 +30,13 @@ _PUBLISHED = {"pool": 0.456, "pool and state": 0.337}
 
 ALGORITHMS = {"A": "overlay_scan", "B": "scatter_pool", "C": "one_pass"}
 _POOL_LAUNCH = {"A": 0, "B": 1}  # the other launch saves the state
+PLANS = {  # of a step: how it is told, and of what
+    "plan": "one request, a number a token",
+    "plan_requests": "one request, a number a request",
+    "plan, decode": "T requests of one token, a number a token",
+    "plan_requests, decode": "T requests of one token, a number a request",
+}
+_LAYERS = 21  # of ratio 4, in DeepSeek-V4-Flash
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,10 @@ def saving(before: list[dict], after: list[dict]) -> tuple[float, float, float]:
 
 
 def report() -> str:
-    counts = {letter: load_counts()[name] for letter, name in ALGORITHMS.items()}
-    return "\n\n".join([_yardstick(counts), _raw(counts), _cycles(counts), _stock(counts), _assumptions()])
+    loaded = load_counts()
+    counts = {letter: loaded[name] for letter, name in ALGORITHMS.items()}
+    parts = [_yardstick(counts), _raw(counts), _cycles(counts), _plans(loaded), _step(loaded)]
+    return "\n\n".join([*parts, _stock(counts), _assumptions()])
 
 
 def _yardstick(counts: dict) -> str:
@@ -136,7 +146,7 @@ def _raw(counts: dict) -> str:
             row = [str(t), letter, str(len(launches)), str(launches[0]["cores"]), *(f"{x / 1024:.2f}" for x in bytes_)]
             rest = n["reads"] + n["writes"], instructions, repeats, n["scalar_local"], n["scalar_global"]
             rows.append(row + [f"{x:.1f}" for x in rest])
-    return "Counts a token (constants: the gate's bias and the norm's weight, which every core loads)\n" + _table(rows)
+    return "Counts a token (constants: the gate's bias, the norm's weight and the plan's header, which every core loads)\n" + _table(rows)
 
 
 def _moved(launches: list[dict]) -> int:
@@ -144,8 +154,9 @@ def _moved(launches: list[dict]) -> int:
 
 
 def _constants(launch: dict) -> int:
-    """What the cores of a launch load whatever the tokens: the bias [4, 256] fp32; if they pool, [128] bf16."""
-    return launch["cores"] * (4096 + (256 if "Exp/float" in launch["all"]["vector"] else 0))
+    """What the cores of a launch load whatever the tokens: the bias [4, 256] fp32 and the header [16] int64; if they
+    pool, [128] bf16."""
+    return launch["cores"] * (4096 + 128 + (256 if "Exp/float" in launch["all"]["vector"] else 0))
 
 
 def _cycles(counts: dict) -> str:
@@ -158,6 +169,39 @@ def _cycles(counts: dict) -> str:
         whole = [cycles + len(x) * central.launch for cycles, x in zip(kernels, launches)]
         rows.append([str(t), *(f"{x:.0f}" for x in kernels), *savings, *(f"{x:.0f}" for x in whole)])
     return "Modelled cycles of the kernels (in brackets: with each assumption at its low and high)\n" + _table(rows)
+
+
+def _plans(loaded: dict) -> str:
+    rows = [["a step's plan of", "T", "launches", "cores", "KiB moved", "scalar UB", "scalar GM", "cycles"]]
+    for name, told in PLANS.items():
+        for t, launches in loaded[name].items():
+            busiest = launches[0]["busiest"]
+            scalars = busiest["scalar_local"], busiest["scalar_global"]
+            cycles = _range(_cycles_of(launches), "{:.0f}")
+            moved = f"{_moved(launches) / 1024:.1f}"
+            rows.append([told, str(t), str(len(launches)), str(launches[0]["cores"]), moved, *map(str, scalars), cycles])
+    return "Counts and modelled cycles of a step's plan (scalars: of the core that reads most)\n" + _table(rows)
+
+
+def _step(loaded: dict) -> str:
+    """One request of T tokens, told by its request, through all layers."""
+    central = Assumptions()
+    rows = [["T", "plan", f"{_LAYERS} x C", "the plan's part", "launches", "cycles with launches, without projections"]]
+    for t, launches in loaded["one_pass"].items():
+        plan, layer = kernel_cycles(loaded["plan_requests"][t], central), kernel_cycles(launches, central)
+        whole, count = plan + _LAYERS * layer, 1 + _LAYERS * (1 + len(launches))
+        ours = whole + (1 + _LAYERS * len(launches)) * central.launch
+        rows.append([str(t), f"{plan:.0f}", f"{_LAYERS * layer:.0f}", f"{plan / whole:.1%}", str(count), f"{ours:.0f}"])
+    return (
+        f"A step of {_LAYERS} layers: one launch for the plan, and in each layer one for the projection (a matrix product of\n"
+        f"torch_npu's) and one for C. Without a plan the op's arguments took 37 tensor operations a step.\n{_table(rows)}"
+    )
+
+
+def _cycles_of(launches: list[dict]) -> tuple[float, float, float]:
+    """Central, least, most."""
+    values = [kernel_cycles(launches, a) for a in variations()]
+    return values[0], min(values), max(values)
 
 
 def _stock(counts: dict) -> str:
@@ -186,6 +230,6 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
-def _range(values: tuple[float, float, float]) -> str:
-    central, low, high = values
-    return f"{central:6.1%} ({low:.1%} to {high:.1%})"
+def _range(values: tuple[float, float, float], form: str = "{:.1%}") -> str:
+    central, low, high = map(form.format, values)
+    return f"{central:>6} ({low} to {high})"

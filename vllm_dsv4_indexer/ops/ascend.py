@@ -1,55 +1,142 @@
-"""`compress` on Ascend NPUs: hands the tensors' addresses to the native library (csrc/ascend), on the current stream.
+"""The op on Ascend NPUs: hands the tensors' addresses to the native library (csrc/ascend), on the
+current stream.
 
-Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in page 0 is not
-written, a window's row without a page counts for nothing. What the kernels cannot do is refused with the table of
-csrc/ascend/tiling.h. Two conditions beyond the op's own, both kept by vLLM Ascend (csrc/ascend/README.md says why): the
-slots of a call are unique, and none of them is a row that a window of the same call reads from the state.
+Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in
+page 0 is not written, a window's row without a page counts for nothing, and a layer that a plan
+does not fit stays as it is. What the kernels cannot do is refused with the table of
+csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend: the slots of a call are
+unique, and a slot has one position. csrc/ascend/README.md says why.
 """
 
 import ctypes
 import functools
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import contract
-from .arguments import field_values
-from .library import library_path
+from ..contract import Extents, Layer, Step
+from .arguments import LAYER_FIELDS, STEP_FIELDS, layer_fields, step_fields
+from .library import load_library
+from .requests import Requests
 
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
-_ARGUMENTS = struct.Struct("33qf0q")  # csrc/ascend/abi.h, `struct Arguments`; 0q pads it as C does
 _K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}
+# csrc/ascend/abi.h: struct PlanArguments, struct RunArguments, enum Outcome.
+_OF_REQUESTS = (
+    "query_start_loc", "start_pos", "k_table", "k_table_stride", "k_columns", "k_page",
+    "slot_mapping", "slot_mapping_stride",
+)  # fmt: skip
+_OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan")
+PLAN_FIELDS = (*STEP_FIELDS, "plan", "state_only", *_OF_REQUESTS)
+RUN_FIELDS = (*_OF_A_CALL, *LAYER_FIELDS)
+_PLAN = struct.Struct(f"{len(PLAN_FIELDS)}q")
+_CALL = struct.Struct(f"{len(_OF_A_CALL)}q")
+_LAYER = struct.Struct(f"{len(LAYER_FIELDS) - 1}qf0q")  # 0q pads it as C does
+_REFUSED = 1
 
 
-def compress(*tensors: Tensor | None, eps: float, k_format: str, algorithm: str = "one_pass") -> None:
-    """See `vllm_dsv4_indexer.ops.compress`. How many entries are written only the device knows."""
-    if k_format not in _K_FORMATS:
-        raise contract.ContractError(f"k_format {k_format!r} has no kernel for NPUs; there are {', '.join(_K_FORMATS)}")
-    kv_score = tensors[0]
-    if kv_score.dtype is not torch.float32:
-        raise contract.ContractError(
-            f"kv_score has dtype {kv_score.dtype}; on NPUs the projection's output is torch.float32"
-        )
-    arguments = _ARGUMENTS.pack(*field_values(tensors, _K_FORMATS[k_format], eps))
-    message = ctypes.create_string_buffer(500)
-    if native().dsv4_indexer_ascend_compress(
-        algorithm.encode(), arguments, _stream(kv_score.device), message, len(message)
-    ):
-        raise contract.ContractError(message.value.decode())
+def plan(step: Step, extents: Extents, *, algorithm: str = "one_pass") -> Tensor:
+    """See `vllm_dsv4_indexer.ops.plan`; one launch. The other algorithms are kept for comparison:
+    their plans have all rows in the state."""
+    made = _empty_plan(step.positions.shape[0], step.positions.device)
+    of_requests = (0,) * len(_OF_REQUESTS)
+    arguments = _PLAN.pack(
+        *step_fields(step, extents), made.data_ptr(), algorithm != "one_pass", *of_requests
+    )
+    _launch(native().dsv4_indexer_ascend_plan, made.device, arguments)
+    return made
+
+
+def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int) -> Tensor:
+    """The plan of a step of so many tokens that is told by its requests, as `requests.step_of`
+    says; one launch. `k_page`: entries of a K page."""
+    starts, start_pos, table, k_table, slot_mapping = requests
+    made = _empty_plan(tokens, start_pos.device)
+    unlisted = dict.fromkeys(("positions", "token_to_req", "state_slots", "k_slots"), 0)
+    fields = unlisted | {
+        "tokens": tokens,
+        "block_table": table.data_ptr(),
+        "block_table_stride": table.stride(0),
+        "requests": start_pos.shape[0],
+        "table_columns": table.shape[1],
+        **extents._asdict(),
+        "plan": made.data_ptr(),
+        "state_only": False,
+        "query_start_loc": starts.data_ptr(),
+        "start_pos": start_pos.data_ptr(),
+        "k_table": k_table.data_ptr(),
+        "k_table_stride": k_table.stride(0),
+        "k_columns": k_table.shape[1],
+        "k_page": k_page,
+        **_signs(slot_mapping),
+    }
+    arguments = _PLAN.pack(*(fields[name] for name in PLAN_FIELDS))
+    _launch(native().dsv4_indexer_ascend_plan_requests, made.device, arguments)
+    return made
+
+
+class Bound:
+    """A layer's tensors as the library takes them: packed once, and again if one has moved."""
+
+    def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
+        self._layer, self._eps, self._k_format = layer, eps, _K_FORMATS[k_format]
+        self._run = functools.partial(native().dsv4_indexer_ascend_run, algorithm.encode())
+        self._tensors = [tensor for tensor in layer if tensor is not None]
+        self._addresses: list[int] = []
+        self._packed = b""
+
+    def __call__(self, kv_score: Tensor, plan: Tensor) -> None:
+        """Runs the layer. How many entries it writes only the device knows."""
+        if kv_score.dtype is not torch.float32:
+            raise contract.ContractError(
+                f"kv_score has dtype {kv_score.dtype}; on NPUs the projection gives torch.float32"
+            )
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        if addresses != self._addresses:
+            fields = layer_fields(self._layer, self._k_format, self._eps)
+            self._addresses, self._packed = addresses, _LAYER.pack(*fields)
+        tokens, stride = kv_score.shape[0], kv_score.stride(0)
+        call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr())
+        _launch(self._run, kv_score.device, call + self._packed)
+
+
+bind = Bound
 
 
 @functools.cache
 def native() -> ctypes.CDLL:
     """The native library, loaded."""
-    path = library_path(_LIBRARY)
-    library = ctypes.CDLL(str(path))
-    if library.dsv4_indexer_ascend_arguments_size() != _ARGUMENTS.size:
-        raise ImportError(f"{path} has another interface than this package; build and install it again")
-    library.dsv4_indexer_ascend_compress.argtypes = [
-        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64,
-    ]  # fmt: skip
+    library = load_library(_LIBRARY, "ascend")
+    launch = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
+    for name, before in (("plan", []), ("plan_requests", []), ("run", [ctypes.c_char_p])):
+        function = getattr(library, f"dsv4_indexer_ascend_{name}")
+        function.argtypes, function.restype = before + launch, ctypes.c_int64
     return library
+
+
+def _empty_plan(tokens: int, device: torch.device) -> Tensor:
+    return torch.empty(contract.plan_size(tokens), dtype=torch.int64, device=device)
+
+
+def _signs(slots: Tensor | None) -> dict[str, int]:
+    """The kernel looks at signs of int32 alone: an int64 is read as the second of its halves."""
+    if slots is None:
+        return {"slot_mapping": 0, "slot_mapping_stride": 0}
+    halves = slots.itemsize // 4
+    address = slots.data_ptr() + 4 * (halves - 1)
+    return {"slot_mapping": address, "slot_mapping_stride": halves * slots.stride(0)}
+
+
+def _launch(function: Callable[..., int], device: torch.device, arguments: bytes) -> None:
+    """Raises ContractError for what is refused, RuntimeError with what CANN says of the launch."""
+    message = ctypes.create_string_buffer(1000)
+    outcome = function(arguments, _stream(device), message, len(message))
+    if outcome:
+        error = contract.ContractError if outcome == _REFUSED else RuntimeError
+        raise error(message.value.decode(errors="replace"))
 
 
 def _stream(device: torch.device) -> int:

@@ -58,7 +58,7 @@ def _sources(folder: str) -> str | None:
         return None
     sources = sorted(
         path.relative_to(csrc).as_posix()
-        for pattern in ("*.h", f"{folder}/*.h", f"{folder}/*.cpp")
+        for pattern in ("*.h", f"{folder}/*.h", f"{folder}/*.cpp", f"{folder}/*.asc")
         for path in csrc.glob(pattern)
     )
     digests = "".join(hashlib.sha256((csrc / source).read_bytes()).hexdigest() for source in sources)

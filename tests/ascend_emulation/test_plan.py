@@ -1,0 +1,244 @@
+"""The plans that the AscendC kernels make, run by the emulation, are the reference's."""
+
+import random
+
+import pytest
+import torch
+from batches import Batch, make_batch, random_case
+from steps import K_PAGE, PAGES, SHARED, by_requests, random_requests, shared_batch
+from torch import Tensor
+
+from vllm_dsv4_indexer.contract import (
+    EARLY, LATE, NO_WINDOW, Extents, Plan, PlanHeader, Step, row_source,
+)  # fmt: skip
+from vllm_dsv4_indexer.ops import ascend, reference
+from vllm_dsv4_indexer.ops.requests import Requests, step_of
+
+CORES = (1, 7, 48)
+INT8 = {"k_format": "int8_hadamard", "k_page": K_PAGE}
+MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (31, 1), (99, 4)]
+
+
+def step_and_extents(batch: Batch) -> tuple[Step, Extents]:
+    return batch.call.step, Extents.of(batch.call.layer)
+
+
+def assert_same(actual: Tensor, expected: Tensor, case: object = "") -> None:
+    """But for what a device cannot know: how many windows there are, and whether slots are unique.
+    The reference has all windows early if they are not."""
+    ours, theirs = Plan.of(actual), Plan.of(expected)
+    told = PlanHeader(*theirs.header[: len(PlanHeader._fields)].tolist())
+    header = told._replace(entries=-1, early=-1, unique=1)
+    assert ours.header.tolist() == [*header] + [0] * (len(ours.header) - len(header)), case
+    for name in ("positions", "requests", "state_slots", "k_slots"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, case)
+    if told.unique:
+        assert torch.equal(ours.windows, theirs.windows), case
+    early = ours.windows == EARLY
+    assert torch.equal(ours.sources[early], theirs.sources[early]), case
+
+
+def compare(emulation, batch: Batch, case: object = "", cores: tuple[int, ...] = CORES) -> Plan:
+    expected = batch.plan("reference")
+    for count in cores:
+        emulation.use(cores=count, order=count)
+        assert_same(batch.plan("ascend"), expected, (case, count))
+    return Plan.of(expected)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_mixed_batch_with_padding_is_planned_as_by_the_reference(ascend_emulation, page):
+    for seed in range(5):
+        batch = make_batch(MIXED, seed=seed, page=page, padding=5, **INT8)
+        plan = compare(ascend_emulation, batch, seed)
+        assert {EARLY, LATE, NO_WINDOW} == set(plan.windows.tolist())
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("name", SHARED)
+def test_a_prefix_that_the_call_fills_comes_from_its_tokens(ascend_emulation, name, page):
+    plan = compare(ascend_emulation, shared_batch(name, page=page, padding=3, **INT8), name)
+    early = plan.windows == EARLY
+    sources, request = plan.sources[early], plan.requests[early, None]
+    assert ((sources >= 0) & (plan.requests[sources.clamp(min=0)] != request)).any()
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_random_batches_are_planned_as_by_the_reference(ascend_emulation, seed):
+    """With shared prefixes, also in rings: only running a plan asks something of the slots."""
+    pick = random.Random(seed)
+    case = random_case(pick) | INT8 | {"layout": "dense"}
+    compare(ascend_emulation, make_batch(**case), case, (pick.randrange(1, 49),))
+
+
+def test_two_tokens_that_hold_one_row_count_as_the_last_of_them(ascend_emulation):
+    """Two requests fill the same pages, and a third shares them."""
+    batch = make_batch([(0, 16), (0, 16), (16, 8)], prefixes={2: (0, 16)}, **INT8)
+    batch.inner_state_block_table[1] = batch.inner_state_block_table[0]
+    batch.inner_state_slot_mapping[16:32] = batch.inner_state_slot_mapping[:16]
+    plan = compare(ascend_emulation, batch)
+    assert plan.sources[35].tolist() == [28, 29, 30, 31, 32, 33, 34, 35]
+
+
+def test_tokens_in_any_order_are_planned_as_by_the_reference(ascend_emulation):
+    batch = shared_batch("beside other prompts and decode tokens", **INT8)
+    for seed in range(5):
+        order = torch.randperm(len(batch.positions), generator=torch.Generator().manual_seed(seed))
+        compare(ascend_emulation, batch.take(order), seed)
+
+
+def test_a_call_of_more_than_a_piece_is_planned_as_by_the_reference(ascend_emulation):
+    owners = [(0, 400), (7, 300), (3, 450), *((start, 1) for start in range(300))]
+    prefixes = {len(owners): (0, 400), len(owners) + 1: (1, 304)}
+    batch = make_batch([*owners, (400, 40), (304, 5)], prefixes=prefixes, page=8, **INT8)
+    compare(ascend_emulation, batch, cores=(1, 2))
+
+
+@pytest.mark.parametrize("tokens", (0, 1))
+def test_an_empty_call_has_a_plan_too(ascend_emulation, tokens):
+    batch = make_batch([(7, 1)], **INT8).take(slice(0, tokens))
+    compare(ascend_emulation, batch)
+
+
+def test_what_has_no_page_is_masked_and_what_is_out_of_range_is_not_written(ascend_emulation):
+    """Where the reference refuses, a kernel that must not wait goes on."""
+    ascend_emulation.use(cores=2)
+    batch = make_batch([(8, 4), (8, 4), (8, 4)], page=4, **INT8)
+    step, extents = step_and_extents(batch)
+    rows = extents.state_pages * extents.state_page
+    step.inner_state_block_table[0, 1] = 0
+    step.inner_state_block_table[1, 1] = extents.state_pages
+    step.inner_state_slot_mapping[[0, 1, 2]] = torch.tensor([rows, -7, 3])
+    step.k_slot_mapping[-1] = extents.k_entries
+    plan = Plan.of(ascend.plan(step, extents))
+    assert plan.state_slots[:4].tolist() == [-1, -1, -1, int(step.inner_state_slot_mapping[3])]
+    assert plan.sources[3].tolist() == [-1] * 4 + [0, 1, 2, 3]
+    assert plan.sources[7].tolist() == [-1] * 4 + [4, 5, 6, 7]
+    assert (plan.windows[-1], plan.k_slots[-1]) == (NO_WINDOW, -1)
+
+
+def test_the_baselines_plan_has_all_windows_early_and_all_rows_in_the_state(ascend_emulation):
+    ascend_emulation.use(cores=3)
+    batch = make_batch([(0, 12), (9, 20)], page=4, **INT8)
+    step, extents = step_and_extents(batch)
+    plan = Plan.of(ascend.plan(step, extents, algorithm="scatter_pool"))
+    closing = step.k_slot_mapping >= 0
+    assert torch.equal(plan.windows, torch.where(closing, EARLY, NO_WINDOW))
+    for token in closing.nonzero()[:, 0]:
+        request, end = step.token_to_req[token], step.positions[token]
+        for row, q in enumerate(range(end - 7, end + 1)):
+            slot = step.inner_state_block_table[request, q // 4] * 4 + q % 4
+            assert plan.sources[token, row] == (row_source(slot) if q >= 0 else -1)
+
+
+# ---- a step that is told by its requests ---------------------------------------------------------
+
+
+def compare_requests(
+    emulation, requests: Requests, tokens: int, extents: Extents, cores: int, case: object = ""
+) -> Plan:
+    emulation.use(cores=cores)
+    actual = ascend.plan_requests(requests, tokens, extents, K_PAGE)
+    expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
+    assert_same(actual, expected, case)
+    assert len(emulation.counts()) == 1  # launch
+    return Plan.of(actual)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_requests_are_planned_as_the_tokens_that_they_stand_for(ascend_emulation, seed):
+    requests, tokens, extents = random_requests(seed)
+    compare_requests(ascend_emulation, requests, tokens, extents, 1 + seed % 48, seed)
+
+
+@pytest.mark.parametrize("count", (511, 512, 513, 1100))
+@pytest.mark.parametrize("cores", (1, 48))
+def test_more_requests_than_a_piece_are_planned_as_the_tokens_that_they_stand_for(
+    ascend_emulation, count, cores
+):
+    pick = random.Random(count)
+    told = [(7, 33), *((pick.randrange(40), 1) for _ in range(count - 3)), (0, 9), (8, 4)]
+    requests, extents = by_requests(told, {count - 1: (count - 2, 8)}, pick, 8)
+    tokens = int(requests.query_start_loc[-1])
+    plan = compare_requests(ascend_emulation, requests, tokens, extents, cores)
+    assert (plan.sources[plan.windows == EARLY] >= 0).any()
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_a_token_that_the_slot_mapping_excludes_writes_nothing(ascend_emulation, dtype, stride):
+    for seed in range(10):
+        requests, tokens, extents = random_requests(seed)
+        real = int(requests.query_start_loc[-1])
+        numbers = torch.Generator().manual_seed(seed)
+        mapping = torch.randint(-1, 3, (tokens, stride), generator=numbers).to(dtype)
+        requests = requests._replace(slot_mapping=mapping[:, 0])
+        plan = compare_requests(ascend_emulation, requests, tokens, extents, 5, seed)
+        excluded = mapping[:real, 0] < 0
+        state_slots, k_slots = plan.state_slots[:real], plan.k_slots[:real]
+        assert (state_slots[excluded] == -1).all() and (k_slots[excluded] == -1).all()
+        assert (state_slots[~excluded] >= 0).all()
+
+
+def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
+    """Live tables, as a data-parallel rank without work has them, and slots that are all -1."""
+    ascend_emulation.use()
+    requests, extents = by_requests([(64, 8)], {}, random.Random(0), 4)
+    requests = requests._replace(slot_mapping=torch.full((8,), -1, dtype=torch.int32))
+    plan = Plan.of(ascend.plan_requests(requests, 8, extents, K_PAGE))
+    for section in (plan.state_slots, plan.k_slots):
+        assert (section == -1).all()
+    assert (plan.windows == NO_WINDOW).all()
+
+
+def test_positions_outside_the_tables_are_planned_alike_by_both_kernels(ascend_emulation):
+    ascend_emulation.use(cores=3)
+    requests, extents = by_requests([(0, 40), (20, 40), (9, 3)], {}, random.Random(0), 4)
+    narrow = requests.state_block_table[:, :9].contiguous()
+    before_0 = requests.start_pos - torch.tensor([5, 0, 0]).int()
+    requests = requests._replace(state_block_table=narrow, start_pos=before_0)
+    step = step_of(requests, 90, 4, K_PAGE)
+    ours, theirs = ascend.plan_requests(requests, 90, extents, K_PAGE), ascend.plan(step, extents)
+    for section, other in zip(Plan.of(ours)[:-1], Plan.of(theirs)[:-1]):
+        assert torch.equal(section, other)
+    early = Plan.of(ours).windows == EARLY
+    assert torch.equal(Plan.of(ours).sources[early], Plan.of(theirs).sources[early])
+
+
+# ---- the tests above notice ----------------------------------------------------------------------
+
+CLAIM = "sources_.GetValue(at) == kRowZero - candidate.state_slot"
+MISTAKES = {
+    "the state, although a token of the call has the row": [("if (low_ <= high_) Claim();", "")],
+    "a token of another slot": [(CLAIM, "sources_.GetValue(at) < kMasked")],
+    "a token at another position": [
+        ("tokens_.Seek(low_, high_)", "tokens_.Seek(0, args_.max_pos)"),
+        (
+            "const int64_t back = piece_.Get(kPositions, window) - candidate.position;",
+            "int64_t back = 0; while (back < kWindow && sources_.GetValue(Place(window) + kWindow - 1 "
+            "- back) != kRowZero - candidate.state_slot) ++back;",
+        ),
+    ],
+    "the first token instead of the last": [
+        (CLAIM, f"({CLAIM} || sources_.GetValue(at) > candidate.token)")
+    ],
+    "the row that the table has, although it is the request's own": [
+        ("Holds(token - back, request, q)", "back == 0")
+    ],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_row_rule_is_found(built_ascend_emulation, tmp_path, mistake):
+    emulation = built_ascend_emulation.with_mistake(tmp_path, "planner.h", MISTAKES[mistake])
+    with emulation.installed(), pytest.raises(AssertionError):
+        for name in SHARED:
+            compare(emulation, shared_batch(name, **INT8), cores=(7,))
+        compare(emulation, make_batch([(5, 9), (17, 12), (21, 3)], ring=16, **INT8), cores=(7,))
+        test_two_tokens_that_hold_one_row_count_as_the_last_of_them(emulation)
+
+
+def test_without_a_mistake_they_hold(built_ascend_emulation, tmp_path):
+    emulation = built_ascend_emulation.with_mistake(tmp_path, "planner.h", [])
+    with emulation.installed():
+        compare(emulation, make_batch([(5, 9), (17, 12), (21, 3)], ring=16, **INT8), cores=(7,))
