@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_dsv4_indexer.contract import (
     EARLY, LATE, NO_WINDOW, Extents, Plan, PlanHeader, Step, row_source,
 )  # fmt: skip
+from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.ops import ascend, reference
 from vllm_dsv4_indexer.ops.requests import Requests, step_of
 
@@ -138,7 +139,7 @@ def compare_requests(
     emulation, requests: Requests, tokens: int, extents: Extents, cores: int, case: object = ""
 ) -> Plan:
     emulation.use(cores=cores)
-    actual = ascend.plan_requests(requests, tokens, extents, K_PAGE)
+    actual = ops.plan_requests(requests, tokens, extents, K_PAGE, impl="ascend")
     expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
     assert_same(actual, expected, case)
     assert len(emulation.counts()) == 1  # launch

@@ -40,9 +40,9 @@ def kv_score(result: Result) -> torch.Tensor:
 
 def codes(kv_score: torch.Tensor) -> torch.Tensor:
     """The fp8 codes that the reference stores for one prompt of these projections."""
-    _, *others = make_call(Case("", "one", ((0, TOKENS),)), torch.float32)
-    ops.compress(kv_score[:TOKENS].float(), *others, impl="reference")
-    return others[-1].flatten(1)[:, :FP8_SCALE_OFFSET]
+    call = make_call(Case("", "one", ((0, TOKENS),)), torch.float32)
+    ops.compress(*call._replace(kv_score=kv_score[:TOKENS].float()), impl="reference")
+    return call.k_cache.flatten(1)[:, :FP8_SCALE_OFFSET]
 
 
 def test_both_engines_project_the_same_hidden_states(engines):

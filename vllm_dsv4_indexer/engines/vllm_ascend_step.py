@@ -14,7 +14,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import Extents
-from vllm_dsv4_indexer.ops.requests import Requests, step_of
+from vllm_dsv4_indexer.ops.requests import Requests
 
 Metadata = tuple[Any, Any]  # vllm-ascend's, of the state and of the K cache
 
@@ -47,8 +47,7 @@ def _requests_of_part(state: Any, keys: Any) -> Requests:
 
 def plan_requests(requests: Requests, extents: Extents, k_page: int, impl: str) -> Tensor:
     """The plan of a step for caches of these extents, with `k_page` entries in a K page."""
-    step = step_of(requests, len(requests.slot_mapping), extents.state_page, k_page)
-    return ops.plan(*step, **extents._asdict(), impl=impl)
+    return ops.plan_requests(requests, len(requests.slot_mapping), extents, k_page, impl=impl)
 
 
 def once_a_step(metadata: Metadata, extents: Extents, make: Callable[[], Tensor]) -> Tensor:

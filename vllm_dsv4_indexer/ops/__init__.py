@@ -24,13 +24,15 @@ from torch import Tensor
 from .. import contract
 from ..contract import ROW_WIDTH, Call, Extents, Layer, Step, plan_size
 from ..errors import UserError
+from .requests import Requests, step_of
 
 
 class Functions(NamedTuple):
-    """The two functions of an implementation."""
+    """The functions of an implementation; the third is for engines whose metadata tell a step by its requests."""
 
     plan: Callable[[Step, Extents], Tensor]
     bind: Callable[..., Callable[[Tensor, Tensor], int | None]]
+    plan_requests: Callable[[Requests, int, Extents, int], Tensor] | None = None
 
 
 class Implementation(NamedTuple):
@@ -53,7 +55,7 @@ def _ascend() -> Functions:
     from . import ascend
 
     ascend.native()
-    return Functions(ascend.plan, ascend.bind)
+    return Functions(ascend.plan, ascend.bind, ascend.plan_requests)
 
 
 def _reference() -> Functions:
@@ -163,6 +165,17 @@ def plan(
         positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping,
         state_pages=state_pages, state_page=state_page, k_entries=k_entries, max_pos=max_pos, impl=impl,
     )  # fmt: skip
+
+
+def plan_requests(
+    requests: Requests, tokens: int, extents: Extents, k_page: int, *, impl: str | None = None
+) -> Tensor:
+    """`plan` for a step of so many tokens that is told by its requests, with `k_page` entries in a K page. One launch
+    where the implementation has a kernel for it; elsewhere tensor operations make the step (requests.py)."""
+    kernel = _functions(impl, requests.start_pos.device.type).plan_requests
+    if kernel is None:
+        return plan(*step_of(requests, tokens, extents.state_page, k_page), **extents._asdict(), impl=impl)
+    return _timed_plan(kernel, requests, tokens, extents, k_page)
 
 
 def run(
@@ -310,8 +323,12 @@ def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
 
 
 def _make_plan(step: Step, extents: Extents, impl: str | None, k_format: str | None = None) -> Tensor:
+    return _timed_plan(_functions(impl, step.positions.device.type, k_format).plan, step, extents)
+
+
+def _timed_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
     start = time.perf_counter()
-    made = _functions(impl, step.positions.device.type, k_format).plan(step, extents)
+    made = plan(*arguments)
     work.plans += 1
     work.seconds += time.perf_counter() - start
     return made
