@@ -78,7 +78,7 @@ Entry pool_with_overlay(const Call& call, int64_t token, Chunk chunk) {
   const int64_t first = call.positions[token] - kWindow + 1;
   for (int64_t u = chunk.begin; u < chunk.end; ++u) {
     const int64_t j = call.positions[u] - first;
-    if (j < 0 || j >= kWindow) continue;
+    if (j < 0 || j >= kWindow || call.positions[u] < 0) continue;  // a padding row has any position
     const T* from = projection<T>(call, u) + half_of_row(j);
     widen(from, kHeadDim, window[j].values);
     add(from + kKvWidth, bias(call, u) + half_of_row(j), kHeadDim, window[j].values + kKvWidth);

@@ -105,6 +105,15 @@ def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(im
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_padding_row_before_position_0_is_no_row_of_the_request(impl):
+    batch = make_batch([(0, 8)], padding=4)
+    batch.positions[8:] = torch.arange(-4, 0)
+    batch.token_to_req[8:] = 0
+    turned = batch.take([8, 9, 10, 11, *range(8)])  # right before the request's first token
+    assert turned.clone().run(impl).entries() == make_batch([(0, 8)]).run(impl).entries()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     "argument, first, last",
     [

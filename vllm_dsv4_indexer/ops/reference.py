@@ -65,7 +65,8 @@ def _windows(token: Tensor, step: Step) -> _Windows:
     q = step.positions[token, None] - back
     u = token[:, None] - back
     held = u.clamp(min=0)
-    own = (u >= 0) & (step.token_to_req[held] == step.token_to_req[token, None]) & (step.positions[held] == q)
+    own = (u >= 0) & (q >= 0)  # a padding row may have a position before 0
+    own &= (step.token_to_req[held] == step.token_to_req[token, None]) & (step.positions[held] == q)
     return _Windows(token, q, held, own)
 
 
