@@ -19,11 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (UserError, ImportError) as error:
-        # An ImportError that Python raises names a module. One without is written by hand: a native
-        # library of ours is missing, and it says how to build it.
-        if getattr(error, "name", None) is not None:
-            raise
+    except UserError as error:
         line = " ".join(str(error).split())
         print(f"vllm-dsv4-indexer {arguments.command}: {line}", file=sys.stderr)
         return 2

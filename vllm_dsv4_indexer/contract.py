@@ -81,6 +81,17 @@ class Extents(NamedTuple):
         return Extents(*layer.inner_state_cache.shape[:2], k_entries, layer.cos_sin_cache.shape[0])
 
 
+class Requests(NamedTuple):
+    """A step that is told by its requests, as vLLM Ascend's metadata have it, and the pages of each in
+    two caches. Requests of a graph's padding have no tokens, or block 0 in their tables."""
+
+    query_start_loc: Tensor  # [R + 1] int32: the first token of each request, and their end
+    start_pos: Tensor  # [R] int32: the position of that token
+    state_block_table: Tensor  # [R, M] int32
+    k_block_table: Tensor  # [R, M'] int32
+    slot_mapping: Tensor | None = None  # [T], any stride: a token that has -1 writes nothing
+
+
 class Call(NamedTuple):
     """The tensors of `compress`, in the order of its signature."""
 
@@ -118,6 +129,13 @@ _COMMON = {
     "inner_state_block_table": Argument(("R", "M"), (torch.int32,)),
     "inner_state_cache": Argument(("pages", "page", ROW_WIDTH), (torch.float32,)),
     "k_slot_mapping": Argument(("T",), (torch.int64,)),
+}
+_REQUESTS = {
+    "query_start_loc": Argument(("starts",), (torch.int32,)),
+    "start_pos": Argument(("R",), (torch.int32,)),
+    "state_block_table": Argument(("R", "M"), (torch.int32,)),
+    "k_block_table": Argument(("R", "K"), (torch.int32,)),
+    "slot_mapping": Argument(("slots",), (torch.int32, torch.int64), dense=0),
 }
 K_FORMATS = {
     "fp8_pow2": _COMMON
@@ -160,7 +178,7 @@ class Plan(NamedTuple):
     state_slots: Tensor  # [T]: the row to save, -1 for none
     k_slots: Tensor  # [T]: the entry of the window that the token closes, -1 for none
     windows: Tensor  # [T]: NO_WINDOW, EARLY or LATE
-    sources: Tensor  # [T, 8]: of a token that closes an EARLY window, where its rows come from; else undefined
+    sources: Tensor  # [T, 8]: of a token that closes an EARLY window, where its rows come from; else no matter
 
     @staticmethod
     def of(tensor: Tensor) -> "Plan":
@@ -228,6 +246,25 @@ def check_call(call: Call, k_format: str) -> None:
 def check_step(step: Step) -> None:
     """Checks the tensors of `plan`."""
     _check(step._asdict(), _COMMON)
+
+
+def check_extents(extents: Extents) -> None:
+    """Checks the numbers that a step is planned for."""
+    if extents.state_page not in STATE_PAGES:
+        raise ContractError(f"state_page is {extents.state_page}; expected one of {STATE_PAGES}")
+    for name, number in extents._asdict().items():
+        if number < 0:
+            raise ContractError(f"{name} is {number}; expected at least 0")
+
+
+def check_requests(requests: Requests, tokens: int) -> None:
+    """Checks the tensors of `plan_requests`."""
+    _check({name: tensor for name, tensor in requests._asdict().items() if tensor is not None}, _REQUESTS)
+    if len(requests.query_start_loc) != len(requests.start_pos) + 1:
+        found, count = len(requests.query_start_loc), len(requests.start_pos)
+        raise ContractError(f"query_start_loc has {found} elements; expected {count + 1}, one more than start_pos")
+    if requests.slot_mapping is not None and len(requests.slot_mapping) < tokens:
+        raise ContractError(f"slot_mapping has {len(requests.slot_mapping)} elements for {tokens} tokens")
 
 
 def check_layer(layer: Layer, k_format: str) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 
-from .errors import UserError
+from .errors import NotInstalled
 
 REMEDIES = {  # with the versions of pyproject.toml
     "lm_eval": "pip install 'lm-eval[api,ruler]>=0.4.13,<0.5'",
@@ -12,10 +12,10 @@ REMEDIES = {  # with the versions of pyproject.toml
 
 
 def need(package: str, what: str) -> None:
-    """Raises UserError unless `package`, which `what` needs, can be imported."""
+    """Raises NotInstalled unless `package`, which `what` needs, can be imported."""
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:  # it is there; something that it needs is not
             raise
-        raise UserError(f"{what} needs {package}: {REMEDIES[package]}") from None
+        raise NotInstalled(f"{what} needs {package}: {REMEDIES[package]}") from None

@@ -203,7 +203,8 @@ class Compress {
     const GlobalTensor<int64_t> requests = plan_gm_[kPlanHeader + kRequests * args_.tokens];
     for (int64_t token = 0; token < args_.tokens; ++token) {
       const int64_t row = positions.GetValue(token) - start;
-      if (row < 0 || row >= kWindow || requests.GetValue(token) != request) continue;
+      const bool padding = row + start < 0;  // whose request may be any
+      if (padding || row < 0 || row >= kWindow || requests.GetValue(token) != request) continue;
       const int f = used_ - 1 + static_cast<int>(row / kRatio), in_frame = static_cast<int>(row % kRatio);
       AscendC::PipeBarrier<PIPE_MTE2>();
       FetchStretch(f, {true, token * args_.kv_score_stride, in_frame, 1});

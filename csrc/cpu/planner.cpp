@@ -58,6 +58,7 @@ class Planner {
 
   int64_t make(Violation& violation) {
     violation.code = kNoViolation;
+    std::fill_n(sources_, kWindow * a_.tokens, kMasked);
     int64_t run = 0;  // tokens up to this one that are consecutive positions of one request
     for (int64_t token = 0; token < a_.tokens; ++token) {
       run = token > 0 && follows(token) ? run + 1 : 1;
@@ -183,10 +184,11 @@ class Planner {
   }
 
   void write_sections() {
+    const int64_t layout = rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout;
     const int64_t entries = static_cast<int64_t>(closing_.size());
     std::fill_n(plan_, kPlanHeader, 0);
-    *reinterpret_cast<PlanHeader*>(plan_) = {rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout, a_.tokens, entries, early_, unique_, a_.state_pages,
-                                             a_.state_page, a_.k_entries, a_.max_pos};
+    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,      entries,      early_,     unique_,
+                                             a_.state_pages, a_.state_page, a_.k_entries, a_.max_pos};
     std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
     std::copy_n(a_.token_to_req, a_.tokens, plan_ + plan_requests(a_.tokens));
     std::copy_n(a_.state_slots, a_.tokens, plan_ + plan_state_slots(a_.tokens));

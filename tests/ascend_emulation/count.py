@@ -16,7 +16,8 @@ from vllm_dsv4_indexer.contract import (
     HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, Extents, Layer,
 )  # fmt: skip
 from vllm_dsv4_indexer.ops import ascend
-from vllm_dsv4_indexer.ops.requests import Requests, step_of
+from vllm_dsv4_indexer.contract import Requests
+from vllm_dsv4_indexer.ops.requests import step_of
 
 ALGORITHMS = ("overlay_scan", "scatter_pool", "one_pass")  # a layer of one request of T tokens
 PLANS = ("plan", "plan_requests")  # a step of one request of T tokens, told in either way

@@ -13,7 +13,8 @@ from vllm_dsv4_indexer.contract import (
 )  # fmt: skip
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.ops import ascend, reference
-from vllm_dsv4_indexer.ops.requests import Requests, step_of
+from vllm_dsv4_indexer.contract import Requests
+from vllm_dsv4_indexer.ops.requests import step_of
 
 CORES = (1, 7, 48)
 INT8 = {"k_format": "int8_hadamard", "k_page": K_PAGE}

@@ -9,7 +9,7 @@ import pytest
 
 from vllm_dsv4_indexer import cli, options, output, packages
 from vllm_dsv4_indexer.contract import ContractError
-from vllm_dsv4_indexer.errors import UserError
+from vllm_dsv4_indexer.errors import NotInstalled, UserError
 
 
 def status(monkeypatch, error: Exception) -> int:
@@ -24,7 +24,7 @@ def status(monkeypatch, error: Exception) -> int:
 
 @pytest.mark.parametrize(
     "error",
-    [UserError("two\n  lines"), ContractError("two lines"), ImportError("two lines")],
+    [UserError("two\n  lines"), ContractError("two lines"), NotInstalled("two lines")],
     ids=repr,
 )
 def test_what_a_user_can_mend_is_one_line_and_status_2(monkeypatch, capsys, error):

@@ -81,8 +81,8 @@ class Result:
         return {length: answers[0] for length, answers in zip(lengths, self.rounds)}
 
     def work(self, rank: int = 0) -> tuple[int, ...]:
-        """Calls, tokens and entries, as the worker of that rank counted them in its last account."""
-        account = rf"rank {rank}: compress was called (\d+) times on (\d+) tokens and wrote (\d+) entries"
+        """Calls, tokens, entries and plans, as the worker of that rank counted them in its last account."""
+        account = rf"rank {rank}: compress was called (\d+) times on (\d+) tokens and wrote (\d+) entries .*; (\d+) plans"
         return tuple(map(int, re.findall(account, self.log)[-1]))
 
 

@@ -12,7 +12,7 @@ import pickle
 import sys
 from pathlib import Path
 
-from stored import Stored, take, watch
+from stored import Stored, forget, take, watch
 from vllm import LLM, SamplingParams
 from vllm.v1.metrics.reader import Counter
 
@@ -39,6 +39,7 @@ def run(
     engine = llm.llm_engine
     engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = budget
     llm.reset_prefix_cache()
+    llm.collective_rpc(forget)  # a row that was there before could be the right one by chance
     coming, tokens, step = dict(enumerate(requests)), {}, 0
     while coming or engine.has_unfinished_requests():
         if step == restart > 0:

@@ -40,6 +40,13 @@ def watch(worker: Any) -> None:
     runner.execute_model = execute_and_read
 
 
+def forget(worker: Any) -> None:
+    """Zero the states of a worker that runs nothing."""
+    for name, layer in worker.model_runner.compilation_config.static_forward_context.items():
+        if name.endswith("indexer.compressor.state_cache"):
+            layer.kv_cache.zero_()
+
+
 def take(worker: Any) -> dict[str, Stored]:
     """By vLLM's name, the requests since the last time."""
     runner = worker.model_runner

@@ -4,7 +4,7 @@ transformers."""
 import numpy as np
 import pytest
 import torch
-from engine import FEW_LENGTHS, LENGTHS, PREFIXES, PROMPTS, largest_difference
+from engine import FEW_LENGTHS, INDEXERS, LENGTHS, PREFIXES, PROMPTS, largest_difference
 
 from vllm_dsv4_indexer.contract import RATIO
 
@@ -52,12 +52,13 @@ def test_the_caches_hold_what_the_stock_compressor_would_have_written(ours, stoc
 
 
 def test_the_worker_says_at_shut_down_what_the_op_did(ours, stock):
-    calls, tokens, entries = ours.work()
+    calls, tokens, entries, plans = ours.work()
     # Two indexer layers; every token of 20 prompts, alone and in a batch, and 7 of 8 generated ones pass the op.
     assert tokens == 2 * 2 * sum(length + 7 for length in LENGTHS)
     assert entries == 2 * 2 * sum((length + 7) // 4 for length in LENGTHS)
     assert calls >= 2 * (len(LENGTHS) * 8 + 8)
-    assert stock.work() == (0, 0, 0)
+    assert calls == INDEXERS * plans  # one plan a step for all layers
+    assert stock.work() == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("length", FEW_LENGTHS)

@@ -24,5 +24,5 @@ def test_each_stage_gives_an_account_of_its_own_indexers(two_stages):
     """Layers 0 to 2 have one, layers 3 to 5 two."""
     for rank, indexers in enumerate((1, 2)):
         assert f"compresses for the indexers of {indexers} layers" in two_stages.log
-        _, tokens, entries = two_stages.work(rank)
+        _, tokens, entries, _ = two_stages.work(rank)
         assert (tokens, entries) == (indexers * TOKENS, indexers * ENTRIES)

@@ -5,8 +5,7 @@ import random
 import torch
 
 from batches import MAX_POSITION, Batch, Prefixes, make_batch, random_case
-from vllm_dsv4_indexer.contract import RATIO, WINDOW, Extents
-from vllm_dsv4_indexer.ops.requests import Requests
+from vllm_dsv4_indexer.contract import RATIO, WINDOW, Extents, Requests
 
 PAGES = (2, 4, 8)  # of the state, in tokens
 K_PAGE = 32  # entries

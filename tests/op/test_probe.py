@@ -27,8 +27,8 @@ def test_a_clock_that_is_slower_than_what_it_measures_never_says_cold(probe, mem
     assert probe(2000, memory) == "warm"
 
 
-def test_without_stores_past_the_cache_rows_are_written_once():
-    """The constant that the kernel asks first, on a CPU that has no such stores."""
+def test_a_cpu_without_stores_past_the_cache_says_so():
+    """The kernel asks this constant first, and then writes each row once."""
     source = '#include "vec.h"\nstatic_assert(!kHasStoresPastCache);\nint main() { wait_for_stores(); }'
     command = ["c++", "-std=c++17", "-U__SSE2__", "-U__AVX__", "-DDSV4_LANES=4", "-Wno-unused-function"]
     command += [f"-I{HERE.parents[1] / 'csrc/cpu'}", "-fsyntax-only", "-x", "c++", "-"]

@@ -113,7 +113,8 @@ def traffic(chunks: int = 48) -> list[Case]:
 
 
 def make_layers(case: Case, kv_dtype: torch.dtype) -> list[Call]:
-    """A call for each of the case's layers: the same step and projection, weights and caches of its own."""
+    """A call for each of the case's layers: the same step, weights and caches of its own. All have one kv_score, as an
+    engine's layers have one buffer for it, which the projection has just filled."""
     first = make_call(case, kv_dtype)
     return [first, *(_with_own_layer(first) for _ in range(case.layers - 1))]
 

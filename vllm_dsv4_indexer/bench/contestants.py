@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..contract import RATIO, WINDOW, Call, Extents, Layer
+from ..contract import RATIO, WINDOW, Call, Extents
 from ..ops import baselines, cpu, projection
 from ..ops.arguments import kv_score_fields, layer_fields
 from .cases import Case, make_projection, with_tail_slots
@@ -90,7 +90,7 @@ def projected(names: list[str], case: Case, call: Call) -> dict[str, Run]:
     """What `contestants` returns, for calls that project first; `names` are of WHOLE."""
     x, weight = make_projection(case)
     projections = {"cpu": functools.partial(projection.project, x, projection.prepare_weight(weight))}
-    runs = {"cpu": lambda: ops.compress(projections["cpu"](), *call[1:], eps=_EPS, impl="cpu")}
+    runs = {"cpu": lambda: ops.compress(*call._replace(kv_score=projections["cpu"]()), eps=_EPS, impl="cpu")}
     if "vllm" in names:
         projections["vllm"] = _vllm_projection(x, weight)
         runs["vllm"] = _vllm(projections["vllm"], call)["vllm"]
@@ -118,7 +118,7 @@ def _native(name: str, call: Call) -> Run:
     """The library's function alone, on a plan that was made before."""
     plan = baselines.plan if name in ("overlay_scan", "scatter_pool") else cpu.plan
     made, native = plan(call.step, Extents.of(call.layer)), cpu.native()
-    layer = cpu.LAYER.pack(*layer_fields(Layer(*call.layer), cpu.K_FORMATS[_K_FORMAT], _EPS))
+    layer = cpu.LAYER.pack(*layer_fields(call.layer, cpu.K_FORMATS[_K_FORMAT], _EPS))
     kv_score = cpu.KV_SCORE.pack(*kv_score_fields(call.kv_score))
     run = functools.partial(native.algorithms[name], layer, native.parallel_for, made.data_ptr(), kv_score)
     run.tensors = call, made  # the arguments have their addresses alone

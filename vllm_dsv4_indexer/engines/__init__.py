@@ -16,7 +16,7 @@ def require_indexer(vllm_config: Any) -> None:
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     if config.model_type != "deepseek_v4":
         refuse(f"the model is of type {config.model_type!r}", "deepseek_v4", "leave the option out for this model")
-    if RATIO not in getattr(config, "compress_ratios", ())[: config.num_hidden_layers]:
+    if RATIO not in (getattr(config, "compress_ratios", None) or ())[: config.num_hidden_layers]:
         refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, option)) > 1:

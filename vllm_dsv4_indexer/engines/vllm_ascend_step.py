@@ -4,17 +4,13 @@ Nothing here waits for the device, and every tensor's shape follows from the sha
 so that a captured graph replays: it reads the metadata where vllm-ascend refreshes them.
 """
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.forward_context import get_forward_context
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import Extents
-from vllm_dsv4_indexer.ops.requests import Requests
+from vllm_dsv4_indexer.contract import Extents, Requests
 
 Metadata = tuple[Any, Any]  # vllm-ascend's, of the state and of the K cache
 
@@ -48,19 +44,3 @@ def _requests_of_part(state: Any, keys: Any) -> Requests:
 def plan_requests(requests: Requests, extents: Extents, k_page: int, impl: str) -> Tensor:
     """The plan of a step for caches of these extents, with `k_page` entries in a K page."""
     return ops.plan_requests(requests, len(requests.slot_mapping), extents, k_page, impl=impl)
-
-
-def once_a_step(metadata: Metadata, extents: Extents, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` returns, called once in a forward call for all layers with these metadata.
-
-    It is kept with the forward call, not with the metadata: vllm-ascend makes a context for every
-    step and for every capture of a graph, also where it refreshes tensors in place. What was made
-    before a capture began is not used in it: a graph has to make its plan again in every replay.
-    """
-    key = *metadata, torch.npu.is_current_stream_capturing(), extents
-    made = get_forward_context().additional_kwargs.setdefault("dsv4_indexer_plans", [])
-    for known, plan in made:  # one for each group of caches: a few
-        if all(map(operator.is_, known[:3], key[:3])) and known[3] == extents:
-            return plan
-    made.append((key, plan := make()))
-    return plan

@@ -33,7 +33,8 @@ from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, Laye
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.engines.vllm_ascend import FOUND
-from vllm_dsv4_indexer.engines.vllm_ascend_step import Metadata, once_a_step, plan_requests, requests_of
+from vllm_dsv4_indexer.engines.plans import once_a_step
+from vllm_dsv4_indexer.engines.vllm_ascend_step import Metadata, plan_requests, requests_of
 from vllm_dsv4_indexer.settings import Settings
 
 # 0.23.0 does it after a dummy run's metadata are built, which so have the slots of the step before.
@@ -125,7 +126,9 @@ class OnePassIndexer:
             k_page = bound.layer.k_cache.shape[1]
             return plan_requests(requests_of(*self.parts(*metadata)), bound.extents, k_page, self.impl)
 
-        return once_a_step(metadata, bound.extents, make)
+        # What was made before a capture began is not used in it: a graph makes its plan again in every replay.
+        capturing = torch.npu.is_current_stream_capturing()
+        return once_a_step((*metadata, capturing), bound.extents, make)
 
     def compress(self, x: Tensor, kv_cache: tuple[Tensor, ...], metadata: Metadata) -> None:
         """Save the state rows of these tokens, write their K entries."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
@@ -35,6 +35,7 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import ROW_WIDTH, Layer
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.plans import once_a_step
 from vllm_dsv4_indexer.engines.vllm_cpu_metadata import metadata_on_cpu
 from vllm_dsv4_indexer.ops import projection
 from vllm_dsv4_indexer.ops.tail import tail_slots
@@ -166,12 +167,8 @@ class Worker(Accountable, CPUWorker):
         make_stage_input(self.model_runner)
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
-        logger.info(
-            "DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s",
-            who,
-            indexers,
-            what,
-        )
+        message = "DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s"
+        logger.info(message, who, indexers, what)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with metadata_on_cpu():
@@ -190,11 +187,13 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
 
     def forward(self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> None:
         """kv_score fp32 [T, 512], positions int64 [T]; everything else comes from the step's metadata."""
-        context = get_forward_context()
-        if not isinstance(context.attn_metadata, dict):  # a profiling run has no caches
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # a profiling run has no caches
             return
         bound = self._bind(rotary_emb.cos_sin_cache)
-        bound.run(kv_score, self._plan(context, positions, bound))
+        state, entries = metadata[self.state_cache.prefix], metadata[self.k_cache_prefix]
+        plan = once_a_step((state, entries), bound.extents, lambda: self._plan(state, entries, positions, bound))
+        bound.run(kv_score, plan)
 
     def _bind(self, cos_sin_cache: torch.Tensor) -> ops.BoundLayer:
         """The op on this layer's tensors: made in the first step, and again if the engine has replaced one of them."""
@@ -205,22 +204,14 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
             self.bound = ops.BoundLayer(tensors, **options)
         return self.bound
 
-    def _plan(self, context: ForwardContext, positions: torch.Tensor, bound: ops.BoundLayer) -> torch.Tensor:
-        """The step's plan for the layers that share its metadata: made by the first of them. It is kept on the forward
-        context, which vLLM makes anew for every pass and which keeps the metadata alive meanwhile."""
-        state = context.attn_metadata[self.state_cache.prefix]
-        entries = context.attn_metadata[self.k_cache_prefix]
-        plans = vars(context).setdefault("dsv4_indexer_plans", {})
-        key = id(state), id(entries), bound.extents
-        if key not in plans:
-            slots = state.slot_mapping
-            if self.settings.state_save == "tail":
-                slots = tail_slots(positions, state.token_to_req_indices, slots)
-            plans[key] = ops.plan(
-                positions, state.token_to_req_indices, slots, state.block_table, entries.slot_mapping,
-                **bound.extents._asdict(), impl=self.settings.impl,
-            )  # fmt: skip
-        return plans[key]
+    def _plan(self, state: Any, entries: Any, positions: torch.Tensor, bound: ops.BoundLayer) -> torch.Tensor:
+        slots = state.slot_mapping
+        if self.settings.state_save == "tail":
+            slots = tail_slots(positions, state.token_to_req_indices, slots)
+        return ops.plan(
+            positions, state.token_to_req_indices, slots, state.block_table, entries.slot_mapping,
+            **bound.extents._asdict(), impl=self.settings.impl,
+        )  # fmt: skip
 
 
 def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: int) -> None:

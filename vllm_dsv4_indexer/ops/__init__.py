@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import ROW_WIDTH, Call, Extents, Layer, Step, plan_size
+from ..contract import ROW_WIDTH, Call, Extents, Layer, Requests, Step, plan_size
 from ..errors import UserError
-from .requests import Requests, step_of
+from .requests import step_of
 
 
 class Functions(NamedTuple):
@@ -103,7 +103,7 @@ class Work:
                 f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device "
                 "knows (nor any call that a captured graph repeats)"
             )
-        return f"compress was called {self.calls} times on {self.tokens} tokens in {self.plans} plans and {entries}"
+        return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}; {self.plans} plans"
 
 
 work = Work()
@@ -114,7 +114,7 @@ _STEP = (
 _OPTIONS = "float eps=1e-6, str k_format='fp8_pow2', str? impl=None"
 _library = torch.library.Library("dsv4_indexer", "DEF")
 _library.define(
-    f"plan({_STEP}, Tensor k_slot_mapping, *, int state_pages, int state_page, int k_entries, int max_pos, "
+    f"plan({_STEP}, Tensor k_slot_mapping, *, SymInt state_pages, SymInt state_page, SymInt k_entries, SymInt max_pos, "
     "str? impl=None) -> Tensor"
 )
 _library.define(
@@ -172,6 +172,8 @@ def plan_requests(
 ) -> Tensor:
     """`plan` for a step of so many tokens that is told by its requests, with `k_page` entries in a K page. One launch
     where the implementation has a kernel for it; elsewhere tensor operations make the step (requests.py)."""
+    contract.check_requests(requests, tokens)
+    contract.check_extents(extents)
     kernel = _functions(impl, requests.start_pos.device.type).plan_requests
     if kernel is None:
         return plan(*step_of(requests, tokens, extents.state_page, k_page), **extents._asdict(), impl=impl)
@@ -225,6 +227,7 @@ class BoundLayer:
     def _run_eagerly(self, kv_score: Tensor, plan: Tensor) -> None:
         start = time.perf_counter()
         tokens = kv_score.shape[0] if kv_score.dim() else 0
+        # The conditions of the two checks, written out: called for every layer, these would cost as much as all the rest.
         if not (
             kv_score.shape == (tokens, ROW_WIDTH)
             and kv_score.dtype in contract.FLOATS
@@ -308,7 +311,7 @@ def prepare(impl: str | None, device: str, k_format: str) -> None:
     """Load an implementation and what it needs now, so that whatever is missing is known before the first call.
 
     Raises UserError (`impl` is unknown, or there is none for the device; a setting in the environment is wrong) and
-    ImportError (the native library, or something in torch that it needs, is missing), which say what to do.
+    NotInstalled (the native library, or something in torch that it needs, is missing), which say what to do.
     """
     _functions(impl, device, k_format)
 
@@ -319,6 +322,7 @@ def prepare(impl: str | None, device: str, k_format: str) -> None:
 
 def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
     contract.check_step(Step(*step))
+    contract.check_extents(Extents(**extents))
     return _make_plan(Step(*step), Extents(**extents), impl)
 
 
@@ -351,12 +355,14 @@ def _compress_op(*tensors: Tensor | None, eps: float = 1e-6, k_format: str = "fp
 
 def _plan_fake(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
     contract.check_step(Step(*step))
+    contract.check_extents(Extents(**extents))
     return step[0].new_empty(plan_size(step[0].shape[0]))
 
 
 def _run_fake(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, k_format: str = "fp8_pow2", **_) -> None:
     contract.check_layer(Layer(ape, norm_weight, cos_sin_cache, *caches), k_format)
     contract.check_kv_score(kv_score, ape.device)
+    contract.check_plan_tensor(plan, kv_score.shape[0], ape.device)
 
 
 def _compress_fake(*tensors: Tensor | None, k_format: str = "fp8_pow2", **_) -> None:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import Extents, Layer, Step
+from ..contract import Extents, Layer, Requests, Step
 from .arguments import LAYER_FIELDS, STEP_FIELDS, layer_fields, step_fields
 from .library import load_library
-from .requests import Requests
 
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
 _K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}

@@ -1,6 +1,6 @@
 """The op on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
 
-The library is loaded by the first plan or layer. It has a C interface, so one binary serves every Python and every torch
+The library is loaded when the implementation is asked for. It has a C interface, so one binary serves every Python and every torch
 from 2.10.
 It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
 environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import contract
 from ..contract import Extents, Layer, Step
-from ..errors import UserError
+from ..errors import NotInstalled, UserError
 from .arguments import KV_SCORE_FIELDS, LAYER_FIELDS, STEP_FIELDS, kv_score_fields, layer_fields, step_fields
 from .library import load_library
 
@@ -126,4 +126,4 @@ def _torch_parallel_for() -> int:
     try:
         return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
     except AttributeError:
-        raise ImportError(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
+        raise NotInstalled(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
+from ..errors import NotInstalled
+
 PACKAGE = Path(__file__).parents[1]
 _INSTALL = (
     "install the package with `pip install .` (for an NPU: with CANN's set_env.sh sourced, else that library is left "
@@ -17,18 +19,22 @@ def load_library(library: str, folder: str) -> ctypes.CDLL:
     """The native library that was built from the sources of this package: beside it, or where the installed
     distribution has it (an editable one).
 
-    folder: of its sources in csrc. Raises ImportError where there is none, or only one that was built from others.
+    folder: of its sources in csrc. Raises NotInstalled where there is none, or only one that was built from others.
     """
-    found = [path for path in _candidates(library) if path.exists()]
-    for path in found:
-        loaded = ctypes.CDLL(str(path))
+    unfit = []
+    for path in filter(Path.exists, _candidates(library)):
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:  # cut short, or of another architecture
+            unfit.append(str(error))
+            continue
         if _sources(folder) in (None, _built_from(loaded)):
             return loaded
-    if found:
-        raise ImportError(f"{' and '.join(map(str, found))}: built from other sources than csrc has now; {_INSTALL}")
-    raise ImportError(
-        f"the native library is missing: looked for {' and '.join(map(str, _candidates(library)))}; {_INSTALL}"
-    )
+        unfit.append(f"{path} was built from other sources than csrc has now")
+    if unfit:
+        raise NotInstalled(f"{'; '.join(unfit)}: {_INSTALL}")
+    looked_for = " and ".join(map(str, _candidates(library)))
+    raise NotInstalled(f"the native library is missing: looked for {looked_for}; {_INSTALL}")
 
 
 def _candidates(library: str) -> list[Path]:
@@ -58,8 +64,9 @@ def _sources(folder: str) -> str | None:
         return None
     sources = sorted(
         path.relative_to(csrc).as_posix()
-        for pattern in ("*.h", f"{folder}/*.h", f"{folder}/*.cpp", f"{folder}/*.asc")
+        for pattern in ("*.h", "CMakeLists.txt", f"{folder}/*.*")
         for path in csrc.glob(pattern)
+        if path.suffix != ".md"
     )
     digests = "".join(hashlib.sha256((csrc / source).read_bytes()).hexdigest() for source in sources)
     return hashlib.sha256(digests.encode()).hexdigest()

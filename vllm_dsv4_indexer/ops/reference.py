@@ -41,7 +41,8 @@ def plan(step: Step, extents: Extents) -> Tensor:
     sections.state_slots.copy_(step.inner_state_slot_mapping)
     sections.k_slots.copy_(step.k_slot_mapping.masked_fill(~closes, -1))
     sections.windows[windows.token] = torch.where(late, LATE, EARLY)
-    sections.sources[windows.token] = _sources(windows, step, extents.state_page)
+    sections.sources.fill_(MASKED)
+    sections.sources[windows.token] = torch.where(late[:, None], MASKED, _sources(windows, step, extents.state_page))
     return made
 
 

@@ -1,23 +1,9 @@
-"""A step that is told by its requests, as vLLM Ascend's metadata have it, not token by token."""
-
-from typing import NamedTuple
+"""A step that is told by its requests, as tensor operations."""
 
 import torch
 from torch import Tensor
 
-from ..contract import RATIO, Step
-
-
-class Requests(NamedTuple):
-    """The requests of a step, and the pages of each in two caches. Requests of a graph's padding
-    have no tokens, or block 0 in their tables."""
-
-    query_start_loc: Tensor  # [R + 1] int32: the first token of each request, and their end
-    start_pos: Tensor  # [R] int32: the position of that token
-    state_block_table: Tensor  # [R, M] int32
-    k_block_table: Tensor  # [R, M'] int32
-    # [T] int32 or int64, also strided: a token that has -1 writes nothing.
-    slot_mapping: Tensor | None = None
+from ..contract import RATIO, Requests, Step
 
 
 def step_of(requests: Requests, tokens: int, state_page: int, k_page: int) -> Step:

@@ -14,7 +14,7 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import RATIO, Extents, Step
 from vllm_dsv4_indexer.engines.vllm_ascend_step import plan_requests, requests_of
 from vllm_dsv4_indexer.ops import requests as told
-from vllm_dsv4_indexer.ops.requests import Requests
+from vllm_dsv4_indexer.contract import Requests
 
 PAGE, K_PAGE, WIDTH = 4, 64, 128
 

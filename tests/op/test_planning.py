@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 
 from batches import assert_identical, make_batch, random_case
 from vllm_dsv4_indexer import contract, ops
-from vllm_dsv4_indexer.contract import EARLY, LATE, NO_WINDOW, ContractError, Extents, Plan, PlanHeader
+from vllm_dsv4_indexer.contract import (
+    EARLY, LATE, NO_WINDOW, ContractError, Extents, Plan, PlanHeader, Requests,
+)  # fmt: skip
 from vllm_dsv4_indexer.ops import arguments, cpu
 
 IMPLS = ("reference", "cpu")
@@ -118,7 +122,20 @@ def test_a_layer_whose_tensor_has_moved_is_followed():
     assert_identical(batch, expected.run())
 
 
-def test_without_memory_for_the_plan_nothing_is_written_and_the_process_goes_on(monkeypatch):
+def test_without_memory_for_the_plan_the_native_code_says_so_and_the_process_goes_on():
+    """The look-up of so many tokens takes more memory than the process may have."""
+    code = """
+import ctypes, resource
+from vllm_dsv4_indexer.ops import cpu
+library, violation = cpu.native().library, cpu.Violation()
+step = cpu.STEP.pack(1 << 32, *[0] * (len(cpu.STEP_FIELDS) - 1))
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+print(library.dsv4_indexer_plan(step, cpu.ROW_RULE, 0, ctypes.byref(violation)) == cpu._NO_MEMORY)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
+
+
+def test_without_memory_for_the_plan_nothing_is_written(monkeypatch):
     batch = make_batch([(0, 16)])
     before = batch.clone()
     library = type("Library", (), {"dsv4_indexer_plan": staticmethod(lambda *_: cpu._NO_MEMORY)})
@@ -126,6 +143,47 @@ def test_without_memory_for_the_plan_nothing_is_written_and_the_process_goes_on(
     with pytest.raises(MemoryError, match="no memory for the plan of 16 tokens; nothing was written"):
         batch.run("cpu")
     assert_identical(batch, before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "extents, message",
+    [
+        ({"state_page": 0}, r"state_page is 0; expected one of \(2, 4, 8\)"),
+        ({"state_page": 3}, "state_page is 3; expected one of"),
+        ({"state_pages": -1}, "state_pages is -1; expected at least 0"),
+        ({"k_entries": -64}, "k_entries is -64; expected at least 0"),
+    ],
+)
+def test_extents_that_no_cache_has_are_refused(impl, extents, message):
+    batch = make_batch([(0, 16)])
+    with pytest.raises(ContractError, match=message):
+        batch.plan(impl, Extents.of(batch.call.layer)._replace(**extents))
+
+
+REQUESTS = {
+    "query_start_loc": torch.tensor([0, 3, 9], dtype=torch.int32),
+    "start_pos": torch.tensor([5, 0], dtype=torch.int32),
+    "state_block_table": torch.ones(2, 4, dtype=torch.int32),
+    "k_block_table": torch.ones(2, 4, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"query_start_loc": torch.tensor([0, 3, 9])}, "query_start_loc has dtype torch.int64; expected torch.int32"),
+        ({"query_start_loc": REQUESTS["query_start_loc"][:2]}, "query_start_loc has 2 elements; expected 3, one more"),
+        ({"state_block_table": torch.ones(3, 4, dtype=torch.int32)}, r"state_block_table has shape \[3, 4\]; expected \[R=2"),
+        ({"k_block_table": torch.ones(2, 4)}, "k_block_table has dtype torch.float32; expected torch.int32"),
+        ({"slot_mapping": torch.zeros(8, dtype=torch.int32)}, "slot_mapping has 8 elements for 9 tokens"),
+        ({"start_pos": REQUESTS["start_pos"].to("meta")}, "start_pos is on meta; expected cpu"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_requests_that_no_kernel_could_read_are_refused(change, message):
+    with pytest.raises(ContractError, match=message):
+        ops.plan_requests(Requests(**REQUESTS | change), 9, Extents(9, 4, 640, 100), 64, impl="reference")
 
 
 def fields_of(header: str, struct: str) -> list[tuple[str, str]]:

@@ -1,0 +1,94 @@
+"""The CPU engine's seam: one plan a pass, and a layer that follows its tensors. Without an engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batches import make_batch
+from vllm.forward_context import ForwardContext, override_forward_context
+
+from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.engines import vllm_cpu
+from vllm_dsv4_indexer.engines.plans import once_a_step
+
+EXTENTS = Extents(9, 4, 640, 100)
+
+
+def context() -> ForwardContext:
+    return ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping={})
+
+
+class Planner:
+    """Counts its plans."""
+
+    plans = 0
+
+    def __call__(self) -> int:
+        self.plans += 1
+        return self.plans
+
+
+@pytest.fixture
+def make():
+    return Planner()
+
+
+def test_layers_with_the_same_metadata_share_the_plan_of_the_pass(make):
+    state, entries = object(), object()
+    with override_forward_context(context()):
+        assert [once_a_step((state, entries), EXTENTS, make) for _ in range(3)] == [1, 1, 1]
+
+
+def test_other_metadata_or_other_extents_have_a_plan_of_their_own(make):
+    state, entries = object(), object()
+    with override_forward_context(context()):
+        once_a_step((state, entries), EXTENTS, make)
+        assert once_a_step((object(), entries), EXTENTS, make) == 2
+        assert once_a_step((state, object()), EXTENTS, make) == 3
+        assert once_a_step((state, entries), EXTENTS._replace(max_pos=7), make) == 4
+        assert once_a_step((state, entries), EXTENTS, make) == 1
+
+
+def test_metadata_that_is_equal_and_not_the_same_is_other_metadata(make):
+    with override_forward_context(context()):
+        once_a_step(([1], [2]), EXTENTS, make)
+        assert once_a_step(([1], [2]), EXTENTS, make) == 2
+
+
+def test_a_later_pass_plans_anew_although_its_metadata_was_refreshed_in_place(make):
+    metadata = object(), object()
+    for expected in (1, 2):
+        with override_forward_context(context()):
+            assert once_a_step(metadata, EXTENTS, make) == expected
+
+
+REPLACED = {
+    "ape": lambda c: vars(c).update(ape=c.ape.clone()),
+    "norm weight": lambda c: vars(c).update(_norm_weight_fp32=c._norm_weight_fp32.clone()),
+    "state": lambda c: vars(c.state_cache).update(kv_cache=c.state_cache.kv_cache.clone()),
+    "K cache": lambda c: vars(c._static_forward_context["k"]).update(
+        kv_cache=c._static_forward_context["k"].kv_cache.clone()
+    ),
+}
+
+
+def compressor() -> SimpleNamespace:
+    layer = make_batch([(0, 16)], norm_dtype=torch.float32).call.layer
+    return SimpleNamespace(
+        ape=layer.ape, _norm_weight_fp32=layer.norm_weight, rms_norm_eps=1e-6, bound=None, k_cache_prefix="k",
+        state_cache=SimpleNamespace(kv_cache=layer.inner_state_cache),
+        _static_forward_context={"k": SimpleNamespace(kv_cache=layer.k_cache)},
+        settings=SimpleNamespace(impl="cpu"), cos_sin_cache=layer.cos_sin_cache,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_a_layer_is_bound_once_and_again_when_the_engine_replaces_a_tensor(replace):
+    fake = compressor()
+    bind = vllm_cpu.IndexerCompressor._bind
+    first = bind(fake, fake.cos_sin_cache)
+    assert bind(fake, fake.cos_sin_cache) is first
+    replace(fake)
+    second = bind(fake, fake.cos_sin_cache)
+    assert second is not first
+    assert sum(new is not old for new, old in zip(second.layer, first.layer)) == 1
