@@ -300,12 +300,12 @@ def test_settings_of_other_plugins_are_not_ours_to_refuse(checkpoint: Path):
 def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
     layer = SimpleNamespace(indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor")))
     monkeypatch.setattr(vllm_cpu, "DeepseekV4CPUAttention", SimpleNamespace)
-    with pytest.raises(RuntimeError, match="layers.1.compressor is a SimpleNamespace"):
+    with pytest.raises(UserError, match="layers.1.compressor is a SimpleNamespace"):
         vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1)
 
 
 def test_a_model_class_that_another_plugin_replaced_is_refused():
-    with pytest.raises(RuntimeError, match="the model has 0 layers .* its configuration asks for 2"):
+    with pytest.raises(UserError, match="the model has 0 layers .* its configuration asks for 2"):
         vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: []), Settings(), indexers=2)
 
 
@@ -339,7 +339,7 @@ def test_our_projection_keeps_one_copy_of_the_weight_and_takes_a_new_one(compres
 def test_a_projection_that_vllm_builds_otherwise_is_refused(compressor, change: dict, found: str):
     for name, value in change.items():
         setattr(compressor.fused_wkv_wgate, name, value)
-    with pytest.raises(RuntimeError, match=f"layers.1.compressor.fused_wkv_wgate .*{found}"):
+    with pytest.raises(UserError, match=f"layers.1.compressor.fused_wkv_wgate .*{found}"):
         vllm_cpu.replace_projection(compressor)
 
 

@@ -8,11 +8,13 @@ from importlib.metadata import version
 
 import vllm
 
+from vllm_dsv4_indexer.errors import NotInstalled
+
 # What vllm_ascend_worker.py is written against: {vllm-ascend: the vLLM that it asks for}.
 SUPPORTED = {"0.26.0rc1": "0.26.0", "0.23.0": "0.23.0"}
 FOUND = version("vllm-ascend").split("+")[0], vllm.__version__.split("+")[0]  # "+empty": vLLM built without a device
 if FOUND not in SUPPORTED.items():
-    raise ImportError(
+    raise NotInstalled(
         "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the backend supports {}. "
         "Install one of these pairs, or leave the option out.".format(
             *FOUND, " and ".join(f"vllm-ascend {ours} with vLLM {its}" for ours, its in SUPPORTED.items())

@@ -35,6 +35,7 @@ from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.engines.vllm_ascend import FOUND
 from vllm_dsv4_indexer.engines.plans import once_a_step
 from vllm_dsv4_indexer.engines.vllm_ascend_step import Metadata, plan_requests, requests_of
+from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.settings import Settings
 
 # 0.23.0 does it after a dummy run's metadata are built, which so have the slots of the step before.
@@ -262,7 +263,7 @@ OVERRIDDEN = {
 
 
 def check_signatures() -> None:
-    """Raise RuntimeError that names what vllm-ascend has with other parameters than those we were written against."""
+    """Raise UserError that names what vllm-ascend has with other parameters than those we were written against."""
     expected = {
         (AscendDSABackend, "get_impl_cls"): (),
         (DeviceOperator, "unpack_dsa_indexer_kv_cache"): ("kv_cache",),
@@ -278,7 +279,7 @@ def check_signatures() -> None:
         function = getattr(owner, name, None)
         found = function and tuple(inspect.signature(function).parameters)
         if found != parameters:
-            raise RuntimeError(
+            raise UserError(
                 f"--attention-backend dsv4_indexer: {owner.__name__}.{name} of vllm-ascend takes {found}, where the "
                 f"supported versions take {parameters}. Has another plugin replaced it? Disable that plugin, or leave "
                 "the option out."
@@ -304,7 +305,7 @@ def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positio
     found = [layer.impl for layer in model.modules() if isinstance(getattr(layer, "impl", None), OnePassIndexer)]
     found = [attention for attention in found if attention.indexer is not None]
     if len(found) != indexers:
-        raise RuntimeError(
+        raise UserError(
             f"--attention-backend dsv4_indexer: the model has {len(found)} indexers in layers of ours, where its "
             f"configuration asks for {indexers}. Is another plugin replacing the model class? Disable that plugin."
         )

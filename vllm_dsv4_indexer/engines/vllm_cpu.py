@@ -8,9 +8,11 @@ each step with metadata (vllm_cpu_metadata.py), and says at shut-down what the o
 
 import vllm
 
+from vllm_dsv4_indexer.errors import NotInstalled, UserError
+
 SUPPORTED_VLLM = "0.32.0"  # everything below is written against this version's objects
 if vllm.__version__.split("+")[0] != SUPPORTED_VLLM:  # "+cpu" if built for it
-    raise ImportError(
+    raise NotInstalled(
         f"--attention-backend dsv4_indexer: this is vLLM {vllm.__version__}; on a CPU the backend supports vLLM "
         f"{SUPPORTED_VLLM}. Install that version, or leave the option out."
     )
@@ -217,12 +219,12 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
 def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: int) -> None:
     """Put our compressor into the indexers of `model`, which must be as many as `indexers`.
 
-    Raises RuntimeError where the model does not look as vLLM 0.32.0 builds it.
+    Raises UserError where the model does not look as vLLM 0.32.0 builds it.
     """
     attention = [layer for layer in model.modules() if isinstance(layer, DeepseekV4CPUAttention)]
     layers = [layer for layer in attention if layer.indexer is not None]
     if len(layers) != indexers:
-        raise RuntimeError(
+        raise UserError(
             f"--attention-backend dsv4_indexer: the model has {len(layers)} layers of vLLM {SUPPORTED_VLLM}'s "
             f"DeepseekV4CPUAttention with an indexer, where its configuration asks for {indexers}. Is another plugin "
             "replacing the model class? Disable that plugin."
@@ -230,7 +232,7 @@ def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: in
     for layer in layers:
         compressor = layer.indexer.compressor
         if type(compressor) is not DeepseekV4CPUCompressor:
-            raise RuntimeError(
+            raise UserError(
                 f"--attention-backend dsv4_indexer: {compressor.prefix} is a {type(compressor).__name__}, where vLLM "
                 f"{SUPPORTED_VLLM} has a DeepseekV4CPUCompressor. Is another plugin replacing it? Disable that plugin."
             )
@@ -302,11 +304,11 @@ def exact_projections() -> Iterator[None]:
 
 
 def replace_projection(compressor: torch.nn.Module) -> None:
-    """Raises RuntimeError where the compressor's projection does not look as vLLM 0.32.0 builds it."""
+    """Raises UserError where the compressor's projection does not look as vLLM 0.32.0 builds it."""
     linear = compressor.fused_wkv_wgate
     method, shape = type(linear.quant_method).__name__, tuple(linear.weight.shape)
     if type(linear.quant_method) is not UnquantizedLinearMethod or shape[0] != ROW_WIDTH or linear.bias is not None:
-        raise RuntimeError(
+        raise UserError(
             f"--attention-backend dsv4_indexer: {compressor.prefix}.fused_wkv_wgate has a {method} and a weight of shape "
             f"{shape}, where vLLM {SUPPORTED_VLLM} has an UnquantizedLinearMethod, {ROW_WIDTH} rows and no bias. Is another "
             "plugin replacing it? Disable that plugin, or set dsv4_indexer.projection to 'engine'."

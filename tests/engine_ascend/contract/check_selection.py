@@ -20,6 +20,7 @@ from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 from vllm_dsv4_indexer import ops, plugin
 from vllm_dsv4_indexer.engines import account, vllm_ascend
 from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
+from vllm_dsv4_indexer.errors import NotInstalled, UserError
 
 REFERENCE = dict(additional_config={"dsv4_indexer": {"impl": "reference"}}, enforce_eager=True)
 
@@ -106,7 +107,7 @@ def test_all_indexers_share_one_table_of_cosines_and_sines_as_long_as_the_model(
 
 def test_a_model_with_another_number_of_indexers_is_refused(configure):
     with pytest.raises(
-        RuntimeError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"
+        UserError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"
     ):
         load(configure(**REFERENCE), layers=1)
 
@@ -190,7 +191,7 @@ def test_a_quantised_projection_is_refused_by_its_name(configure, quantised):
 
 def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.27.0+empty")
-    with pytest.raises(ImportError) as refused:
+    with pytest.raises(NotInstalled) as refused:
         importlib.reload(vllm_ascend)
     message = str(refused.value)
     assert "with vLLM 0.27.0" in message
@@ -211,7 +212,7 @@ CALLED = [
 def test_another_signature_is_named(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda more: None)
     with pytest.raises(
-        RuntimeError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp"
+        UserError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp"
     ):
         engine.check_signatures()
 
@@ -219,7 +220,7 @@ def test_another_signature_is_named(monkeypatch, owner, name):
 @pytest.mark.parametrize("owner, name", CALLED)
 def test_what_is_gone_is_named(monkeypatch, owner, name):
     monkeypatch.delattr(owner, name)
-    with pytest.raises(RuntimeError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes None, where the supported"):
+    with pytest.raises(UserError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes None, where the supported"):
         engine.check_signatures()
 
 
