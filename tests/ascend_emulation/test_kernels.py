@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batches import assert_close, assert_identical, make_batch, ordered
+from batches import assert_close, assert_identical, make_batch, one_after_the_other, ordered
 from batches import random_case as random_op_case
 from emulator import A2, A5
 from steps import SHARED, shared_batch
-from test_shared_prefix import one_after_the_other
+
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError, Extents, plan_size
 from vllm_dsv4_indexer.errors import UserError

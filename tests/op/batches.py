@@ -178,6 +178,18 @@ def make_batch(
     return _padded(batch, padding)
 
 
+def tokens_of(batch: Batch, request: int) -> torch.Tensor:
+    real = (batch.inner_state_slot_mapping >= 0) | (batch.k_slot_mapping >= 0)
+    return (real & (batch.token_to_req == request)).nonzero()[:, 0]
+
+
+def one_after_the_other(batch: Batch, impl: str) -> Batch:
+    """Each request in a call of its own, in their order: what is shared lies in the state when it is read."""
+    for request in range(len(batch.inner_state_block_table)):
+        batch.take(tokens_of(batch, request)).run(impl)
+    return batch
+
+
 def random_case(pick: random.Random) -> dict:
     """Arguments of `make_batch`."""
     requests = [(pick.randrange(140), pick.randrange(1, 40)) for _ in range(pick.randrange(1, 8))]

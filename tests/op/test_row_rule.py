@@ -8,24 +8,12 @@ import random
 import pytest
 import torch
 
-from batches import Batch, Prefixes, assert_close, assert_identical, make_batch
+from batches import Batch, Prefixes, assert_close, assert_identical, make_batch, one_after_the_other, tokens_of
 from vllm_dsv4_indexer.contract import EARLY, RATIO, Plan
 
 IMPLS = ("reference", "cpu")
 PAGES = (2, 4, 8)
 WITH_SCATTER = (*IMPLS, "scatter_pool")  # right where rows are unique
-
-
-def tokens_of(batch: Batch, request: int) -> torch.Tensor:
-    real = (batch.inner_state_slot_mapping >= 0) | (batch.k_slot_mapping >= 0)
-    return (real & (batch.token_to_req == request)).nonzero()[:, 0]
-
-
-def one_after_the_other(batch: Batch, impl: str) -> Batch:
-    """Each request in a call of its own, in their order: what is shared lies in the state when it is read."""
-    for request in range(len(batch.inner_state_block_table)):
-        batch.take(tokens_of(batch, request)).run(impl)
-    return batch
 
 
 def assert_as_alone(batch: Batch, impl: str, case: object = "") -> None:
