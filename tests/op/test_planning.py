@@ -40,7 +40,7 @@ def test_the_native_plan_is_that_of_the_reference(seed):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_plan_serves_every_layer(impl):
     """Layers differ in weights, caches and where these lie; the step is the same."""
-    layers = [make_batch(MIXED, seed=0, layout=layout) for layout in ("dense", "padded", "engine")]
+    layers = [make_batch(MIXED, seed=0, layout=layout) for layout in ("dense", "padded", "vllm")]
     layers = [replace(layer, **layers[0].call.step._asdict()) for layer in layers]
     for scale, layer in enumerate(layers):
         layer.kv_score.mul_(1 + scale)

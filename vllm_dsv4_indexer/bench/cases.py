@@ -10,19 +10,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call,
-)  # fmt: skip
+from ..contract import FP8_ENTRY_BYTES, KV_WIDTH, RATIO, ROW_WIDTH, Call
 from ..ops.tail import tail_slots
+from .batches import LAYOUTS, Spread, make_batch
 
 PAGE = 4  # tokens per state page in vLLM
-PAGE_BYTES = 8640  # of a state page (8192 used) and of a K page (8448 used): vLLM 0.32 aligns both to 576
+PAGE_BYTES = LAYOUTS["vllm"][0]
 LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
 _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep": 256 << 10}
 _HIDDEN_MAX = 0.05
 _WEIGHT_STDS = (0.0293, 0.0512)
-_KV_STD, _GATE_STD = (4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS)
+_FLASH = Spread(
+    *(4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS), ape=0.1528, norm_mean=0.685, norm=0.261
+)
 
 
 @dataclass(frozen=True)
@@ -129,42 +130,10 @@ def _with_own_layer(call: Call) -> Call:
 
 
 def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
-    """A call with an fp8 K cache. The pages of the requests lie anywhere in their caches, as in an engine that has run
-    for a while; pages before the last eight positions are freed."""
-    numbers = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
-        return mean + std * torch.randn(*shape, generator=numbers)
-
-    starts, lengths = torch.tensor(case.requests).T
-    request = torch.repeat_interleave(torch.arange(len(starts)), lengths)
-    first_token = lengths.cumsum(0) - lengths
-    positions = torch.arange(case.tokens) - first_token[request] + starts[request]
-
-    page_spans = [(max(start - WINDOW, 0) // PAGE, -(-(start + n) // PAGE)) for start, n in case.requests]
-    k_span = RATIO * FP8_PAGE_ENTRIES
-    k_spans = [(start // k_span, -(-(start + n) // k_span)) for start, n in case.requests]
-    table, pages = _table(page_spans, numbers)
-    k_table, k_pages = _table(k_spans, numbers)
-
-    state = normal(pages, PAGE_BYTES // 4, std=0.025)[:, : PAGE * ROW_WIDTH].unflatten(1, (PAGE, ROW_WIDTH))
-    k_cache = torch.randint(256, (k_pages, PAGE_BYTES), dtype=torch.uint8, generator=numbers)
-    entry = positions // RATIO
-    k_slots = k_table[request, entry // FP8_PAGE_ENTRIES].long() * FP8_PAGE_ENTRIES + entry % FP8_PAGE_ENTRIES
-    kv_score = torch.cat([normal(case.tokens, KV_WIDTH, std=std) for std in (_KV_STD, _GATE_STD)], dim=1)
-    return Call(
-        kv_score=kv_score.to(kv_dtype),
-        ape=normal(RATIO, KV_WIDTH, std=0.1528),
-        norm_weight=normal(HEAD_DIM, std=0.261, mean=0.685),
-        cos_sin_cache=_cos_sin(int(positions.max()) + 1),
-        positions=positions,
-        token_to_req=request.int(),
-        inner_state_slot_mapping=table[request, positions // PAGE].long() * PAGE + positions % PAGE,
-        inner_state_block_table=table,
-        inner_state_cache=state,
-        k_slot_mapping=torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
-        k_cache=k_cache[:, : FP8_PAGE_ENTRIES * FP8_ENTRY_BYTES].unflatten(1, (FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES)),
-    )
+    """A call with an fp8 K cache, in vLLM's pages."""
+    end = max(start + length for start, length in case.requests)
+    options = dict(page=PAGE, layout="vllm", kv_dtype=kv_dtype, norm_dtype=torch.float32, spread=_FLASH, max_pos=end)
+    return make_batch(list(case.requests), **options).call
 
 
 def with_tail_slots(call: Call) -> Call:
@@ -179,19 +148,3 @@ def make_projection(case: Case) -> tuple[Tensor, Tensor]:
     x = torch.rand(case.tokens, case.hidden, generator=numbers) * 2 * _HIDDEN_MAX - _HIDDEN_MAX
     weight = [std * torch.randn(KV_WIDTH, case.hidden, generator=numbers) for std in _WEIGHT_STDS]
     return x.bfloat16(), torch.cat(weight).bfloat16()
-
-
-def _table(spans: list[tuple[int, int]], numbers: torch.Generator) -> tuple[Tensor, int]:
-    """A block table in which request r owns the columns of `spans[r]`, and the pages of its cache; page 0 is null."""
-    table = torch.zeros(len(spans), max(end for _, end in spans), dtype=torch.int32)
-    owned = sum(end - begin for begin, end in spans)
-    free = (torch.randperm(owned, generator=numbers) + 1).int()
-    for row, (begin, end) in zip(table, spans):
-        row[begin:end], free = free[: end - begin], free[end - begin :]
-    return table, owned + 1
-
-
-def _cos_sin(positions: int) -> Tensor:
-    frequency = 160000.0 ** (-torch.arange(0, ROPE_DIM, 2) / ROPE_DIM)
-    angle = torch.arange(positions)[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)

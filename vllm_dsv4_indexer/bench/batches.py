@@ -1,0 +1,335 @@
+"""The one generator of batches, for the benchmark and for every test of the op, the emulation and the NPU: paged caches with
+random bytes in them, slots and tables for a list of requests.
+
+A request is (start, length): its history, the state rows of the last eight positions before `start`, is in the state
+already. The same seed gives the same projections at the same positions, however the requests are cut into calls.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..contract import (
+    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call, Extents,
+)  # fmt: skip
+
+MAX_POSITION = 512
+_BLOCK = 64  # positions whose projections are drawn together
+
+
+class Spread(NamedTuple):
+    """Standard deviations of the values, and the mean of the norm's weights."""
+
+    kv: float
+    gate: float
+    ape: float
+    norm_mean: float
+    norm: float
+
+
+WIDE = Spread(kv=2.0, gate=2.0, ape=0.15, norm_mean=0.7, norm=0.26)
+# (bytes per state page, per fp8 page, offset of both): None is dense.
+LAYOUTS = {
+    "dense": (None, None, 0),
+    "vllm": (8640, 8640, 0),  # vLLM 0.32 aligns both to 576: 8192 and 8448 bytes are used
+    "padded": (8640, 8704, 0),
+    # vLLM 0.32, four layers: one storage for the state and the K cache of all layers, here those of the layer whose
+    # slot begins at byte 8640. State and K views begin at the same byte and use different pages.
+    "engine": (93888, 93888, 8640),
+    # vLLM Ascend 0.26.0rc1: one storage of pages, each as large as a K page with its scales behind the values; a state
+    # page begins where a K page would.
+    "ascend": (None, None, 0),
+}
+_SHARED = ("engine", "ascend")
+
+
+# A request's computed prefix, which another request of the batch fills: {request: (the other, its length)}.
+Prefixes = dict[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    kv_score: Tensor
+    ape: Tensor
+    norm_weight: Tensor
+    cos_sin_cache: Tensor
+    positions: Tensor
+    token_to_req: Tensor
+    inner_state_slot_mapping: Tensor
+    inner_state_block_table: Tensor
+    inner_state_cache: Tensor
+    k_slot_mapping: Tensor
+    k_cache: Tensor
+    k_scale_cache: Tensor | None
+    k_format: str
+    storages: tuple[Tensor, ...]  # every byte behind the caches, each storage once
+
+    def run(self, impl: str | None = None) -> "Batch":
+        ops.compress(*self.call, k_format=self.k_format, impl=impl)
+        return self
+
+    @property
+    def call(self) -> Call:
+        return Call(*(getattr(self, name) for name in Call._fields))
+
+    def plan(self, impl: str | None = None, extents: Extents | None = None) -> Tensor:
+        extents = extents or Extents.of(self.call.layer)
+        return ops.plan(*self.call.step, **extents._asdict(), impl=impl)
+
+    def run_planned(self, plan: Tensor, impl: str | None = None) -> "Batch":
+        bound = ops.BoundLayer(self.call.layer, k_format=self.k_format, impl=impl)
+        bound.run(self.kv_score, plan)
+        return self
+
+    def take(self, tokens) -> "Batch":
+        """The call with these tokens only, on the same caches."""
+        per_token = ("kv_score", "positions", "token_to_req", "inner_state_slot_mapping", "k_slot_mapping")
+        return replace(self, **{name: getattr(self, name)[tokens] for name in per_token})
+
+    def clone(self) -> "Batch":
+        """An equal batch on tensors of its own; the caches keep their strides and share their storages as before."""
+        copies = {s.untyped_storage().data_ptr(): s.clone() for s in self.storages}
+
+        def moved(tensor: Tensor) -> Tensor:
+            storage = copies.get(tensor.untyped_storage().data_ptr())
+            if storage is None:
+                return tensor.clone()
+            return storage.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        tensors = {name: moved(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)}
+        return replace(self, **tensors, storages=tuple(copies.values()))
+
+    def codes(self) -> Tensor:
+        """[pages, entries, 128] view of the K values."""
+        if self.k_format == "int8_hadamard":
+            return self.k_cache
+        return self.k_cache.as_strided(
+            (*self.k_cache.shape[:2], HEAD_DIM), (self.k_cache.stride(0), HEAD_DIM, 1), self.k_cache.storage_offset()
+        )
+
+    def scales(self) -> Tensor:
+        """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales."""
+        if self.k_format == "int8_hadamard":
+            return self.k_scale_cache
+        k_cache, per_page = self.k_cache, self.k_cache.shape[1]
+        words = k_cache.untyped_storage()
+        floats = torch.empty(0, dtype=torch.float32).set_(words)
+        offset = k_cache.storage_offset() + per_page * HEAD_DIM
+        return floats.as_strided((len(k_cache), per_page), (k_cache.stride(0) // 4, 1), offset // 4)
+
+    def entries(self) -> list[bytes]:
+        """What each window-closing token stored, in the order of the tokens."""
+        slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
+        per_page = self.k_cache.shape[1]
+        page, entry = slots // per_page, slots % per_page
+        scales = self.scales()[page, entry, None].view(torch.uint8)
+        values = self.codes()[page, entry].view(torch.uint8)
+        return [bytes(row.tolist()) for row in torch.cat([values, scales], dim=1)]
+
+
+def make_batch(
+    requests: list[tuple[int, int]],
+    *,
+    seed: int = 0,
+    page: int = 4,
+    k_page: int | None = None,
+    layout: str = "dense",
+    kv_dtype: torch.dtype = torch.float32,
+    norm_dtype: torch.dtype = torch.bfloat16,
+    spread: Spread = WIDE,
+    max_pos: int = MAX_POSITION,
+    k_format: str = "fp8_pow2",
+    scale_dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    ring: int | None = None,
+    prefixes: Prefixes | None = None,
+    page_seed: int | None = None,
+) -> Batch:
+    """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents. Pages lie anywhere in their
+    caches, as in an engine that has run for a while; those before the last eight positions are freed.
+
+    `ring`: positions p and p + ring share a state row, in every request that has no part in `prefixes`. `page_seed`
+    permutes the pages without changing anything else. `k_page`: entries of a K page, where the format leaves them free.
+    """
+    prefixes = prefixes or {}
+    numbers, pages = (torch.Generator().manual_seed(s) for s in (seed, seed if page_seed is None else page_seed))
+    ape = spread.ape * torch.randn(RATIO, KV_WIDTH, generator=numbers)
+    norm_weight = spread.norm_mean + spread.norm * torch.randn(HEAD_DIM, generator=numbers)
+    first = [max(start - WINDOW, 0) for start, _ in requests]
+    # The projection of every position from `first` on; the caller's calls select from it.
+    sequences = [
+        _projection(seed, number, begin, start + length, spread).to(kv_dtype)
+        for number, (begin, (start, length)) in enumerate(zip(first, requests))
+    ]
+    k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
+    sharing = prefixes.keys() | {owner for owner, _ in prefixes.values()}
+    rings = [None if request in sharing else ring for request in range(len(requests))]
+    table, k_table, state_pages, k_pages = _tables(requests, page, k_page, rings, layout in _SHARED, pages)
+    for request, (owner, length) in prefixes.items():
+        assert length % page == 0 and length <= requests[request][0], "prefixes are shared by whole pages"
+        table[request, : length // page] = table[owner, : length // page]
+    state, k_cache, k_scale, storages = _caches(
+        state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
+    )
+    _save_history(requests, sequences, ape, table, state, prefixes)
+    request, positions = _tokens([range(s, s + n) for s, n in requests])
+    k_slots = _slots(k_table, request, positions // RATIO, k_page)
+    batch = Batch(
+        kv_score=torch.cat([sequence[-length:] for (_, length), sequence in zip(requests, sequences)]),
+        ape=ape,
+        norm_weight=norm_weight.to(norm_dtype),
+        cos_sin_cache=_rope_table(max_pos),
+        positions=positions,
+        token_to_req=request.int(),
+        inner_state_slot_mapping=_slots(table, request, positions, page),
+        inner_state_block_table=table,
+        inner_state_cache=state,
+        k_slot_mapping=torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
+        k_cache=k_cache,
+        k_scale_cache=k_scale,
+        k_format=k_format,
+        storages=storages,
+    )
+    return _padded(batch, padding)
+
+
+def _tables(
+    requests: list[tuple[int, int]], page: int, k_page: int, rings: list[int | None], shared: bool, pages: torch.Generator
+) -> tuple[Tensor, Tensor, int, int]:
+    """The block tables of the state and of the K cache, and how many pages each cache has: page 0 and a few others are
+    nobody's. In a shared storage the pages are as many as both need, and those of the K cache come last."""
+    ends = [start + length for start, length in requests]
+    # What lies before the last eight positions is freed.
+    live = [range(max(start - WINDOW, 0) // page, _ceil(end, page)) for (start, _), end in zip(requests, ends)]
+    held = [min(len(those), _ceil(ring or end, page)) for those, end, ring in zip(live, ends, rings)]
+    k_held = [_ceil(end, RATIO * k_page) for end in ends]
+    state_pages = sum(held) + 3
+    k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
+    first_k_page = state_pages if shared else 1
+    free_k = first_k_page + torch.randperm(sum(k_held) + 1, generator=pages)
+    free = 1 + torch.randperm(sum(held) + 2, generator=pages)
+    table, k_table = _table(live, held, free), _table([range(n) for n in k_held], k_held, free_k)
+    return table, k_table, k_pages if shared else state_pages, k_pages
+
+
+def _table(columns: list[range], held: list[int], pages: Tensor) -> Tensor:
+    """[R, M]: each request gets as many of the pages as it holds, in its columns over and over; elsewhere is page 0."""
+    free = pages.tolist()
+    table = torch.zeros(len(columns), max(those.stop for those in columns) + 1, dtype=torch.int32)
+    for row, those, count in zip(table, columns, held):
+        owned = [free.pop() for _ in range(count)]
+        for column in those:
+            row[column] = owned[column % count]
+    return table
+
+
+def _tokens(positions: list[range]) -> tuple[Tensor, Tensor]:
+    """The request and the position of each token."""
+    pairs = [(request, position) for request, those in enumerate(positions) for position in those]
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+
+
+def _slots(table: Tensor, request: Tensor, index: Tensor, page: int) -> Tensor:
+    """Where a cache with pages of that size has the rows, or entries, of that index."""
+    return table[request, index // page].long() * page + index % page
+
+
+def _save_history(
+    requests: list[tuple[int, int]],
+    sequences: list[Tensor],
+    ape: Tensor,
+    table: Tensor,
+    state: Tensor,
+    prefixes: Prefixes,
+) -> None:
+    """Saves the rows of the last eight positions before each request's start, but for those of a shared prefix, which
+    only this call fills, or which are another's history."""
+    before = [range(max(start - WINDOW, 0, prefixes.get(r, (0, 0))[1]), start) for r, (start, _) in enumerate(requests)]
+    request, positions = _tokens(before)
+    rows = [
+        sequence[len(sequence) - length - len(those) : len(sequence) - length]
+        for sequence, those, (_, length) in zip(sequences, before, requests)
+    ]
+    rows = torch.cat(rows).float()
+    rows[:, KV_WIDTH:] += ape[positions % RATIO]
+    page = state.shape[1]
+    slots = _slots(table, request, positions, page)
+    state[slots // page, slots % page] = rows
+
+
+def _padded(batch: Batch, padding: int) -> Batch:
+    """The batch with so many rows more, of arbitrary contents and without slots."""
+    arbitrary = torch.tensor([-(2**62), 2**62, 3, 0, 7, -1]).repeat(padding)[:padding]
+    none = torch.full((padding,), -1)
+    rows = {
+        "kv_score": torch.full((padding, ROW_WIDTH), torch.nan, dtype=batch.kv_score.dtype),
+        "positions": arbitrary,
+        "token_to_req": (arbitrary % 1000 - 500).int(),
+        "inner_state_slot_mapping": none,
+        "k_slot_mapping": none,
+    }
+    return replace(batch, **{name: torch.cat([getattr(batch, name), more]) for name, more in rows.items()})
+
+
+def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
+    state_stride, k_stride, offset = LAYOUTS[layout]
+    page_bytes = page * ROW_WIDTH * 4
+    int8 = k_format == "int8_hadamard"
+    entry = HEAD_DIM if int8 else FP8_ENTRY_BYTES
+    if layout == "ascend":
+        state_stride = k_stride = k_page * (HEAD_DIM + scale_dtype.itemsize if int8 else entry)
+    state_stride = state_stride or page_bytes
+    state_stride *= _ceil(page_bytes, state_stride)
+    k_stride = k_stride or k_page * entry
+    k_stride *= _ceil(k_page * entry, k_stride)
+
+    def storage(size: int) -> Tensor:
+        words = torch.randint(-(2**63), 2**63 - 1, (_ceil(size, 8),), generator=numbers)
+        return words.view(torch.uint8)
+
+    state_storage = storage(state_pages * state_stride + offset)
+    k_storage = state_storage if layout in _SHARED else storage(k_pages * k_stride)
+    state = state_storage.view(torch.float32).as_strided(
+        (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
+    )
+    k_dtype = torch.int8 if int8 else torch.uint8
+    k_cache = k_storage.view(k_dtype).as_strided((k_pages, k_page, entry), (k_stride, entry, 1), offset)
+    storages = (state_storage,) if layout in _SHARED else (state_storage, k_storage)
+    if not int8:
+        return state, k_cache, None, storages
+    if layout == "ascend":
+        size = scale_dtype.itemsize
+        k_scale = k_storage.view(scale_dtype).as_strided(
+            (k_pages, k_page), (k_stride // size, 1), k_page * HEAD_DIM // size
+        )
+        return state, k_cache, k_scale, storages
+    scale_storage = storage(k_pages * k_page * 8)
+    scales = scale_storage.view(scale_dtype)
+    k_scale = scales.as_strided((k_pages, k_page), (k_page * 2, 2), 0)
+    return state, k_cache, k_scale, (*storages, scale_storage)
+
+
+def _projection(seed: int, request: int, begin: int, end: int, spread: Spread) -> Tensor:
+    """[end - begin, 512]: the rows of a request at these positions, the same whatever the others are."""
+    blocks = []
+    for block in range(begin // _BLOCK, _ceil(end, _BLOCK)):
+        numbers = torch.Generator().manual_seed(random.Random(f"{seed} {request} {block}").getrandbits(63))
+        blocks.append(torch.randn(_BLOCK, ROW_WIDTH, generator=numbers))
+    rows = torch.cat(blocks)[begin % _BLOCK :][: end - begin]
+    rows[:, :KV_WIDTH] *= spread.kv
+    rows[:, KV_WIDTH:] *= spread.gate
+    return rows
+
+
+def _rope_table(positions: int) -> Tensor:
+    frequency = 160000.0 ** (-torch.arange(0, ROPE_DIM, 2) / ROPE_DIM)
+    angle = torch.arange(positions)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
