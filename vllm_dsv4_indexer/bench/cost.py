@@ -87,11 +87,27 @@ def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
     kv_score = len(halves_read(call, impl, "kv_score")) * ROW_WIDTH // 2 * kv_dtype.itemsize
     # Without slots: a row that is saved first would hide the one that lies there before.
     unsaved = call._replace(inner_state_slot_mapping=torch.full_like(call.positions, -1))
+    _calm(case, unsaved)
     rows = halves_read(unsaved, impl, "inner_state_cache")
     history = set(history_rows(case, call))
     return Traffic(
         kv_score, len(rows & history) * HALF_ROW, len(rows - history) * HALF_ROW, *bytes_written(case, call, impl)
     )
+
+
+def _calm(case: Case, call: Call) -> None:
+    """Moderate values in all rows of the state that are no history: beside a large one a NaN would not show."""
+    state = call.inner_state_cache
+    at = _history(case, call)
+    history = state[at]
+    state.normal_(std=0.025)
+    state[at] = history
+
+
+def _history(case: Case, call: Call) -> tuple[Tensor, Tensor]:
+    """The pages, and the places in them, of the state rows that the case reads on paper."""
+    rows = torch.tensor([row for row, _ in history_rows(case, call)], dtype=torch.int64)
+    return rows // PAGE, rows % PAGE
 
 
 def halves_read(call: Call, impl: str, argument: str) -> set[tuple[int, int]]:
@@ -114,8 +130,7 @@ def bytes_written(case: Case, call: Call, impl: str) -> tuple[int, int]:
     """The bytes of the state's and of the K cache's storage, padding included, that the call writes: what it leaves
     there differs from one of two fills, which are each other's complement. Rows that it reads keep their values."""
     state, k_cache = call.inner_state_cache, call.k_cache
-    rows = torch.tensor([row for row, _ in history_rows(case, call)], dtype=torch.int64)
-    at = rows // PAGE, rows % PAGE
+    at = _history(case, call)
     history = state[at]
     storages = [torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()) for cache in (state, k_cache)]
     written = [torch.zeros_like(storage, dtype=torch.bool) for storage in storages]
