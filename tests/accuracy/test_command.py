@@ -12,6 +12,8 @@ import pytest
 
 from vllm_dsv4_indexer import cli
 from vllm_dsv4_indexer.accuracy import command, report
+from vllm_dsv4_indexer.accuracy.engines import VllmEngine
+from vllm_dsv4_indexer.errors import NotInstalled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import serve_and_chat  # noqa: E402  (the example's own way of starting and stopping a server)
@@ -255,3 +257,13 @@ def test_a_server_that_goes_away_is_one_line(needle_checkpoint, tmp_path, capsys
     )
     (line,) = capsys.readouterr().err.splitlines()
     assert "http://localhost:1 does not answer as `vllm serve` does: gone" in line
+
+
+def test_an_engine_leaves_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    before = dict(os.environ)
+    with pytest.raises(NotInstalled):
+        VllmEngine("MODEL", {}, longest=2048, chunk=512)
+    assert os.environ == before

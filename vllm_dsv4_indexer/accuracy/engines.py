@@ -134,27 +134,41 @@ class Server(Engine):
             raise UserError(f"{self.url} does not answer as `vllm serve` does: {error}") from None
 
 
+@contextmanager
+def _environment() -> Iterator[None]:
+    """An engine that starts inside runs in this process, and its log does not drown our tables. The
+    variables are gone behind it: other processes that this one starts have their own."""
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    before = dict(os.environ)
+    os.environ.update(ours | {"VLLM_LOGGING_LEVEL": before.get("VLLM_LOGGING_LEVEL", "ERROR")})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in ours if name in before})
+
+
 class VllmEngine(Engine):
     """An engine in this process, with our backend."""
 
     def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
         """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a
         step takes of a prompt. abreast: how many prompts it takes so many tokens of."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown our tables
-        need("vllm", "an engine in this process")
-        from vllm import LLM
+        options = dict(
+            attention_backend="dsv4_indexer",
+            additional_config={NAMESPACE: settings},
+            max_model_len=longest + 2,  # with a question and its answer
+            max_num_batched_tokens=max(abreast * chunk, 512),
+            kv_cache_memory_bytes=1 << 30,
+            enforce_eager=True,
+        )
+        with _environment():
+            need("vllm", "an engine in this process")
+            from vllm import LLM
 
-        with _starting(f"with the settings {json.dumps(settings)}"):
-            self.llm = LLM(
-                model,
-                attention_backend="dsv4_indexer",
-                additional_config={NAMESPACE: settings},
-                max_model_len=longest + 2,  # with a question and its answer
-                max_num_batched_tokens=max(abreast * chunk, 512),
-                kv_cache_memory_bytes=1 << 30,
-                enforce_eager=True,
-            )
+            with _starting(f"with the settings {json.dumps(settings)}"):
+                self.llm = LLM(model, **options)
         self.set_chunk(chunk, abreast)
 
     def answers(self, prompts: list[list[int]]) -> list[int]:
