@@ -9,11 +9,11 @@ namespace {
 constexpr int64_t kGrain = 128;  // tokens that are worth a thread
 
 struct Job {
-  const Call& call;
+  const LayerCall& call;
   Entry norm_weight;
 };
 
-const float* bias(const Call& call, int64_t token) {
+const float* bias(const LayerCall& call, int64_t token) {
   return call.layer.ape + call.positions[token] % kRatio * kKvWidth;
 }
 
@@ -29,11 +29,11 @@ void widen(const T* values, int width, float* to) {
 
 template <class T>
 void save_rows(int64_t begin, int64_t end, void* context) {
-  const Call& call = static_cast<const Job*>(context)->call;
+  const LayerCall& call = static_cast<const Job*>(context)->call;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t slot = call.state_slots[token];
     if (slot < 0) continue;
-    const T* from = projection<T>(call, token);
+    const T* from = kv_score_row<T>(call, token);
     float* row = state_row(call, slot);
     widen(from, kKvWidth, row);
     add(from + kKvWidth, bias(call, token), kKvWidth, row + kKvWidth);
@@ -46,7 +46,7 @@ struct Half {
 };
 
 // Row j of the window that `token` closes, as the state has it.
-const float* row_in_state(const Call& call, int64_t token, int j) {
+const float* row_in_state(const LayerCall& call, int64_t token, int j) {
   const int64_t source = call.sources[token * kWindow + j];
   return source == kMasked ? kMaskedRow.values : state_row(call, row_source(source)) + half_of_row(j);
 }
@@ -56,7 +56,7 @@ struct Chunk {
   int64_t begin, end;
 };
 
-Chunk chunk_of(const Call& call, int64_t token) {
+Chunk chunk_of(const LayerCall& call, int64_t token) {
   const auto same = [&](int64_t u) {  // unsigned: the position of a padding row is arbitrary
     return call.requests[u] == call.requests[token] &&
            static_cast<uint64_t>(call.positions[u]) - u == static_cast<uint64_t>(call.positions[token]) - token;
@@ -68,7 +68,7 @@ Chunk chunk_of(const Call& call, int64_t token) {
 }
 
 template <class T>
-Entry pool_with_overlay(const Call& call, int64_t token, Chunk chunk) {
+Entry pool_with_overlay(const LayerCall& call, int64_t token, Chunk chunk) {
   alignas(64) Half window[kWindow];
   for (int j = 0; j < kWindow; ++j) {
     const float* row = row_in_state(call, token, j);
@@ -79,7 +79,7 @@ Entry pool_with_overlay(const Call& call, int64_t token, Chunk chunk) {
   for (int64_t u = chunk.begin; u < chunk.end; ++u) {
     const int64_t j = call.positions[u] - first;
     if (j < 0 || j >= kWindow || call.positions[u] < 0) continue;  // a padding row has any position
-    const T* from = projection<T>(call, u) + half_of_row(j);
+    const T* from = kv_score_row<T>(call, u) + half_of_row(j);
     widen(from, kHeadDim, window[j].values);
     add(from + kKvWidth, bias(call, u) + half_of_row(j), kHeadDim, window[j].values + kKvWidth);
   }
@@ -114,7 +114,7 @@ void pool_from_state(int64_t begin, int64_t end, void* context) {
 }
 
 // One pass over all tokens, a barrier, then the other.
-bool run(const Call& call, Task first, Task second) {
+bool run(const LayerCall& call, Task first, Task second) {
   Job job{call, norm_weight(call.layer)};
   if (call.unique)
     return call.parallel_for(0, call.tokens, kGrain, first, &job) == 0 &&
@@ -127,12 +127,12 @@ bool run(const Call& call, Task first, Task second) {
 
 }  // namespace
 
-bool dsv4::DSV4_ISA::overlay_scan(const Call& call) {
+bool dsv4::DSV4_ISA::overlay_scan(const LayerCall& call) {
   return call.is_bf16 ? run(call, overlay_and_pool<bfloat16>, save_rows<bfloat16>)
                       : run(call, overlay_and_pool<float>, save_rows<float>);
 }
 
-bool dsv4::DSV4_ISA::scatter_pool(const Call& call) {
+bool dsv4::DSV4_ISA::scatter_pool(const LayerCall& call) {
   return call.is_bf16 ? run(call, save_rows<bfloat16>, pool_from_state)
                       : run(call, save_rows<float>, pool_from_state);
 }

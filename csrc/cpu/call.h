@@ -10,7 +10,7 @@
 
 namespace dsv4 {
 
-struct Call {
+struct LayerCall {
   const LayerArguments& layer;
   ParallelFor parallel_for;
   const void* kv_score;
@@ -22,20 +22,20 @@ struct Call {
   const int64_t *positions, *requests, *state_slots, *k_slots, *windows, *sources;  // sections of the plan
 };
 
-static inline float* state_row(const Call& call, int64_t slot) {
+static inline float* state_row(const LayerCall& call, int64_t slot) {
   const LayerArguments& l = call.layer;
   return l.state + slot / l.state_page * l.state_page_stride + slot % l.state_page * l.state_row_stride;
 }
 
-using Kernel = bool (*)(const Call& call);  // false: parallel_for failed
+using Kernel = bool (*)(const LayerCall& call);  // false: parallel_for failed
 
-#define DSV4_KERNELS(isa)            \
-  namespace isa {                    \
-  bool one_pass(const Call& call);     \
-  bool overlay_scan(const Call& call); \
-  bool scatter_pool(const Call& call); \
-  bool floor(const Call& call);        \
-  bool floor_past_cache(const Call& call); \
+#define DSV4_KERNELS(isa)                       \
+  namespace isa {                               \
+  bool one_pass(const LayerCall& call);         \
+  bool overlay_scan(const LayerCall& call);     \
+  bool scatter_pool(const LayerCall& call);     \
+  bool floor(const LayerCall& call);            \
+  bool floor_past_cache(const LayerCall& call); \
   }
 DSV4_KERNELS(generic)
 DSV4_KERNELS(avx2)

@@ -38,7 +38,7 @@ struct Window {
 };
 
 template <class T>
-const T* projection(const Call& call, int64_t token) {
+const T* kv_score_row(const LayerCall& call, int64_t token) {
   return static_cast<const T*>(call.kv_score) + token * call.kv_score_stride;
 }
 
@@ -130,8 +130,8 @@ int32_t largest_magnitude(const Entry& x) {
 
 // At least kAmaxFloor; a NaN counts as infinity.
 int32_t amax_bits(int32_t largest) {
-  const int32_t floor = bits_of(kAmaxFloor);
-  return largest < floor ? floor : largest < kInfinity ? largest : kInfinity;
+  const int32_t least = bits_of(kAmaxFloor);
+  return largest < least ? least : largest < kInfinity ? largest : kInfinity;
 }
 
 // The e4m3fn codes of v, to nearest, ties to even. Unless all is `finite`, magnitudes above 448 saturate, and a NaN
@@ -231,7 +231,7 @@ void store_int8(const LayerArguments& a, int64_t slot, Entry& x) {
 // waits for a sum over all of it, which other entries fill.
 class Entries {
  public:
-  Entries(const Call& call, const Entry& norm_weight) : call_(call), a_(call.layer), norm_weight_(norm_weight) {}
+  Entries(const LayerCall& call, const Entry& norm_weight) : call_(call), a_(call.layer), norm_weight_(norm_weight) {}
 
   // `token` closes the window.
   void add(int64_t token, const Entry& pooled) {
@@ -265,7 +265,7 @@ class Entries {
     for (int i = 0; i < count_; ++i) ::store_int8(a_, call_.k_slots[token_[i]], entry_[i]);
   }
 
-  const Call& call_;
+  const LayerCall& call_;
   const LayerArguments& a_;
   const Entry& norm_weight_;
   Entry entry_[kMost];

@@ -22,7 +22,7 @@ int64_t run(const LayerArguments* layer, ParallelFor parallel_for, const int64_t
   const PlanHeader& header = *reinterpret_cast<const PlanHeader*>(plan);
   if (!fits(header, layout, *layer, *kv_score)) return kPlanDoesNotFit;
   const int64_t tokens = kv_score->tokens;
-  const Call call{*layer,
+  const LayerCall call{*layer,
                   parallel_for,
                   kv_score->rows,
                   kv_score->stride,

@@ -12,7 +12,7 @@ constexpr int64_t kGrain = 128;  // tokens that are worth a thread
 
 template <class T, void (*store_row)(float*, Floats)>
 void move_bytes(int64_t begin, int64_t end, void* context) {
-  const Call& call = *static_cast<const Call*>(context);
+  const LayerCall& call = *static_cast<const LayerCall*>(context);
   for (int64_t token = begin; token < end; ++token) {
     const T* from = static_cast<const T*>(call.kv_score) + token * call.kv_score_stride;
     if (const int64_t slot = call.state_slots[token]; slot >= 0) {
@@ -28,19 +28,19 @@ void move_bytes(int64_t begin, int64_t end, void* context) {
   wait_for_stores();
 }
 
-bool run(const Call& call, Task task) {
-  return call.parallel_for(0, call.tokens, kGrain, task, const_cast<Call*>(&call)) == 0;
+bool run(const LayerCall& call, Task task) {
+  return call.parallel_for(0, call.tokens, kGrain, task, const_cast<LayerCall*>(&call)) == 0;
 }
 
 }  // namespace
 
 // fp8 pages only. What they write is no result.
-bool dsv4::DSV4_ISA::floor(const Call& call) {
+bool dsv4::DSV4_ISA::floor(const LayerCall& call) {
   return run(call, call.is_bf16 ? move_bytes<bfloat16, store> : move_bytes<float, store>);
 }
 
 // With stores that go around the caches, which is faster where the state is not in them; the rows must be aligned to a
 // vector.
-bool dsv4::DSV4_ISA::floor_past_cache(const Call& call) {
+bool dsv4::DSV4_ISA::floor_past_cache(const LayerCall& call) {
   return run(call, call.is_bf16 ? move_bytes<bfloat16, store_past_cache> : move_bytes<float, store_past_cache>);
 }

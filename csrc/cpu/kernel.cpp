@@ -17,14 +17,14 @@ constexpr int64_t kGrain = 128;  // tokens that are worth a thread: about 10 us 
 
 // What the tasks of a call share.
 struct Job {
-  const Call& call;
+  const LayerCall& call;
   Entry norm_weight;
 };
 
 // The state row of a token: [kv | gate + bias], written front to back. `copy`, if it is asked for, goes around the caches.
 template <class T, bool copied = false>
-void form_row(const Call& call, int64_t token, float* row, float* copy = nullptr) {
-  const T* from = projection<T>(call, token);
+void form_row(const LayerCall& call, int64_t token, float* row, float* copy = nullptr) {
+  const T* from = kv_score_row<T>(call, token);
   // Padding rows have any position.
   const float* bias = call.layer.ape + static_cast<uint64_t>(call.positions[token]) % kRatio * kKvWidth;
   const auto put = [row, copy](int c, Floats v) {
@@ -37,7 +37,7 @@ void form_row(const Call& call, int64_t token, float* row, float* copy = nullptr
 
 // Rows of this call are formed first, as the state's rows were.
 template <class T>
-Entry pool_from_sources(const Call& call, int64_t token) {
+Entry pool_from_sources(const LayerCall& call, int64_t token) {
   float formed[kWindow][kRowWidth];
   Window window;
   for (int j = 0; j < kWindow; ++j) {
@@ -72,7 +72,7 @@ struct Recent {
 template <class T, bool past_cache>
 void save_and_pool(int64_t begin, int64_t end, void* context) {
   const Job& job = *static_cast<const Job*>(context);
-  const Call& call = job.call;
+  const LayerCall& call = job.call;
   Entries entries(call, job.norm_weight);
   Recent recent;
   for (int64_t token = begin < kWindow ? 0 : begin - kWindow + 1; token < end; ++token) {
@@ -102,7 +102,7 @@ int64_t nanoseconds() {
 
 // Whether the rows that this call writes are in memory alone. Stores around the caches are then faster by a third or
 // more, and slower where the rows are in a cache.
-bool rows_are_cold(const Call& call) {
+bool rows_are_cold(const LayerCall& call) {
   const float* rows[kSamples];
   for (int i = 0; i < kSamples; ++i) {
     const int64_t slot = call.state_slots[call.tokens * (2 * i + 1) / (2 * kSamples)];
@@ -112,7 +112,7 @@ bool rows_are_cold(const Call& call) {
   return memory_is_cold(rows, nanoseconds);
 }
 
-bool goes_past_cache(const Call& call) {
+bool goes_past_cache(const LayerCall& call) {
   constexpr int64_t kFewTokens = 32;
   const LayerArguments& a = call.layer;
   const auto aligned = [](int64_t floats) { return floats % kLanes == 0; };
@@ -122,7 +122,7 @@ bool goes_past_cache(const Call& call) {
 }
 
 template <class T>
-bool run(const Call& call) {
+bool run(const LayerCall& call) {
   Job job{call, norm_weight(call.layer)};
   if (!call.unique) {  // in order, so that the last token wins
     pool_early<T>(0, call.tokens, &job);
@@ -136,4 +136,6 @@ bool run(const Call& call) {
 
 }  // namespace
 
-bool dsv4::DSV4_ISA::one_pass(const Call& call) { return call.is_bf16 ? run<bfloat16>(call) : run<float>(call); }
+bool dsv4::DSV4_ISA::one_pass(const LayerCall& call) {
+  return call.is_bf16 ? run<bfloat16>(call) : run<float>(call);
+}
