@@ -5,7 +5,6 @@ where it has no use for it. So a name of ours is honoured, or refused where it w
 Whatever else a configuration holds, or lacks in another version of vLLM, says: not selected.
 """
 
-from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 

@@ -196,7 +196,7 @@ def run(
 ) -> None:
     """Runs one layer of a planned step: saves its state rows, stores its K entries. Arguments and errors as of `compress`.
 
-    An engine that runs a layer step after step uses `bind`, which checks the layer's tensors once.
+    An engine that runs a layer step after step uses a `BoundLayer`, which checks the layer's tensors once.
     """
     torch.ops.dsv4_indexer.run(
         kv_score, ape, norm_weight, cos_sin_cache, plan, inner_state_cache, k_cache, k_scale_cache,
@@ -235,7 +235,12 @@ class BoundLayer:
             and kv_score.device == self._device
         ):
             contract.check_kv_score(kv_score, self._device)
-        if not (plan.device == self._device and plan.dtype is torch.int64 and plan.shape == (plan_size(tokens),) and plan.is_contiguous()):
+        if not (
+            plan.device == self._device
+            and plan.dtype is torch.int64
+            and plan.shape == (plan_size(tokens),)
+            and plan.is_contiguous()
+        ):
             contract.check_plan_tensor(plan, tokens, self._device)
         if not tokens:
             return
