@@ -1,9 +1,10 @@
-"""Serve a model with the dsv4_indexer backend, ask it something through the OpenAI client, and stop it.
+"""Serve a model with the dsv4_indexer backend, ask it something through the OpenAI client, and stop
+it.
 
     python examples/serve_and_chat.py MODEL
 
-What the server prints goes to serve_and_chat.log. At the end the line is shown in which the server's worker says what
-our op did; it stands in the log of every server that runs this backend.
+What the server prints goes to serve_and_chat.log. At the end the line is shown in which the
+server's worker says what our op did; it stands in the log of every server that runs this backend.
 """
 
 import os
@@ -40,9 +41,15 @@ def main(model: str) -> None:
         )
         say(f"chat        {question!r} -> {chat.choices[0].message.content!r}")
         prompt = "Once upon a time"
-        completion = client.completions.create(model=served, prompt=prompt, max_tokens=24, temperature=0)
+        completion = client.completions.create(
+            model=served, prompt=prompt, max_tokens=24, temperature=0
+        )
         say(f"completion  {prompt!r} -> {completion.choices[0].text!r}")
-    proof = [line for line in LOG.read_text().splitlines() if re.search("compress was called [1-9]", line)]
+    proof = [
+        line
+        for line in LOG.read_text().splitlines()
+        if re.search("compress was called [1-9]", line)
+    ]
     if not proof:
         sys.exit(f"the server's log has no line that says what the op did: see {LOG}")
     say("the server's own account, from its log:")
@@ -54,14 +61,20 @@ SMALL = ("--max-model-len", "8192", "--kv-cache-memory-bytes", "1G")
 
 @contextmanager
 def server(model: str, options: tuple[str, ...] = SMALL, log: Path = LOG) -> Iterator[str]:
-    """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever happens."""
+    """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever
+    happens."""
     port = free_port()
     command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
     command += options
-    command += ["--shutdown-timeout", "10"]  # time for the worker to log its account before vLLM kills it
+    command += [
+        "--shutdown-timeout",
+        "10",
+    ]  # time for the worker to log its account before vLLM kills it
     say(" ".join(command))
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         wait_until_up(process, url := f"http://127.0.0.1:{port}", log)
         yield url
@@ -78,7 +91,9 @@ def wait_until_up(process: subprocess.Popen, url: str, log: Path) -> None:
     deadline, next_word = time.monotonic() + START_SECONDS, 10
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            sys.exit(f"the server stopped with status {process.returncode}:\n{log.read_text()[-2000:]}")
+            sys.exit(
+                f"the server stopped with status {process.returncode}:\n{log.read_text()[-2000:]}"
+            )
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5)
             return say("the server is up")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
+os.environ["PATH"] = (
+    f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
+)
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +30,7 @@ def built_ascend_emulation(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def ascend_emulation(built_ascend_emulation):
-    """The emulated NPU, which is impl "ascend" for the tests of this module, on tensors of any device."""
+    """The emulated NPU, which is impl "ascend" for the tests of this module, on tensors of any
+    device."""
     with built_ascend_emulation.installed():
         yield built_ascend_emulation

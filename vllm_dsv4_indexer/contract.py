@@ -1,10 +1,12 @@
 """What the op `compress` accepts: geometry, argument table, checks and their messages.
 
-Every implementation obeys this file. Metadata (dtype, shape, stride, device) is checked here for all of them and never
-reads a tensor. Values (slots, requests, positions, table entries) are checked by each implementation before it writes
-anything, in the order of `Violation`, token by token, and reported with the messages of this file.
+Every implementation obeys this file. Metadata (dtype, shape, stride, device) is checked here for
+all of them and never reads a tensor. Values (slots, requests, positions, table entries) are checked
+by each implementation before it writes anything, in the order of `Violation`, token by token, and
+reported with the messages of this file.
 
-Source of the numbers: DeepSeek-V4's configuration and vLLM 0.32's cache specs. csrc/layout.h repeats them for C++.
+Source of the numbers: DeepSeek-V4's configuration and vLLM 0.32's cache specs. csrc/layout.h
+repeats them for C++.
 """
 
 from enum import IntEnum
@@ -23,7 +25,9 @@ KV_WIDTH = 2 * HEAD_DIM  # one series for the next group's window, one for the r
 ROW_WIDTH = 2 * KV_WIDTH  # a row is [kv 256 | gate 256]
 STATE_PAGES = (2, 4, 8)  # tokens per state page: vLLM has 4, vLLM Ascend 8, 4 or 2
 FP8_PAGE_ENTRIES = 64
-FP8_SCALE_OFFSET = FP8_PAGE_ENTRIES * HEAD_DIM  # an fp8 page holds 64 x 128 values, then 64 fp32 scales
+FP8_SCALE_OFFSET = (
+    FP8_PAGE_ENTRIES * HEAD_DIM
+)  # an fp8 page holds 64 x 128 values, then 64 fp32 scales
 FP8_ENTRY_BYTES = HEAD_DIM + 4
 AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero entry finite
 FP8_MAX = 448.0
@@ -35,10 +39,11 @@ class ContractError(UserError):
 
 
 class Argument(NamedTuple):
-    """One row of the argument table. A size is a number or a symbol that must agree across arguments.
+    """One row of the argument table. A size is a number or a symbol that must agree across
+    arguments.
 
-    The last `dense` dimensions must be contiguous; the strides of the others are free, so that caches may be views of
-    an engine's shared storage.
+    The last `dense` dimensions must be contiguous; the strides of the others are free, so that
+    caches may be views of an engine's shared storage.
     """
 
     sizes: tuple[int | str, ...]
@@ -47,7 +52,8 @@ class Argument(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step's tokens are, and where their rows and entries go: the same for all layers of a cache group."""
+    """What a step's tokens are, and where their rows and entries go: the same for all layers of a
+    cache group."""
 
     positions: Tensor
     token_to_req: Tensor
@@ -68,7 +74,8 @@ class Layer(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """How far the values of a step may reach: those of the caches and tables that it is planned for."""
+    """How far the values of a step may reach: those of the caches and tables that it is planned
+    for."""
 
     state_pages: int
     state_page: int  # tokens per state page
@@ -82,8 +89,8 @@ class Extents(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """A step that is told by its requests, as vLLM Ascend's metadata have it, and the pages of each in
-    two caches. Requests of a graph's padding have no tokens, or block 0 in their tables."""
+    """A step that is told by its requests, as vLLM Ascend's metadata have it, and the pages of each
+    in two caches. Requests of a graph's padding have no tokens, or block 0 in their tables."""
 
     query_start_loc: Tensor  # [R + 1] int32: the first token of each request, and their end
     start_pos: Tensor  # [R] int32: the position of that token
@@ -139,17 +146,20 @@ _REQUESTS = {
 }
 K_FORMATS = {
     "fp8_pow2": _COMMON
-    | {"k_cache": Argument(("k_pages", FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES), (torch.uint8,), dense=2)},
+    | {
+        "k_cache": Argument(("k_pages", FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES), (torch.uint8,), dense=2)
+    },
     "int8_hadamard": _COMMON
     | {
         "k_cache": Argument(("k_pages", "bs", HEAD_DIM), (torch.int8,)),
         "k_scale_cache": Argument(("k_pages", "bs"), (torch.float32, torch.float16), dense=0),
     },
-    "fp8_amax": _COMMON | {"k_cache": Argument(("k_pages", "bs", FP8_ENTRY_BYTES), (torch.uint8,), dense=2)},
+    "fp8_amax": _COMMON
+    | {"k_cache": Argument(("k_pages", "bs", FP8_ENTRY_BYTES), (torch.uint8,), dense=2)},
 }
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 class PlanHeader(NamedTuple):
@@ -169,7 +179,8 @@ class PlanHeader(NamedTuple):
 class Plan(NamedTuple):
     """The sections of a plan, which is one int64 tensor: PLAN_HEADER numbers, then these, as views.
 
-    One tensor, so that a graph replays a plan from one persistent buffer and a layer's call carries one argument.
+    One tensor, so that a graph replays a plan from one persistent buffer and a layer's call carries
+    one argument.
     """
 
     header: Tensor  # [PLAN_HEADER], a PlanHeader and zeros
@@ -178,7 +189,8 @@ class Plan(NamedTuple):
     state_slots: Tensor  # [T]: the row to save, -1 for none
     k_slots: Tensor  # [T]: the entry of the window that the token closes, -1 for none
     windows: Tensor  # [T]: NO_WINDOW, EARLY or LATE
-    sources: Tensor  # [T, 8]: of a token that closes an EARLY window, where its rows come from; else no matter
+    # [T, 8]: of a token that closes an EARLY window, where its rows come from; else no matter
+    sources: Tensor
 
     @staticmethod
     def of(tensor: Tensor) -> "Plan":
@@ -192,8 +204,13 @@ PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: another number for another arrangement
 STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
 PLAN_HEADER = 16
 PLAN_WIDTH = 5 + WINDOW  # numbers per token
-NO_WINDOW, EARLY, LATE = 0, 1, 2  # an EARLY window is pooled before any row is saved, a LATE one from its own call's rows
-# A source is a token of the call, or MASKED, or `row_source(slot)`, a row of the state as it was before the call.
+NO_WINDOW, EARLY, LATE = (
+    0,
+    1,
+    2,
+)  # an EARLY window is pooled before any row is saved, a LATE one from its own call's rows
+# A source is a token of the call, or MASKED, or `row_source(slot)`, a row of the state as it was
+# before the call.
 MASKED = -1
 
 
@@ -212,29 +229,50 @@ def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
     if plan.device != device:
         raise ContractError(f"plan is on {plan.device}; expected {device}, the device of the layer")
     if plan.dtype is not torch.int64 or plan.dim() != 1 or not plan.is_contiguous():
-        raise ContractError(f"plan is {plan.dtype} {list(plan.shape)}; expected the tensor that `plan` returned")
+        raise ContractError(
+            f"plan is {plan.dtype} {list(plan.shape)}; expected the tensor that `plan` returned"
+        )
     if len(plan) != plan_size(tokens):
-        raise ContractError(f"plan has {len(plan)} numbers, one for {tokens} tokens {plan_size(tokens)}: plan each step")
+        raise ContractError(
+            f"plan has {len(plan)} numbers, one for {tokens} tokens {plan_size(tokens)}: plan each "
+            "step"
+        )
 
 
-def check_plan_header(plan: Tensor, tokens: int, extents: Extents, layout: int = PLAN_LAYOUT) -> None:
-    """Checks that a plan on the host was made for such an implementation, that many tokens, and no larger caches."""
+def check_plan_header(
+    plan: Tensor, tokens: int, extents: Extents, layout: int = PLAN_LAYOUT
+) -> None:
+    """Checks that a plan on the host was made for such an implementation, that many tokens, and no
+    larger caches."""
     header = PlanHeader(*plan[: len(PlanHeader._fields)].tolist())
     if header.layout != layout:
-        raise ContractError("plan was not made by this version's `plan` for this implementation; plan the step again")
+        raise ContractError(
+            "plan was not made by this version's `plan` for this implementation; plan the step "
+            "again"
+        )
     if header.tokens != tokens:
-        raise ContractError(f"plan is for {header.tokens} tokens, and kv_score has {tokens}: plan each step")
+        raise ContractError(
+            f"plan is for {header.tokens} tokens, and kv_score has {tokens}: plan each step"
+        )
     for name, most in extents._asdict().items():
         planned = getattr(header, name)
         if planned > most or (name == "state_page" and planned != most):
-            raise ContractError(f"plan is for caches of {name} {planned}, and the layer's have {most}")
+            raise ContractError(
+                f"plan is for caches of {name} {planned}, and the layer's have {most}"
+            )
 
 
-# ---- metadata --------------------------------------------------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 # A number among the sizes is a symbol bound to itself.
-_NUMBERS = {n: n for arguments in K_FORMATS.values() for a in arguments.values() for n in a.sizes if isinstance(n, int)}
+_NUMBERS = {
+    n: n
+    for arguments in K_FORMATS.values()
+    for a in arguments.values()
+    for n in a.sizes
+    if isinstance(n, int)
+}
 
 
 def check_call(call: Call, k_format: str) -> None:
@@ -259,12 +297,19 @@ def check_extents(extents: Extents) -> None:
 
 def check_requests(requests: Requests, tokens: int) -> None:
     """Checks the tensors of `plan_requests`."""
-    _check({name: tensor for name, tensor in requests._asdict().items() if tensor is not None}, _REQUESTS)
+    _check(
+        {name: tensor for name, tensor in requests._asdict().items() if tensor is not None},
+        _REQUESTS,
+    )
     if len(requests.query_start_loc) != len(requests.start_pos) + 1:
         found, count = len(requests.query_start_loc), len(requests.start_pos)
-        raise ContractError(f"query_start_loc has {found} elements; expected {count + 1}, one more than start_pos")
+        raise ContractError(
+            f"query_start_loc has {found} elements; expected {count + 1}, one more than start_pos"
+        )
     if requests.slot_mapping is not None and len(requests.slot_mapping) < tokens:
-        raise ContractError(f"slot_mapping has {len(requests.slot_mapping)} elements for {tokens} tokens")
+        raise ContractError(
+            f"slot_mapping has {len(requests.slot_mapping)} elements for {tokens} tokens"
+        )
 
 
 def check_layer(layer: Layer, k_format: str) -> None:
@@ -277,14 +322,20 @@ def check_kv_score(kv_score: Tensor, device: torch.device) -> None:
     """Checks a layer's projection."""
     _check({"kv_score": kv_score}, _COMMON)
     if kv_score.device != device:
-        raise ContractError(f"kv_score is on {kv_score.device}; expected {device}, the device of the layer")
+        raise ContractError(
+            f"kv_score is on {kv_score.device}; expected {device}, the device of the layer"
+        )
 
 
 def _check_scales(k_scale_cache: Tensor | None, k_format: str) -> None:
     if k_format not in K_FORMATS:
-        raise ContractError(f"k_format is {k_format!r}; the formats are {', '.join(map(repr, K_FORMATS))}")
+        raise ContractError(
+            f"k_format is {k_format!r}; the formats are {', '.join(map(repr, K_FORMATS))}"
+        )
     if k_scale_cache is not None and "k_scale_cache" not in K_FORMATS[k_format]:
-        raise ContractError(f"k_scale_cache must be None: the pages of k_format {k_format!r} hold their own scales")
+        raise ContractError(
+            f"k_scale_cache must be None: the pages of k_format {k_format!r} hold their own scales"
+        )
 
 
 def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> None:
@@ -297,17 +348,27 @@ def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> Non
         if tensor is None:
             raise ContractError(f"{name} is None, but the op and this k_format need it")
         if tensor.dtype not in dtypes:
-            raise ContractError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+            raise ContractError(
+                f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}"
+            )
         shape = tensor.shape
         if shape != tuple(map(bound.setdefault, sizes, shape)) or len(shape) != len(sizes):
-            expected = ", ".join(f"{s}={bound[s]}" if bound.get(s, s) != s else str(s) for s in sizes)
+            expected = ", ".join(
+                f"{s}={bound[s]}" if bound.get(s, s) != s else str(s) for s in sizes
+            )
             raise ContractError(f"{name} has shape {list(shape)}; expected [{expected}]")
         if not tensor.is_contiguous() and not _is_dense(tensor, dense):
-            raise ContractError(f"{name} has strides {tensor.stride()}; expected its last {dense} dim(s) contiguous")
+            raise ContractError(
+                f"{name} has strides {tensor.stride()}; expected its last {dense} dim(s) contiguous"
+            )
         if tensor.device != device:
-            raise ContractError(f"{name} is on {tensor.device}; expected {device}, the device of {first}")
+            raise ContractError(
+                f"{name} is on {tensor.device}; expected {device}, the device of {first}"
+            )
     if bound.get("page", STATE_PAGES[0]) not in STATE_PAGES:
-        raise ContractError(f"inner_state_cache has pages of {bound['page']} tokens; expected one of {STATE_PAGES}")
+        raise ContractError(
+            f"inner_state_cache has pages of {bound['page']} tokens; expected one of {STATE_PAGES}"
+        )
 
 
 def _is_dense(tensor: torch.Tensor, dims: int) -> bool:
@@ -320,7 +381,8 @@ def _is_dense(tensor: torch.Tensor, dims: int) -> bool:
 
 
 class Violation(IntEnum):
-    """What a value can break, in the order in which the checks of one token run. csrc/cpu/abi.h repeats the codes."""
+    """What a value can break, in the order in which the checks of one token run. csrc/cpu/abi.h
+    repeats the codes."""
 
     STATE_SLOT = 1
     K_SLOT = 2
@@ -332,29 +394,35 @@ class Violation(IntEnum):
 
 _MESSAGES = {
     Violation.STATE_SLOT: (
-        "inner_state_slot_mapping[{token}] = {value} (request {request}, position {position}): a slot is -1 for none, "
-        "or less than {bound}, the rows of inner_state_cache; take it from the block table of this cache"
+        "inner_state_slot_mapping[{token}] = {value} (request {request}, position {position}): a "
+        "slot is -1 for none, or less than {bound}, the rows of inner_state_cache; take it from "
+        "the block table of this cache"
     ),
     Violation.K_SLOT: (
-        "k_slot_mapping[{token}] = {value} (request {request}, position {position}): a slot is -1 for none, or less "
-        "than {bound}, the entries of k_cache; take it from the block table of this cache"
+        "k_slot_mapping[{token}] = {value} (request {request}, position {position}): a slot is -1 "
+        "for none, or less than {bound}, the entries of k_cache; take it from the block table of "
+        "this cache"
     ),
     Violation.POSITION: (
-        "positions[{token}] = {value} (request {request}): the position of a token with a slot is at least 0 and less "
-        "than {bound}, the rows of cos_sin_cache; give padding rows slot -1, or build a longer cos_sin_cache"
+        "positions[{token}] = {value} (request {request}): the position of a token with a slot is "
+        "at least 0 and less than {bound}, the rows of cos_sin_cache; give padding rows slot -1, "
+        "or build a longer cos_sin_cache"
     ),
     Violation.REQUEST: (
-        "token_to_req[{token}] = {value} (position {position}): the request of a token with a slot is at least 0 and "
-        "less than {bound}, the rows of inner_state_block_table; give padding rows slot -1"
+        "token_to_req[{token}] = {value} (position {position}): the request of a token with a slot "
+        "is at least 0 and less than {bound}, the rows of inner_state_block_table; give padding "
+        "rows slot -1"
     ),
     Violation.TABLE_COLUMN: (
-        "inner_state_block_table has {bound} columns, but the window that token {token} closes (request {request}, "
-        "position {position}) needs column {value} for position {needed}; pass a table as wide as the request is long"
+        "inner_state_block_table has {bound} columns, but the window that token {token} closes "
+        "(request {request}, position {position}) needs column {value} for position {needed}; pass "
+        "a table as wide as the request is long"
     ),
     Violation.TABLE_ENTRY: (
-        "inner_state_block_table has page {value} for position {needed} of request {request}, which the window that "
-        "token {token} closes (position {position}) needs: a page is at least 1 (0 is the null page) and less than "
-        "{bound}, the pages of inner_state_cache; keep the last 8 positions of every request allocated"
+        "inner_state_block_table has page {value} for position {needed} of request {request}, "
+        "which the window that token {token} closes (position {position}) needs: a page is at "
+        "least 1 (0 is the null page) and less than {bound}, the pages of inner_state_cache; keep "
+        "the last 8 positions of every request allocated"
     ),
 }
 
@@ -362,5 +430,6 @@ _MESSAGES = {
 def violation_error(
     code: int, *, token: int, request: int, position: int, value: int, bound: int, needed: int = 0
 ) -> ContractError:
-    """The error for one violation; `needed` is the window position that a table violation is about."""
+    """The error for one violation; `needed` is the window position that a table violation is
+    about."""
     return ContractError(_MESSAGES[Violation(code)].format_map(locals()))

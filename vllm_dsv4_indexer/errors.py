@@ -2,10 +2,11 @@
 
 
 class UserError(ValueError):
-    """Something that the user asked for or set cannot be honoured: the message says what was found and what to do.
+    """Something that the user asked for or set cannot be honoured: the message says what was found
+    and what to do.
 
-    Every error that a user can mend is of this class, and our commands print it as one line. Any other exception is a
-    fault of ours or of a library, and keeps its traceback.
+    Every error that a user can mend is of this class, and our commands print it as one line. Any
+    other exception is a fault of ours or of a library, and keeps its traceback.
     """
 
 

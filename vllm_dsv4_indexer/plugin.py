@@ -58,7 +58,9 @@ def register() -> None:
 def _logger():
     from vllm.logger import init_logger
 
-    return init_logger("vllm.dsv4_indexer")  # below `vllm`, so that vLLM's logging configuration applies
+    return init_logger(
+        "vllm.dsv4_indexer"
+    )  # below `vllm`, so that vLLM's logging configuration applies
 
 
 # ---- the name ------------------------------------------------------------------------------------
@@ -148,5 +150,7 @@ def _engine(platform: Any) -> ModuleType:
 
     if platform.device_type not in ENGINES:
         found = f"the platform is {platform.device_type!r}"
-        refuse(found, ", ".join(sorted(ENGINES)), "choose another attention backend for this device")
+        refuse(
+            found, ", ".join(sorted(ENGINES)), "choose another attention backend for this device"
+        )
     return importlib.import_module(ENGINES[platform.device_type])

@@ -14,7 +14,8 @@ from vllm_dsv4_indexer.settings import NAMESPACE, keys_of_ours
 
 KIND = "mla_attention"  # vLLM's name for the kind of cache that the indexer's keys lie in
 REMEDY = f"pass --attention-backend {NAMESPACE} and name no backend elsewhere"
-# Backends of other models than the one that is served: {where the configuration has it: the option}.
+# Backends of other models than the one that is served: {where the configuration has it: the
+# option}.
 ELSEWHERE = {
     "speculative_config.attention_backend": "attention_backend in --speculative-config",
     "model_config.multimodal_config.mm_encoder_attn_backend": "--mm-encoder-attn-backend",
@@ -51,11 +52,13 @@ def idle_settings(vllm_config: Any) -> str | None:
     """What to warn of if there are settings of ours and our backend is not selected."""
     keys = keys_of_ours(_look_up(vllm_config, "additional_config"))
     worker = _look_up(vllm_config, "parallel_config.worker_cls")
-    if not keys or str(worker).startswith(f"{__package__}."):  # checked before: Ascend drops the name
+    if not keys or str(worker).startswith(
+        f"{__package__}."
+    ):  # checked before: Ascend drops the name
         return None
     return (
-        f"--additional-config has {', '.join(map(repr, keys))}, which does nothing: this engine does "
-        f"not use the backend. To use it, pass --attention-backend {NAMESPACE}."
+        f"--additional-config has {', '.join(map(repr, keys))}, which does nothing: this engine "
+        f"does not use the backend. To use it, pass --attention-backend {NAMESPACE}."
     )
 
 

@@ -1,9 +1,10 @@
 """What a user may set, and where: the key `dsv4_indexer` of `--additional-config`.
 
-    vllm serve MODEL --attention-backend dsv4_indexer --additional-config '{"dsv4_indexer": {"impl": "reference"}}'
+    vllm serve MODEL --attention-backend dsv4_indexer --additional-config '{"dsv4_indexer": {"impl":
+    "reference"}}'
 
-The environment shares the namespace as the prefix `DSV4_INDEXER_`. Whatever stands in either and is not
-listed here is an error: a misspelt setting that is silently ignored is worse than none.
+The environment shares the namespace as the prefix `DSV4_INDEXER_`. Whatever stands in either and is
+not listed here is an error: a misspelt setting that is silently ignored is worse than none.
 """
 
 import os
@@ -20,14 +21,16 @@ ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
 
 @dataclass(frozen=True)
 class Settings:
-    """impl: the implementation of the op that the engine calls, `auto` for the native one of its device. `stock` leaves
-    the engine's own compressor in place, so that the two can be compared in otherwise equal engines.
+    """impl: the implementation of the op that the engine calls, `auto` for the native one of its
+    device. `stock` leaves the engine's own compressor in place, so that the two can be compared in
+    otherwise equal engines.
 
-    projection: what computes kv_score, whatever compresses it. `exact` is ours, in fp32; `engine` leaves the engine's
-    own in place, which rounds to bfloat16; `auto` is `exact` unless the CPU has a matrix unit for bfloat16.
+    projection: what computes kv_score, whatever compresses it. `exact` is ours, in fp32; `engine`
+    leaves the engine's own in place, which rounds to bfloat16; `auto` is `exact` unless the CPU has
+    a matrix unit for bfloat16.
 
-    state_save: which state rows a step writes: those of all its tokens, or the `tail` of each request (ops/tail.py),
-    where the engine is sure that nobody asks for the others."""
+    state_save: which state rows a step writes: those of all its tokens, or the `tail` of each
+    request (ops/tail.py), where the engine is sure that nobody asks for the others."""
 
     impl: Literal["auto", "ascend", "cpu", "reference", "stock"] = "auto"
     projection: Literal["auto", "exact", "engine"] = "auto"
@@ -64,7 +67,8 @@ class Settings:
         return settings
 
     def on(self, native: str) -> "Settings":
-        """The same on a device with the native implementation `native`, which takes the place of `auto`."""
+        """The same on a device with the native implementation `native`, which takes the place of
+        `auto`."""
         return replace(self, impl=native) if self.impl == "auto" else self
 
 

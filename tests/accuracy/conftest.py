@@ -30,7 +30,8 @@ def counts(needle_checkpoint, tmp_path_factory) -> dict[str, dict[str, list[int]
 
 @pytest.fixture(scope="session")
 def chance() -> float:
-    """That the needle is among the selected entries if these are random, or else that another value is the same."""
+    """That the needle is among the selected entries if these are random, or else that another value
+    is the same."""
     selected = INDEX_TOPK / (LENGTH // 4)
     return selected + (1 - selected) / len(VALUES)
 

@@ -24,7 +24,8 @@ def compress(call: Call, functions: Functions = Functions(cpu.plan, cpu.bind), *
 
 
 def spoils_arguments(name: str, *functions: Functions):
-    """Registers a fault: a function that changes the arguments before a right implementation takes them."""
+    """Registers a fault: a function that changes the arguments before a right implementation takes
+    them."""
 
     def register(spoil: Callable[[SimpleNamespace], None]) -> None:
         def wrong(call: Call, **options) -> int:
@@ -38,7 +39,8 @@ def spoils_arguments(name: str, *functions: Functions):
 
 
 def spoils_reference(name: str, part: str, **others):
-    """Registers a fault: a wrong value or function in the place of `part` of the reference, whose own it is given.
+    """Registers a fault: a wrong value or function in the place of `part` of the reference, whose
+    own it is given.
 
     others: what stands in the place of further parts."""
 
@@ -73,7 +75,11 @@ def _(windows):
         q = right.q - 1
         u = token[:, None] + q - step.positions[token, None]
         held = u.clamp(min=0)
-        own = (u >= 0) & (step.positions[held] == q) & (step.token_to_req[held] == step.token_to_req[token, None])
+        own = (
+            (u >= 0)
+            & (step.positions[held] == q)
+            & (step.token_to_req[held] == step.token_to_req[token, None])
+        )
         return right._replace(q=q, u=held, own=own)
 
     return early
@@ -99,7 +105,9 @@ def _(a):
 def _(a):
     four_later = a.token_to_req.roll(-4)
     four_later[-4:] = -1
-    a.inner_state_slot_mapping = a.inner_state_slot_mapping.masked_fill(four_later != a.token_to_req, -1)
+    a.inner_state_slot_mapping = a.inner_state_slot_mapping.masked_fill(
+        four_later != a.token_to_req, -1
+    )
 
 
 @spoils_arguments("a missing state row under scatter-first", SCATTER_POOL)
@@ -111,7 +119,9 @@ def _(a):
 def _(store):
     def without_carry(x, slots, k_cache):
         carries = (reference._amax(x).view(torch.int32) & 0x7FFFFF) > 0x600000
-        store(x * torch.where(carries, 0.5, 1.0)[:, None], slots, k_cache)  # the same codes, with half the scale
+        store(
+            x * torch.where(carries, 0.5, 1.0)[:, None], slots, k_cache
+        )  # the same codes, with half the scale
 
     return without_carry
 
@@ -144,7 +154,10 @@ def _(store):
 def twelve_rows(call: Call, **options) -> int:
     """A plan then has as many sources for a token."""
     rows, width = contract.WINDOW + 4, contract.PLAN_WIDTH + 4
-    with mock.patch.multiple(contract, WINDOW=rows, PLAN_WIDTH=width), mock.patch.object(reference, "WINDOW", rows):
+    with (
+        mock.patch.multiple(contract, WINDOW=rows, PLAN_WIDTH=width),
+        mock.patch.object(reference, "WINDOW", rows),
+    ):
         return compress(call, REFERENCE, **options)
 
 

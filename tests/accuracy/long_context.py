@@ -1,9 +1,10 @@
-"""One long prompt through `vllm serve` with our backend: how long until the first token, what of that was `compress`, and
-whether its cost per token grows with the context.
+"""One long prompt through `vllm serve` with our backend: how long until the first token, what of
+that was `compress`, and whether its cost per token grows with the context.
 
     python tests/accuracy/long_context.py MODEL [--tokens 32768] [--chunk 2048]
 
-The op's own account, which the server's worker logs every ten seconds of work and when it stops, tells the op's time.
+The op's own account, which the server's worker logs every ten seconds of work and when it stops,
+tells the op's time.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import serve_and_chat  # noqa: E402
+import serve_and_chat
 
 ACCOUNT = re.compile(r"called (\d+) times on (\d+) tokens and wrote (\d+) entries in ([\d.]+) s")
 
@@ -43,12 +44,17 @@ def main() -> None:
     with serve_and_chat.server(arguments.model, options) as url:
         first_token = seconds_to_first_token(url, arguments.model, prompt)
         memory = peak_memory()
-    accounts = [Account(int(c), int(t), float(s)) for c, t, _, s in ACCOUNT.findall(serve_and_chat.LOG.read_text())]
+    accounts = [
+        Account(int(c), int(t), float(s))
+        for c, t, _, s in ACCOUNT.findall(serve_and_chat.LOG.read_text())
+    ]
     layers = accounts[-1].tokens // arguments.tokens
     seconds = accounts[-1].seconds
-    print(f"\n{arguments.tokens} tokens in chunks of {arguments.chunk}, {layers} layers with an indexer: first token after "
-          f"{first_token:.1f} s, of which compress {seconds:.3f} s ({seconds / first_token:.2%}); peak memory "
-          f"{memory / 2**30:.1f} GiB")  # fmt: skip
+    print(
+        f"\n{arguments.tokens} tokens in chunks of {arguments.chunk}, {layers} layers with an "
+        f"indexer: first token after {first_token:.1f} s, of which compress {seconds:.3f} s "
+        f"({seconds / first_token:.2%}); peak memory {memory / 2**30:.1f} GiB"
+    )
     print(f"{'context, tokens':>20}{'compress, ns/token':>20}")
     for before, after in zip([Account(0, 0, 0.0), *accounts], accounts):
         if tokens := after.tokens - before.tokens:
@@ -57,8 +63,12 @@ def main() -> None:
 
 
 def seconds_to_first_token(url: str, model: str, prompt: list[int]) -> float:
-    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}).encode()
-    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    body = json.dumps(
+        {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    ).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/completions", body, {"Content-Type": "application/json"}
+    )
     start = time.monotonic()
     urllib.request.urlopen(request, timeout=3600).read()
     return time.monotonic() - start

@@ -2,10 +2,11 @@
 
     python tests/accuracy/run_faults.py MODEL RESULT.json [LENGTH [DOCUMENTS]]
 
-MODEL is a needle checkpoint. Two documents at a time are prefilled side by side in chunks of a prime number of
-tokens, so that windows cross chunks everywhere and another request's state is there to be taken. Then comes a burst of
-documents that begin alike, in one step. RESULT and the table that is printed give for each fault how many needles were
-found, of how many, by the place of the needle and by how it was asked for.
+MODEL is a needle checkpoint. Two documents at a time are prefilled side by side in chunks of a
+prime number of tokens, so that windows cross chunks everywhere and another request's state is there
+to be taken. Then comes a burst of documents that begin alike, in one step. RESULT and the table
+that is printed give for each fault how many needles were found, of how many, by the place of the
+needle and by how it was asked for.
 """
 
 import json
@@ -30,7 +31,9 @@ RIGHT = "(none)"
 PLACES = {
     "anywhere": lambda needle: True,
     "key in the previous group": lambda needle: needle.position < 4 * needle.entry,
-    "window across chunks": lambda needle: needle.position < CHUNK * ((4 * needle.entry + 3) // CHUNK),
+    "window across chunks": lambda needle: (
+        needle.position < CHUNK * ((4 * needle.entry + 3) // CHUNK)
+    ),
 }
 BEHIND_PREFIX = "behind a prefix of the same step"
 COLUMNS = [*PLACES, "by distance", BEHIND_PREFIX]
@@ -59,14 +62,16 @@ def main(model: str, result_file: str, length: int = LENGTH, documents: int = 2)
 
 
 def forget(engine: VllmEngine) -> None:
-    """As if the engine were new: a row that was there before could be the right one, or do as well, by chance."""
+    """As if the engine were new: a row that was there before could be the right one, or do as well,
+    by chance."""
     engine.llm.reset_prefix_cache()
     for layer in engine.indexed_layers().values():
         layer.indexer.compressor.state_cache.kv_cache.zero_()
 
 
 class Planted:
-    """An implementation of which each layer's run is the `compress` of the moment, planning included."""
+    """An implementation of which each layer's run is the `compress` of the moment, planning
+    included."""
 
     compress: faults.Compress = staticmethod(faults.compress)
 
@@ -79,7 +84,9 @@ class Planted:
 
     def bind(self, layer: Layer, **options) -> Callable[[Tensor, Tensor], int]:
         def run(kv_score: Tensor, _: Tensor) -> int:
-            return self.compress(Call(kv_score, **layer._asdict(), **self.step._asdict()), **options)
+            return self.compress(
+                Call(kv_score, **layer._asdict(), **self.step._asdict()), **options
+            )
 
         return run
 
@@ -99,7 +106,11 @@ def count(engine: VllmEngine, haystacks: list[Document]) -> Counts:
 
 
 def columns(needle: Needle, how: str) -> list[str]:
-    return ["by distance"] if how == "distance" else [place for place, holds in PLACES.items() if holds(needle)]
+    return (
+        ["by distance"]
+        if how == "distance"
+        else [place for place, holds in PLACES.items() if holds(needle)]
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vllm_dsv4_indexer.accuracy.engines import VllmEngine
 from vllm_dsv4_indexer.errors import NotInstalled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import serve_and_chat  # noqa: E402  (the example's own way of starting and stopping a server)
+import serve_and_chat
 
 
 @pytest.fixture(scope="module")

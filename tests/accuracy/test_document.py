@@ -16,14 +16,20 @@ def document(request):
 
 
 def test_every_entry_hosts_one_pair_and_no_key_occurs_twice(document):
-    keys = [position for position, token in enumerate(document.tokens) if token in KEYS or token in DECOYS]
+    keys = [
+        position
+        for position, token in enumerate(document.tokens)
+        if token in KEYS or token in DECOYS
+    ]
     assert [(position + 1) // 4 for position in keys] == list(range(2048))
     assert all(document.tokens[position + 1] in VALUES for position in keys)
     assert len({document.tokens[position] for position in keys}) == 2048
 
 
 def test_a_needle_has_a_decoy_in_the_entry_before_and_after_it(document):
-    decoys = {(position + 1) // 4 for position, token in enumerate(document.tokens) if token in DECOYS}
+    decoys = {
+        (position + 1) // 4 for position, token in enumerate(document.tokens) if token in DECOYS
+    }
     beside = {needle.entry + side for needle in document.needles for side in (-1, 1)} - {-1, 2048}
     assert decoys == beside
 

@@ -39,7 +39,9 @@ def test_a_planted_fault_loses_needles_where_it_acts(counts, fault):
 def test_rows_from_before_the_call_lose_no_needle_that_shares_no_prefix(counts):
     """So that nothing but a burst shows that fault."""
     columns = counts["rows of other requests from before the call"]
-    assert [name for name, (found, of) in columns.items() if found < of] == ["behind a prefix of the same step"]
+    assert [name for name, (found, of) in columns.items() if found < of] == [
+        "behind a prefix of the same step"
+    ]
 
 
 def test_a_wrong_rotation_loses_no_needle_that_its_key_alone_finds(counts):

@@ -1,4 +1,5 @@
-"""The needle checkpoint in transformers: it depends on no code of ours, and on the indexer alone."""
+"""The needle checkpoint in transformers: it depends on no code of ours, and on the indexer
+alone."""
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_with_a_random_top_k_transformers_finds_what_chance_selects(model, docum
     monkeypatch.setattr(indexer, "index_topk", INDEX_TOPK // 16)
     generator = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
-        indexer.scorer, "forward", lambda q, k, hidden: torch.rand(*q.shape[:2], k.shape[1], generator=generator)
+        indexer.scorer,
+        "forward",
+        lambda q, k, hidden: torch.rand(*q.shape[:2], k.shape[1], generator=generator),
     )
     found = model.found(document)
     assert sum(found["key"] + found["distance"]) <= 0.2 * 2 * len(document.needles)  # chance: 5 %

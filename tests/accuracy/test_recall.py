@@ -1,5 +1,5 @@
-"""Indexer recall on the demo checkpoint: what exact arithmetic is, and how much of its selection the engine makes; and
-whether the engine agrees with itself under other schedules."""
+"""Indexer recall on the demo checkpoint: what exact arithmetic is, and how much of its selection
+the engine makes; and whether the engine agrees with itself under other schedules."""
 
 import functools
 import json
@@ -20,13 +20,19 @@ TOKENS = 520  # of the prompt whose log-probabilities are compared
 
 
 def random_layer(tokens: int, hidden: int, gates: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states [tokens, hidden], and an indexer's weights; `gates` is the deviation of its gates."""
+    """Hidden states [tokens, hidden], and an indexer's weights; `gates` is the deviation of its
+    gates."""
     generator = torch.Generator().manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     weights = {"wkv": draw(256, hidden), "wgate": gates * draw(256, hidden)}
-    weights = {f"compressor.{name}.weight": (value * hidden**-0.5).bfloat16().double() for name, value in weights.items()}
+    weights = {
+        f"compressor.{name}.weight": (value * hidden**-0.5).bfloat16().double()
+        for name, value in weights.items()
+    }
     weights |= {"compressor.ape": draw(4, 256), "compressor.norm.weight": 1 + 0.2 * draw(128)}
-    return draw(tokens, hidden).bfloat16().double(), {name: value.float().double() for name, value in weights.items()}
+    return draw(tokens, hidden).bfloat16().double(), {
+        name: value.float().double() for name, value in weights.items()
+    }
 
 
 def cosines_and_sines(tokens: int) -> Tensor:
@@ -35,7 +41,9 @@ def cosines_and_sines(tokens: int) -> Tensor:
 
 
 def projected(hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([hidden @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate")], dim=1)
+    return torch.cat(
+        [hidden @ weights[f"compressor.{name}.weight"].T for name in ("wkv", "wgate")], dim=1
+    )
 
 
 def stored_keys(kv_score: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -46,24 +54,39 @@ def stored_keys(kv_score: Tensor, weights: dict[str, Tensor]) -> Tensor:
     ape, norm = (weights[f"compressor.{name}"].float() for name in ("ape", "norm.weight"))
     positions = torch.arange(tokens)
     ops.compress(
-        kv_score.float(), ape, norm, cosines_and_sines(tokens), positions, torch.zeros(tokens, dtype=torch.int32), positions + 4,
-        1 + torch.arange(tokens // 4, dtype=torch.int32)[None], torch.zeros(tokens // 4 + 1, 4, 512),
-        torch.where(positions % 4 == 3, positions // 4, -1), k_cache, impl="reference",
-    )  # fmt: skip
+        kv_score.float(),
+        ape,
+        norm,
+        cosines_and_sines(tokens),
+        positions,
+        torch.zeros(tokens, dtype=torch.int32),
+        positions + 4,
+        1 + torch.arange(tokens // 4, dtype=torch.int32)[None],
+        torch.zeros(tokens // 4 + 1, 4, 512),
+        torch.where(positions % 4 == 3, positions // 4, -1),
+        k_cache,
+        impl="reference",
+    )
     bytes_ = k_cache.flatten(1)
     codes = bytes_[:, :FP8_SCALE_OFFSET].view(torch.float8_e4m3fn).double().reshape(-1, 128)
-    return (codes * bytes_[:, FP8_SCALE_OFFSET:].view(torch.float32).reshape(-1, 1))[: tokens // RATIO]
+    return (codes * bytes_[:, FP8_SCALE_OFFSET:].view(torch.float32).reshape(-1, 1))[
+        : tokens // RATIO
+    ]
 
 
 def test_exact_keys_are_those_of_the_op_but_for_the_rounding_to_fp8():
     hidden, weights = random_layer(256, 64)
     expected = recall._keys(hidden, weights, cosines_and_sines(256).double())
     stored = stored_keys(projected(hidden, weights), weights)
-    assert ((stored - expected).abs() <= expected.abs() / 14 + expected.abs().amax(dim=1, keepdim=True) / 2**13).all()
+    assert (
+        (stored - expected).abs()
+        <= expected.abs() / 14 + expected.abs().amax(dim=1, keepdim=True) / 2**13
+    ).all()
 
 
 def test_rounding_the_projection_to_bfloat16_loses_entries_where_gates_are_sharp():
-    """A gate of 100 is rounded by up to 0.25, and its weight in the window with it. Seen: 0.060 ± 0.009 points."""
+    """A gate of 100 is rounded by up to 0.25, and its weight in the window with it. Seen: 0.060 ±
+    0.009 points."""
     tokens = 4096
     hidden, weights = random_layer(tokens, 128, gates=100)
     rows = projected(hidden, weights)
@@ -75,12 +98,16 @@ def test_rounding_the_projection_to_bfloat16_loses_entries_where_gates_are_sharp
     generator = torch.Generator().manual_seed(1)
     gains = []
     for entries in range(INDEX_TOPK + 1, tokens // RATIO):
-        query, heads = (torch.randn(16, width, generator=generator, dtype=torch.float64) for width in (128, 1))
+        query, heads = (
+            torch.randn(16, width, generator=generator, dtype=torch.float64) for width in (128, 1)
+        )
         best, of_ours, of_rounded = (
             (heads * (query @ keys[:entries].T).relu()).sum(dim=0).topk(INDEX_TOPK).indices
             for keys in (exact, ours, rounded)
         )
-        gains.append(torch.isin(best, of_ours).sum().item() - torch.isin(best, of_rounded).sum().item())
+        gains.append(
+            torch.isin(best, of_ours).sum().item() - torch.isin(best, of_rounded).sum().item()
+        )
     assert fmean(gains) > 4 * stdev(gains) / len(gains) ** 0.5
 
 
@@ -89,7 +116,8 @@ STOCK = {"impl": "stock", "projection": "engine"}
 
 @pytest.fixture(scope="module")
 def measured(checkpoint, tmp_path_factory) -> tuple[dict, str]:
-    """What the command measured of our compressor, behind the engine's projection, and of stock; and what it printed."""
+    """What the command measured of our compressor, behind the engine's projection, and of stock;
+    and what it printed."""
     folder = tmp_path_factory.mktemp("recall")
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint)]
     command += ["--settings", json.dumps({"projection": "engine"}), "--against", json.dumps(STOCK)]
@@ -111,14 +139,18 @@ def test_an_engine_selects_nearly_all_of_the_exact_top_k(measured, whose):
 
 
 def test_our_recall_behind_the_same_projection_is_the_stock_compressors(measured):
-    """In the first layer with an indexer the two have the same inputs, and store the same but for ties of rounding."""
+    """In the first layer with an indexer the two have the same inputs, and store the same but for
+    ties of rounding."""
     ours, stock = (recall["1"] for recall in measured[0]["recall"])
     differences = [mine - theirs for (_, mine), (_, theirs) in zip(ours, stock, strict=True)]
     assert abs(fmean(differences)) <= 1e-4
 
 
 def test_recall_is_a_table_by_length_and_layer(measured):
-    assert "| tokens | layer 1 | layer 3 | the other's layer 1 | the other's layer 3 | difference |" in measured[1]
+    assert (
+        "| tokens | layer 1 | layer 3 | the other's layer 1 | the other's layer 3 | difference |"
+        in measured[1]
+    )
     assert "| to 2560 | " in measured[1] and "| to 3072 | " in measured[1]
 
 
@@ -126,16 +158,23 @@ def test_log_probabilities_are_those_of_the_stock_compressor_at_every_size_of_ch
     """Bit for bit: there are fewer entries than the indexer selects."""
     chunks = measured[0]["agreement"]["with the other"]
     assert [name for name, *_ in chunks] == [
-        *(f"in chunks of {size}" for size in (512, 127, TOKENS)), "in chunks of 251, beside another prompt", "in chunks of 1"
-    ]  # fmt: skip
-    assert [rest for _, *rest in chunks] == [[n - 1, 0.0, 0.0, 1.0] for n in [TOKENS] * 4 + [TOKENS // 8]]
+        *(f"in chunks of {size}" for size in (512, 127, TOKENS)),
+        "in chunks of 251, beside another prompt",
+        "in chunks of 1",
+    ]
+    assert [rest for _, *rest in chunks] == [
+        [n - 1, 0.0, 0.0, 1.0] for n in [TOKENS] * 4 + [TOKENS // 8]
+    ]
 
 
 @pytest.mark.parametrize("who", ["with itself", "the other with itself"])
 def test_log_probabilities_hardly_depend_on_the_schedule(measured, who):
-    """A bfloat16 logit has steps of 1/16 here, and a step of one token takes other matrix products."""
+    """A bfloat16 logit has steps of 1/16 here, and a step of one token takes other matrix
+    products."""
     schedules = measured[0]["agreement"][who]
-    assert [positions for _, positions, *_ in schedules] == [TOKENS - 1] * 3 + [TOKENS // 8 - 1] + [TOKENS // 8] * 2
+    assert [positions for _, positions, *_ in schedules] == [TOKENS - 1] * 3 + [TOKENS // 8 - 1] + [
+        TOKENS // 8
+    ] * 2
     for schedule, _, mean, largest, same in schedules:
         assert mean <= 0.05 and largest <= 0.5 and same >= 0.9, schedule
         assert f"| {schedule} | " in measured[1]
@@ -157,4 +196,6 @@ def test_the_difference_of_two_comes_with_its_confidence_interval():
     good, worse = ([(600, share), (601, 0.9)] for share in (0.9, 0.8))
     recalls = [{1: good, 3: good}, {1: worse, 3: good}]
     (row,) = report.recall_table(recalls, [2048, 4096]).splitlines()[2:]
-    assert row == "| to 4096 | 90.00 % | 90.00 % | 85.00 % | 90.00 % | +2.500 ± 4.900 |"  # 1.96 * 5 / sqrt(4)
+    assert (
+        row == "| to 4096 | 90.00 % | 90.00 % | 85.00 % | 90.00 % | +2.500 ± 4.900 |"
+    )  # 1.96 * 5 / sqrt(4)

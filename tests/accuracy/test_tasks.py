@@ -22,7 +22,7 @@ from vllm_dsv4_indexer.accuracy import tasks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-import serve_and_chat  # noqa: E402  (the example's own way of starting and stopping a server)
+import serve_and_chat
 
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
 GSM8K, NIAH = LM_EVAL / "gsm8k" / "gsm8k.yaml", LM_EVAL / "ruler" / "niah_single_1.yaml"
@@ -34,7 +34,9 @@ SHORT = {"max_gen_toks": 32}
 
 def write_task(path: Path, original: Path, **changes) -> Path:
     """One of lm-eval's tasks with changes, in a YAML file."""
-    path.write_text(json.dumps({"include": str(original), "task": path.stem, **changes}))  # JSON is YAML, too
+    path.write_text(
+        json.dumps({"include": str(original), "task": path.stem, **changes})
+    )  # JSON is YAML, too
     return path
 
 
@@ -42,7 +44,10 @@ def write_task(path: Path, original: Path, **changes) -> Path:
 def sums(tmp_path) -> Path:
     """gsm8k, with a few problems of our own in the place of its data set, and shorter answers."""
     question, answer = "Ann has {} apples and buys {}. How many has she?", "{} + {} = {}\n#### {}"
-    problems = [{"question": question.format(a, b), "answer": answer.format(a, b, a + b, a + b)} for a, b in APPLES]
+    problems = [
+        {"question": question.format(a, b), "answer": answer.format(a, b, a + b, a + b)}
+        for a, b in APPLES
+    ]
     data = tmp_path / "sums.jsonl"
     data.write_text("\n".join(map(json.dumps, problems)))
     generation = yaml.safe_load(GSM8K.read_text())["generation_kwargs"] | SHORT
@@ -53,7 +58,8 @@ def sums(tmp_path) -> Path:
 
 @contextmanager
 def fake_server(answer: Callable[[list[int]], str], model: str = "fake") -> Iterator[str]:
-    """The part of the OpenAI API that is asked for; it answers a prompt of tokens as `answer` says."""
+    """The part of the OpenAI API that is asked for; it answers a prompt of tokens as `answer`
+    says."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -62,7 +68,9 @@ def fake_server(answer: Callable[[list[int]], str], model: str = "fake") -> Iter
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                choices = [{"index": i, "text": answer(prompt)} for i, prompt in enumerate(asked["prompt"])]
+                choices = [
+                    {"index": i, "text": answer(prompt)} for i, prompt in enumerate(asked["prompt"])
+                ]
                 self.reply({"choices": choices})
             except ValueError as refusal:
                 self.reply({"error": str(refusal)}, 400)
@@ -91,7 +99,8 @@ def accuracy(checkpoint: Path, folder: Path, *options: str) -> list[dict]:
 
 
 def test_a_difference_is_found_by_metric_and_sample(checkpoint, sums, tmp_path, capsys):
-    """Of twelve problems the second server gets one wrong, and says another's result without the mark before it."""
+    """Of twelve problems the second server gets one wrong, and says another's result without the
+    mark before it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -105,21 +114,32 @@ def test_a_difference_is_found_by_metric_and_sample(checkpoint, sums, tmp_path, 
     def worse(prompt: list[int]) -> str:
         prompts[1].append(prompt)
         a, b = problem(prompt)
-        return {APPLES[3]: "#### 7", APPLES[7]: PLAINLY.format(a + b)}.get((a, b), f"So\n#### {a + b}")
+        return {APPLES[3]: "#### 7", APPLES[7]: PLAINLY.format(a + b)}.get(
+            (a, b), f"So\n#### {a + b}"
+        )
 
     def problem(prompt: list[int]) -> tuple[int, int]:
         text = tokenizer.decode(prompt).split("Question:")[-1]
         return int(text.split()[2]), int(text.split()[6].strip("."))
 
     with fake_server(right) as first, fake_server(worse) as second:
-        strict, flexible = accuracy(checkpoint, tmp_path, "--url", first, "--against-url", second, "--tasks", str(sums))
+        strict, flexible = accuracy(
+            checkpoint, tmp_path, "--url", first, "--against-url", second, "--tasks", str(sums)
+        )
     assert [strict["metric"], flexible["metric"]] == METRICS
-    assert [sample["scores"] for sample in strict["samples"]] == [[1, int(i not in (3, 7))] for i in range(12)]
-    assert [sample["scores"] for sample in flexible["samples"]] == [[1, int(i != 3)] for i in range(12)]
+    assert [sample["scores"] for sample in strict["samples"]] == [
+        [1, int(i not in (3, 7))] for i in range(12)
+    ]
+    assert [sample["scores"] for sample in flexible["samples"]] == [
+        [1, int(i != 3)] for i in range(12)
+    ]
     assert strict["samples"][7]["answers"] == [[" 12 + 21 = 33\n#### 33"], [PLAINLY.format(33)]]
     assert (strict["difference"], flexible["difference"]) == pytest.approx((2 / 12, 1 / 12))
     assert strict["interval"] == list(tasks.interval([0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]))
-    assert "| sums | exact_match, flexible-extract | 12 | 100.0 % | 91.7 % | +8.3 | " in capsys.readouterr().out
+    assert (
+        "| sums | exact_match, flexible-extract | 12 | 100.0 % | 91.7 % | +8.3 | "
+        in capsys.readouterr().out
+    )
     assert sorted(prompts[0]) == sorted(prompts[1])
     for prompt in prompts[0]:
         assert tokenizer.decode(prompt).count("Question: ") == 5 + 1
@@ -145,7 +165,8 @@ def test_the_interval_is_walds_of_the_pairs_and_four_pseudo_pairs(differences, l
 @pytest.mark.parametrize("better, worse", [(0, 0.02), (0, 0.1), (0, 0.3), (0.05, 0.1), (0.4, 0.3)])
 @pytest.mark.parametrize("size", [1, 0.25])
 def test_of_100_intervals_95_hold_the_true_difference(size, better, worse, samples, seed):
-    """Of 2000: of a share `better` of the samples the first server scores `size` more, of a share `worse` less."""
+    """Of 2000: of a share `better` of the samples the first server scores `size` more, of a share
+    `worse` less."""
     generator = random.Random(f"{size} {better} {worse} {samples} {seed}")
     weights = [better, worse, 1 - better - worse]
     held = 0
@@ -156,15 +177,27 @@ def test_of_100_intervals_95_hold_the_true_difference(size, better, worse, sampl
 
 
 def sample(**metrics) -> dict:
-    return {"doc_id": 0, "resps": [["answer"]], "filter": "none", "metrics": list(metrics), **metrics}
+    return {
+        "doc_id": 0,
+        "resps": [["answer"]],
+        "filter": "none",
+        "metrics": list(metrics),
+        **metrics,
+    }
 
 
 def test_rulers_scores_for_other_lengths_and_what_is_no_score_are_left_out():
     first, second = (
-        [sample(**{"4096": score, "1024": -1.0}, loss=(-2.5, 7)), sample(**{"4096": -1.0, "1024": 1.0}, loss=(-3.5, 7))]
+        [
+            sample(**{"4096": score, "1024": -1.0}, loss=(-2.5, 7)),
+            sample(**{"4096": -1.0, "1024": 1.0}, loss=(-3.5, 7)),
+        ]
         for score in (0.5, 0.25)
     )
-    rows = [(row["metric"], row["difference"], len(row["samples"])) for row in tasks._pairs("niah", first, second)]
+    rows = [
+        (row["metric"], row["difference"], len(row["samples"]))
+        for row in tasks._pairs("niah", first, second)
+    ]
     assert rows == [("4096", 0.25, 1), ("1024", 0, 1)]
 
 
@@ -176,7 +209,9 @@ def refusal(capsys, checkpoint: Path, *options: str) -> str:
 
 def test_tasks_need_two_servers_of_one_model(checkpoint, sums, capsys):
     def both(first: str, second: str) -> str:
-        return refusal(capsys, checkpoint, "--tasks", str(sums), "--url", first, "--against-url", second)
+        return refusal(
+            capsys, checkpoint, "--tasks", str(sums), "--url", first, "--against-url", second
+        )
 
     nobody = f"http://127.0.0.1:{serve_and_chat.free_port()}"
     with fake_server(str) as one, fake_server(str, "another") as other:
@@ -193,16 +228,24 @@ def test_a_task_that_cannot_be_had_is_named(checkpoint, tmp_path, capsys, monkey
     of_the_hub = write_task(tmp_path / "hub.yaml", GSM8K)
     with fake_server(str) as url:
         servers = ("--url", url, "--against-url", url)
-        assert "no task 'nothing.yaml'" in refusal(capsys, checkpoint, "--tasks", "nothing.yaml", *servers)
+        assert "no task 'nothing.yaml'" in refusal(
+            capsys, checkpoint, "--tasks", "nothing.yaml", *servers
+        )
         line = refusal(capsys, checkpoint, "--tasks", str(of_the_hub), *servers)
-        assert f"task {of_the_hub} cannot be loaded" in line and "openai/gsm8k" in line and "HF_HOME" in line
+        assert (
+            f"task {of_the_hub} cannot be loaded" in line
+            and "openai/gsm8k" in line
+            and "HF_HOME" in line
+        )
 
 
 def test_without_lm_eval_the_remedy_is_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with fake_server(str) as url:
         line = refusal(capsys, checkpoint, "--tasks", "gsm8k", "--url", url, "--against-url", url)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     (requirement,) = extras["lm-eval"]
     assert f"pip install '{requirement}'" in line
 
@@ -212,7 +255,9 @@ def test_a_server_that_refuses_is_named_with_its_words(checkpoint, sums, capsys)
         raise ValueError(f"{len(prompt)} tokens are too many")
 
     with fake_server(str) as good, fake_server(refuse) as bad:
-        line = refusal(capsys, checkpoint, "--tasks", str(sums), "--url", good, "--against-url", bad)
+        line = refusal(
+            capsys, checkpoint, "--tasks", str(sums), "--url", good, "--against-url", bad
+        )
     assert bad in line and "tokens are too many" in line
 
 
@@ -233,13 +278,29 @@ def served(checkpoint, tmp_path_factory) -> Iterator[list[str]]:
         yield list(pool.map(start, options))
 
 
-def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(checkpoint, served, sums, tmp_path):
-    """The demo checkpoint babbles: it scores nothing, but both begin with the same words, until a toss-up parts them.
-    RULER's prompts are of more than 2048 tokens, so that there are more entries than the indexer selects."""
-    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)  # RULER fetches it where it is missing
+def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(
+    checkpoint, served, sums, tmp_path
+):
+    """The demo checkpoint babbles: it scores nothing, but both begin with the same words, until a
+    toss-up parts them. RULER's prompts are of more than 2048 tokens, so that there are more entries
+    than the indexer selects."""
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(
+        parents=True
+    )  # RULER fetches it where it is missing
     environment = os.environ | {"NLTK_DATA": str(tmp_path / "nltk")}
-    niah = write_task(tmp_path / "niah.yaml", NIAH, generation_kwargs={"until": [], "temperature": 0.0, **SHORT})
-    options = ["--url", served[0], "--against-url", served[1], "--tasks", f"{sums},{niah}", "--samples", "3"]
+    niah = write_task(
+        tmp_path / "niah.yaml", NIAH, generation_kwargs={"until": [], "temperature": 0.0, **SHORT}
+    )
+    options = [
+        "--url",
+        served[0],
+        "--against-url",
+        served[1],
+        "--tasks",
+        f"{sums},{niah}",
+        "--samples",
+        "3",
+    ]
     options += ["--lengths", "2048,2560", "--schedules", "64", "--output", str(tmp_path)]
     # In a process of its own: RULER's word list is half a GiB.
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint), *options]
@@ -248,12 +309,16 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(checkpoint
     result = json.loads((tmp_path / "accuracy.json").read_text())
     agreements = result["agreement"]["two servers"]
     assert [positions for _, positions, *_ in agreements] == [63, 63, 8, 8]
-    assert all(mean <= 0.05 and largest <= 0.5 and same >= 0.9 for *_, mean, largest, same in agreements)
+    assert all(
+        mean <= 0.05 and largest <= 0.5 and same >= 0.9 for *_, mean, largest, same in agreements
+    )
     rows = result["scores"]
     assert [row["task"] for row in rows] == ["sums", "sums", "niah"]
     assert [row["metric"] for row in rows] == [*METRICS, "2560"]
     for row in rows:
-        scores, answers = ([sample[what] for sample in row["samples"]] for what in ("scores", "answers"))
+        scores, answers = (
+            [sample[what] for sample in row["samples"]] for what in ("scores", "answers")
+        )
         assert len(answers) == 3
         assert sum(len(ours) > 16 and ours[:16] == stock[:16] for (ours,), (stock,) in answers) >= 2
         assert row["interval"] == list(tasks.interval([ours - stock for ours, stock in scores]))

@@ -13,10 +13,16 @@ import torch
 
 from vllm_dsv4_indexer.bench.ascend_model import COUNTS
 from vllm_dsv4_indexer.contract import (
-    HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, Extents, Layer,
-)  # fmt: skip
+    HEAD_DIM,
+    KV_WIDTH,
+    RATIO,
+    ROPE_DIM,
+    ROW_WIDTH,
+    Extents,
+    Layer,
+    Requests,
+)
 from vllm_dsv4_indexer.ops import ascend
-from vllm_dsv4_indexer.contract import Requests
 from vllm_dsv4_indexer.ops.requests import step_of
 
 ALGORITHMS = ("overlay_scan", "scatter_pool", "one_pass")  # a layer of one request of T tokens

@@ -1,4 +1,5 @@
-"""Builds the emulation with the host's compiler, and makes it impl "ascend" of `ops.compress`, on CPU tensors."""
+"""Builds the emulation with the host's compiler, and makes it impl "ascend" of `ops.compress`, on
+CPU tensors."""
 
 import contextlib
 import ctypes
@@ -19,7 +20,16 @@ PRODUCTS = ("Ascend910B", "Ascend910_93", "Ascend950")  # emulation::kProducts
 A5 = 3510  # architectures
 A2 = 2201
 COMPILER = os.environ.get("CXX", "c++")
-FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".split()
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+]
 
 
 class Emulator:
@@ -27,7 +37,9 @@ class Emulator:
 
     def __init__(self, folder: Path, sources: Path = HERE):
         path = folder / "libdsv4_indexer_ascend_emulation.so"
-        subprocess.run([COMPILER, *FLAGS, f"-I{sources}", sources / "emulate.cpp", "-o", path], check=True)
+        subprocess.run(
+            [COMPILER, *FLAGS, f"-I{sources}", sources / "emulate.cpp", "-o", path], check=True
+        )
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_configure.argtypes = (
             [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64] * 2
@@ -49,14 +61,22 @@ class Emulator:
         return Emulator(folder, folder / "tests" / "ascend_emulation")
 
     def use(
-        self, product: str = "Ascend910B", cores: int = 48, noise: int = 0, order: int = 0,
-        built_for: int | None = None, failing: bool = False,
+        self,
+        product: str = "Ascend910B",
+        cores: int = 48,
+        noise: int = 0,
+        order: int = 0,
+        built_for: int | None = None,
+        failing: bool = False,
     ) -> None:
-        """The machine of the next calls. `noise`, if not 0, is the seed of the last-bit errors of Exp, Div and Sqrt,
-        `order` that of the order in which the cores run, `built_for` the architecture of the library, by default the
-        product's. If `failing`, every launch fails. Forgets the counts."""
+        """The machine of the next calls. `noise`, if not 0, is the seed of the last-bit errors of
+        Exp, Div and Sqrt, `order` that of the order in which the cores run, `built_for` the
+        architecture of the library, by default the product's. If `failing`, every launch fails.
+        Forgets the counts."""
         built_for = built_for or (A5 if product == "Ascend950" else A2)
-        self.library.emulation_configure(PRODUCTS.index(product), cores, noise, order, built_for, failing)
+        self.library.emulation_configure(
+            PRODUCTS.index(product), cores, noise, order, built_for, failing
+        )
 
     def counts(self) -> list[list[dict]]:
         """What each core of each launch since `use` has done; see `Counts` in machine.h."""
@@ -68,7 +88,12 @@ class Emulator:
     def cut(self, tokens: int, vector_cores: int) -> tuple[int, int]:
         """csrc/ascend/tiling.h: the tokens of a core, and how many cores that takes."""
         per_core, cores = ctypes.c_int64(), ctypes.c_int64()
-        arguments = ctypes.c_int64(tokens), ctypes.c_int64(vector_cores), ctypes.byref(per_core), ctypes.byref(cores)
+        arguments = (
+            ctypes.c_int64(tokens),
+            ctypes.c_int64(vector_cores),
+            ctypes.byref(per_core),
+            ctypes.byref(cores),
+        )
         self.library.emulation_cut(*arguments)
         return per_core.value, cores.value
 

@@ -1,8 +1,9 @@
-"""The counts that `vllm-dsv4-indexer bench --model ascend` reads are those of the kernels as they are."""
+"""The counts that `vllm-dsv4-indexer bench --model ascend` reads are those of the kernels as they
+are."""
 
-import count
 import pytest
 
+import count
 from vllm_dsv4_indexer import cli
 from vllm_dsv4_indexer.bench import ascend_model
 
@@ -10,14 +11,21 @@ COUNTS = ascend_model.load_counts()
 
 
 # Without the 17 million position tests of the overlay scan at T=8192: they take too long to repeat.
-REPEATED = [(n, t) for n, lengths in count.LENGTHS.items() for t in lengths if (n, t) != ("overlay_scan", 8192)]
+REPEATED = [
+    (n, t)
+    for n, lengths in count.LENGTHS.items()
+    for t in lengths
+    if (n, t) != ("overlay_scan", 8192)
+]
 TOKENS = count.LENGTHS["one_pass"]
 
 
 @pytest.mark.parametrize("name, tokens", REPEATED)
 def test_the_counts_are_up_to_date(ascend_emulation, name, tokens):
     expected = COUNTS[name][tokens]
-    assert count.count(ascend_emulation, name, tokens) == expected, "run tests/ascend_emulation/count.py"
+    assert count.count(ascend_emulation, name, tokens) == expected, (
+        "run tests/ascend_emulation/count.py"
+    )
 
 
 @pytest.mark.parametrize("tokens", [t for t in TOKENS if t >= 2048])
@@ -34,7 +42,10 @@ def test_a_plan_is_one_launch(name):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_plan_of_a_step_told_by_its_requests_takes_less_than_one_layer(tokens):
     for assumed in ascend_model.variations():
-        plan, layer = (ascend_model.kernel_cycles(COUNTS[n][tokens], assumed) for n in ("plan_requests", "one_pass"))
+        plan, layer = (
+            ascend_model.kernel_cycles(COUNTS[n][tokens], assumed)
+            for n in ("plan_requests", "one_pass")
+        )
         assert plan < layer, assumed
 
 
@@ -46,9 +57,18 @@ def test_one_pass_takes_fewer_modelled_cycles_under_every_assumption(tokens, oth
 
 
 def test_a_core_takes_as_long_as_its_busiest_unit():
-    core = {"read_bytes": 180, "write_bytes": 0, "reads": 1, "writes": 0, "scalar_local": 3, "scalar_global": 0,
-            "vector": {"Exp/float": [1, 10], "Cast/int8_t": [1, 5]}}  # fmt: skip
-    assumed = ascend_model.Assumptions(bytes_per_cycle=18, transfer=5, vector_issue=1, scalar_local=2, scalar_global=9)
+    core = {
+        "read_bytes": 180,
+        "write_bytes": 0,
+        "reads": 1,
+        "writes": 0,
+        "scalar_local": 3,
+        "scalar_global": 0,
+        "vector": {"Exp/float": [1, 10], "Cast/int8_t": [1, 5]},
+    }
+    assumed = ascend_model.Assumptions(
+        bytes_per_cycle=18, transfer=5, vector_issue=1, scalar_local=2, scalar_global=9
+    )
     assert ascend_model.core_cycles(core, assumed) == 1 + 20 + 1 + 5
     assert ascend_model.core_cycles(core | {"vector": {}}, assumed) == 10 + 5
     assert ascend_model.core_cycles(core | {"vector": {}, "scalar_global": 9}, assumed) == 6 + 81
@@ -59,6 +79,14 @@ def test_the_command_prints_the_yardstick_before_the_result(capsys):
     printed = capsys.readouterr().out
     places = [
         printed.index(text)
-        for text in ("published  45.6%", "Counts a token", "Modelled cycles", "Counts and modelled", "A step of 21", "Hadamard", "Assumptions")
+        for text in (
+            "published  45.6%",
+            "Counts a token",
+            "Modelled cycles",
+            "Counts and modelled",
+            "A step of 21",
+            "Hadamard",
+            "Assumptions",
+        )
     ]
     assert places == sorted(places) and "nothing here was measured on an NPU" in printed

@@ -1,7 +1,8 @@
 """The AscendC kernels, run by the emulation, against the reference.
 
-State rows are equal bit for bit. The sums of an entry are taken in another order than torch's, so that now and then a
-channel is rounded to the other bfloat16; the whole entry, rotated, then differs by a little: codes of int8 by one.
+State rows are equal bit for bit. The sums of an entry are taken in another order than torch's, so
+that now and then a channel is rounded to the other bfloat16; the whole entry, rotated, then differs
+by a little: codes of int8 by one.
 """
 
 import random
@@ -14,7 +15,6 @@ from batches import assert_close, assert_identical, make_batch, one_after_the_ot
 from batches import random_case as random_op_case
 from emulator import A2, A5
 from steps import SHARED, shared_batch
-
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError, Extents, plan_size
 from vllm_dsv4_indexer.errors import UserError
@@ -24,7 +24,11 @@ STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
 LENGTHS = (*range(1, 10), 127, 128, 129)
 MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
 CASES, CASES_PER_TEST = 3000, 250
-BLOCK_SIZES = (128, 64, 32)  # of vLLM Ascend, in K entries; a state page has a sixteenth as many rows
+BLOCK_SIZES = (
+    128,
+    64,
+    32,
+)  # of vLLM Ascend, in K entries; a state page has a sixteenth as many rows
 FORMATS = (
     {"k_format": "int8_hadamard", "scale_dtype": torch.float16},
     {"k_format": "int8_hadamard", "scale_dtype": torch.float32},
@@ -37,7 +41,8 @@ def product_of(options: dict) -> str:
 
 
 class Comparison:
-    """Counts how many entries differ from the reference's, and fails where one differs by too much."""
+    """Counts how many entries differ from the reference's, and fails where one differs by too
+    much."""
 
     def __init__(self):
         self.entries = self.different = self.rescaled = 0
@@ -52,7 +57,8 @@ class Comparison:
         if expected.k_format == "int8_hadamard":
             assert_close(actual, expected, case, scale_rtol=1e-2)
             return
-        # Small values have small steps of fp8: a value is one code away, or by a little of the entry's largest.
+        # Small values have small steps of fp8: a value is one code away, or by a little of the
+        # entry's largest.
         apart = (ordered(actual) - ordered(expected))[written].abs()
         values = [
             b.codes()[written].view(torch.float8_e4m3fn).float() * b.scales()[written][:, None]
@@ -60,7 +66,9 @@ class Comparison:
         ]
         error = (values[0] - values[1]).abs() / (expected.scales()[written][:, None] * FP8_MAX)
         assert ((apart <= 1) | (error <= 1 / 256)).all(), case
-        torch.testing.assert_close(actual.scales()[written], expected.scales()[written], rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            actual.scales()[written], expected.scales()[written], rtol=1e-2, atol=0
+        )
         blended = actual.clone()
         blended.codes()[written] = expected.codes()[written]
         blended.scales()[written] = expected.scales()[written]
@@ -68,11 +76,17 @@ class Comparison:
 
     def judge(self, codes: float, scales: float) -> None:
         assert self.entries
-        assert self.different <= codes * self.entries, f"codes of {self.different} of {self.entries} entries differ"
-        assert self.rescaled <= scales * self.entries, f"scales of {self.rescaled} of {self.entries} entries differ"
+        assert self.different <= codes * self.entries, (
+            f"codes of {self.different} of {self.entries} entries differ"
+        )
+        assert self.rescaled <= scales * self.entries, (
+            f"scales of {self.rescaled} of {self.entries} entries differ"
+        )
 
 
-def compare(emulation, cases: list[dict], codes: float = 0.01, scales: float = 0.01, **machine) -> None:
+def compare(
+    emulation, cases: list[dict], codes: float = 0.01, scales: float = 0.01, **machine
+) -> None:
     comparison = Comparison()
     for case in cases:
         batch = make_batch(**case)
@@ -83,15 +97,22 @@ def compare(emulation, cases: list[dict], codes: float = 0.01, scales: float = 0
 
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_every_start_and_length_equals_the_reference(ascend_emulation, options):
-    cases = [{"requests": [(s, n) for n in LENGTHS], "seed": s, "k_page": 128, **options} for s in STARTS]
+    cases = [
+        {"requests": [(s, n) for n in LENGTHS], "seed": s, "k_page": 128, **options} for s in STARTS
+    ]
     compare(ascend_emulation, cases)
 
 
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference(ascend_emulation, options, block_size):
+def test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference(
+    ascend_emulation, options, block_size
+):
     layout = {"k_page": block_size, "page": block_size // 16, "layout": "ascend"}
-    compare(ascend_emulation, [{"requests": MIXED, "seed": s, "padding": 5, **layout, **options} for s in range(20)])
+    compare(
+        ascend_emulation,
+        [{"requests": MIXED, "seed": s, "padding": 5, **layout, **options} for s in range(20)],
+    )
 
 
 @pytest.mark.parametrize("options", FORMATS, ids=str)
@@ -116,13 +137,20 @@ def test_the_host_gives_every_token_to_a_core_and_no_core_is_idle(ascend_emulati
 
 @pytest.mark.parametrize("options", FORMATS[:1], ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_a_decode_step_for_each_position_in_a_page_equals_the_reference(ascend_emulation, options, block_size):
+def test_a_decode_step_for_each_position_in_a_page_equals_the_reference(
+    ascend_emulation, options, block_size
+):
     requests = [(start, 1) for start in range(40)] + [(start, 2) for start in range(8)]
-    compare(ascend_emulation, [{"requests": requests, "k_page": block_size, "page": block_size // 16, **options}])
+    compare(
+        ascend_emulation,
+        [{"requests": requests, "k_page": block_size, "page": block_size // 16, **options}],
+    )
 
 
 @pytest.mark.parametrize("cores", (1, 2))
-def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(ascend_emulation, cores):
+def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(
+    ascend_emulation, cores
+):
     requests = [(0, 401), (7, 300), (3, 450), *((start, 1) for start in range(300))]
     case = {"requests": requests, "k_format": "int8_hadamard", "k_page": 128, "page": 8}
     compare(ascend_emulation, [case], cores=cores)
@@ -130,7 +158,9 @@ def test_a_core_with_more_tokens_than_it_holds_metadata_of_equals_the_reference(
 
 @pytest.mark.parametrize("page", (2, 4, 8))
 @pytest.mark.parametrize("name", SHARED)
-def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(ascend_emulation, name, page):
+def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(
+    ascend_emulation, name, page
+):
     """Also without a conflict between cores: the emulation would refuse the call."""
     for options in FORMATS[:1] if page < 8 else FORMATS:
         batch = shared_batch(name, page=page, padding=3, k_page=32, **options)
@@ -146,13 +176,21 @@ def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(a
 def test_random_shared_prefixes_store_what_they_would_one_after_the_other(ascend_emulation, first):
     for seed in range(first, first + 50):
         pick = random.Random(seed)
-        fixed = {"ring": None, "layout": "dense", "kv_dtype": torch.float32, "k_page": 32, **FORMATS[0]}
+        fixed = {
+            "ring": None,
+            "layout": "dense",
+            "kv_dtype": torch.float32,
+            "k_page": 32,
+            **FORMATS[0],
+        }
         batch = make_batch(**random_op_case(pick) | fixed)
         ascend_emulation.use(cores=pick.randrange(1, 49), order=seed)
         assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"), seed)
 
 
-def test_a_prefix_in_pages_that_were_another_s_stores_what_it_would_one_after_the_other(ascend_emulation):
+def test_a_prefix_in_pages_that_were_another_s_stores_what_it_would_one_after_the_other(
+    ascend_emulation,
+):
     """Recycled: the pages that the call fills hold an earlier request's rows."""
     ascend_emulation.use(cores=7)
     batch = shared_batch("one sharer", page=8, k_page=32, **FORMATS[0])
@@ -169,7 +207,9 @@ def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options,
         expected = batch.clone().run("ascend")
         call = batch.call
         plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
-        ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)(call.kv_score, plan)
+        ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)(
+            call.kv_score, plan
+        )
         assert_identical(batch, expected)
 
 
@@ -178,7 +218,9 @@ def test_the_op_says_that_entries_on_a_device_are_not_counted(ascend_emulation):
     before = replace(ops.work)
     make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
     assert (ops.work.calls, ops.work.entries) == (before.calls + 1, before.entries)
-    assert f"not counting {before.uncounted + 1} calls whose entries only the device knows" in str(ops.work)
+    assert f"not counting {before.uncounted + 1} calls whose entries only the device knows" in str(
+        ops.work
+    )
 
 
 def test_chunks_of_a_prompt_store_the_same_bytes_as_the_whole(ascend_emulation):
@@ -234,7 +276,9 @@ def test_random_batches_equal_the_reference(ascend_emulation, first):
 def test_a_last_bit_in_exp_div_and_sqrt_turns_few_entries(ascend_emulation, options):
     cases = [{"requests": [(0, 400)], "seed": seed, "k_page": 128, **options} for seed in range(5)]
     for noise in (1, 2):
-        compare(ascend_emulation, cases, codes=0.1, scales=0.7, noise=noise)  # an fp32 scale is itself a quotient
+        compare(
+            ascend_emulation, cases, codes=0.1, scales=0.7, noise=noise
+        )  # an fp32 scale is itself a quotient
 
 
 def test_large_gates_and_zeros_equal_the_reference(ascend_emulation):
@@ -255,12 +299,19 @@ def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(as
     assert_close(batch.clone().run("ascend"), batch.run("reference"), scale_rtol=1e-2)
 
 
-def test_page_0_is_not_written_and_a_window_without_a_page_is_pooled_from_its_other_rows(ascend_emulation):
-    """Where the reference refuses, a kernel that must not wait goes on: as if the request had begun after the gap."""
+def test_page_0_is_not_written_and_a_window_without_a_page_is_pooled_from_its_other_rows(
+    ascend_emulation,
+):
+    """Where the reference refuses, a kernel that must not wait goes on: as if the request had begun
+    after the gap."""
     ascend_emulation.use(cores=5)
     batch = make_batch([(8, 4)], k_format="int8_hadamard", k_page=32)
     fresh = make_batch([(0, 4)], k_format="int8_hadamard", k_page=32)
-    fresh.kv_score[:], fresh.ape[:], fresh.norm_weight[:] = batch.kv_score, batch.ape, batch.norm_weight
+    fresh.kv_score[:], fresh.ape[:], fresh.norm_weight[:] = (
+        batch.kv_score,
+        batch.ape,
+        batch.norm_weight,
+    )
     fresh.cos_sin_cache[0] = fresh.cos_sin_cache[8]
     batch.inner_state_block_table[0, 1] = 0  # the page of positions 4 to 7
     batch.inner_state_slot_mapping[:] = torch.arange(4)
@@ -270,10 +321,13 @@ def test_page_0_is_not_written_and_a_window_without_a_page_is_pooled_from_its_ot
 
 
 def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation):
-    """A ring of eight rows: the condition that the kernel's lack of synchronisation rests on, broken."""
+    """A ring of eight rows: the condition that the kernel's lack of synchronisation rests on,
+    broken."""
     ascend_emulation.use(cores=4)
     batch = make_batch([(11, 33)], page=2, ring=8, k_format="int8_hadamard", k_page=32)
-    with pytest.raises(ContractError, match="^(conflict: core|order: two transfers of one core meet)"):
+    with pytest.raises(
+        ContractError, match="^(conflict: core|order: two transfers of one core meet)"
+    ):
         batch.run("ascend")
 
 
@@ -282,13 +336,17 @@ def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation)
     [
         (
             {"k_format": "fp8_amax"},
-            "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: int8",
+            "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: "
+            "int8",
         ),
         (
             {"k_format": "int8_hadamard", "k_page": 16},
             "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128",
         ),
-        ({"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16}, "kv_score has dtype torch.bfloat16; on NPUs"),
+        (
+            {"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16},
+            "kv_score has dtype torch.bfloat16; on NPUs",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(ascend_emulation, options, message):
@@ -331,19 +389,26 @@ def test_what_the_runtime_says_of_a_launch_is_raised_and_is_no_user_error(ascend
     run = ascend.bind(call.layer, eps=1e-6, k_format="int8_hadamard")
     ascend_emulation.use(failing=True)
     with pytest.raises(RuntimeError, match="the launch of an emulated kernel failed") as error:
-        ascend.plan(call.step, Extents.of(call.layer)) if launch == "plan" else run(call.kv_score, plan)
+        ascend.plan(call.step, Extents.of(call.layer)) if launch == "plan" else run(
+            call.kv_score, plan
+        )
     assert not isinstance(error.value, UserError)
 
 
 def test_a_format_without_a_kernel_is_refused_by_name(ascend_emulation):
-    with pytest.raises(UserError, match="impl 'ascend' is not one for device 'cpu' and k_format 'fp8_pow2'"):
+    with pytest.raises(
+        UserError, match="impl 'ascend' is not one for device 'cpu' and k_format 'fp8_pow2'"
+    ):
         make_batch([(0, 8)]).run("ascend")
 
 
 @pytest.mark.parametrize("product, built_for", [("Ascend950", A2), ("Ascend910B", A5)])
 def test_a_library_for_another_architecture_is_refused(ascend_emulation, product, built_for):
     ascend_emulation.use(product, built_for=built_for)
-    with pytest.raises(ContractError, match=f"{product}: a library built for architecture {built_for} is not supported"):
+    with pytest.raises(
+        ContractError,
+        match=f"{product}: a library built for architecture {built_for} is not supported",
+    ):
         make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
 
 
@@ -351,5 +416,8 @@ def test_rows_that_lie_in_each_other_are_refused(ascend_emulation):
     ascend_emulation.use()
     batch = make_batch([(0, 8)], k_format="int8_hadamard", k_page=32)
     batch = replace(batch, kv_score=batch.kv_score[:1].expand(8, -1))
-    with pytest.raises(ContractError, match="a row stride of kv_score of 0 is not supported; supported: 512 to 2\\^20"):
+    with pytest.raises(
+        ContractError,
+        match="a row stride of kv_score of 0 is not supported; supported: 512 to 2\\^20",
+    ):
         batch.run("ascend")

@@ -4,16 +4,23 @@ import random
 
 import pytest
 import torch
-from batches import Batch, make_batch, random_case
-from steps import K_PAGE, PAGES, SHARED, by_requests, random_requests, shared_batch
 from torch import Tensor
 
-from vllm_dsv4_indexer.contract import (
-    EARLY, LATE, NO_WINDOW, Extents, Plan, PlanHeader, Step, row_source,
-)  # fmt: skip
+from batches import Batch, make_batch, random_case
+from steps import K_PAGE, PAGES, SHARED, by_requests, random_requests, shared_batch
 from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import (
+    EARLY,
+    LATE,
+    NO_WINDOW,
+    Extents,
+    Plan,
+    PlanHeader,
+    Requests,
+    Step,
+    row_source,
+)
 from vllm_dsv4_indexer.ops import ascend, reference
-from vllm_dsv4_indexer.contract import Requests
 from vllm_dsv4_indexer.ops.requests import step_of
 
 CORES = (1, 7, 48)
@@ -217,8 +224,8 @@ MISTAKES = {
         ("tokens_.Seek(low_, high_)", "tokens_.Seek(0, args_.max_pos)"),
         (
             "const int64_t back = piece_.Get(kPositions, window) - candidate.position;",
-            "int64_t back = 0; while (back < kWindow && sources_.GetValue(Place(window) + kWindow - 1 "
-            "- back) != kRowZero - candidate.state_slot) ++back;",
+            "int64_t back = 0; while (back < kWindow && sources_.GetValue(Place(window) + kWindow "
+            "- 1 - back) != kRowZero - candidate.state_slot) ++back;",
         ),
     ],
     "the first token instead of the last": [

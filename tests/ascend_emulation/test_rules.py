@@ -1,4 +1,5 @@
-"""The emulation refuses what the documents forbid: each kernel of rules.h breaks one rule, or just keeps it."""
+"""The emulation refuses what the documents forbid: each kernel of rules.h breaks one rule, or just
+keeps it."""
 
 import re
 
@@ -82,6 +83,11 @@ def test_bytes_transfers_vector_repeats_and_scalars_are_counted(ascend_emulation
     counted, scalar = ascend_emulation.counts()
     assert len(counted) == 3
     for core in counted:
-        assert (core["read_bytes"], core["reads"], core["write_bytes"], core["writes"]) == (5 * 256, 5, 5 * 256, 5)
+        assert (core["read_bytes"], core["reads"], core["write_bytes"], core["writes"]) == (
+            5 * 256,
+            5,
+            5 * 256,
+            5,
+        )
         assert core["vector"] == {"Adds/float": [5, 5]}
     assert scalar[0]["scalar_global"] == 1

@@ -34,16 +34,27 @@ def result(folder) -> dict:
 
 def test_the_result_holds_every_call_of_every_contestant(result):
     assert {(c["case"], c["threads"], c["cache"]) for c in result["cells"]} == {
-        (f"{kind}, T={n}", 1, cache) for kind in ("one", "mixed") for n in (8, 40) for cache in ("warm", "cold")
+        (f"{kind}, T={n}", 1, cache)
+        for kind in ("one", "mixed")
+        for n in (8, 40)
+        for cache in ("warm", "cold")
     }
     for cell in result["cells"]:
         assert cell["nanoseconds"].keys() == {*NAMES, *FLOORS} - {"reference", *contestants.TAILS}
-        assert all(len(calls) >= measure.LEAST_ROUNDS and min(calls) > 0 for calls in cell["nanoseconds"].values())
+        assert all(
+            len(calls) >= measure.LEAST_ROUNDS and min(calls) > 0
+            for calls in cell["nanoseconds"].values()
+        )
 
 
 def test_the_result_names_the_machine(result):
     machine = result["machine"]
-    assert machine["cpu"] and machine["cores"] >= 1 and machine["isa"] and machine["torch"] == torch.__version__
+    assert (
+        machine["cpu"]
+        and machine["cores"] >= 1
+        and machine["isa"]
+        and machine["torch"] == torch.__version__
+    )
 
 
 def test_the_table_names_every_contestant_and_the_three_algorithms(result):
@@ -67,17 +78,32 @@ def test_compare_marks_what_became_slower(folder, result, tmp_path, capsys):
         cell["nanoseconds"]["cpu"] = [10 * max(cell["nanoseconds"]["cpu"])] * 3
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     capsys.readouterr()
-    assert cli.main(["bench", "compare", str(folder / "bench.json"), str(tmp_path / "slower.json")]) == 0
+    assert (
+        cli.main(["bench", "compare", str(folder / "bench.json"), str(tmp_path / "slower.json")])
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] == "slower" for line in lines if ": cpu " in line] == [True] * len(result["cells"])
+    assert [line.split()[-1] == "slower" for line in lines if ": cpu " in line] == [True] * len(
+        result["cells"]
+    )
     assert all("+0.0%" in line for line in lines if ": scatter_pool " in line)
 
 
-@pytest.mark.parametrize("key", ("machine", "cpu", "kv_dtype", "flops", "codes_changed", "floor_past_cache"))
+@pytest.mark.parametrize(
+    "key", ("machine", "cpu", "kv_dtype", "flops", "codes_changed", "floor_past_cache")
+)
 @pytest.mark.parametrize("place", (0, 1), ids=("before", "after"))
-def test_compare_says_which_key_a_file_of_another_version_lacks(folder, result, tmp_path, capsys, key, place):
+def test_compare_says_which_key_a_file_of_another_version_lacks(
+    folder, result, tmp_path, capsys, key, place
+):
     older = json.loads(json.dumps(result))
-    for holder in (older, older["machine"], older["options"], older["cells"][-1], older["cells"][-1]["nanoseconds"]):
+    for holder in (
+        older,
+        older["machine"],
+        older["options"],
+        older["cells"][-1],
+        older["cells"][-1]["nanoseconds"],
+    ):
         holder.pop(key, None)
     files = [str(folder / "bench.json")] * 2
     files[place] = str(tmp_path / "older.json")
@@ -85,16 +111,29 @@ def test_compare_says_which_key_a_file_of_another_version_lacks(folder, result, 
     capsys.readouterr()
     assert cli.main(["bench", "compare", *files]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{files[place]}, of another version, has no {key!r}; run `vllm-dsv4-indexer bench` again" in line
+    assert (
+        f"{files[place]}, of another version, has no {key!r}; run `vllm-dsv4-indexer bench` again"
+        in line
+    )
 
 
-def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_are_told(tmp_path, capsys):
+def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_are_told(
+    tmp_path, capsys
+):
     result = run(tmp_path, "--requests", "one", "--lengths", "8,40", "--hidden", "64,130")
     names = {"cpu", "vllm"} & set(NAMES)
-    assert {c["case"] for c in result["cells"]} == {f"one, T={n}, hidden {h}" for n in (8, 40) for h in (64, 130)}
+    assert {c["case"] for c in result["cells"]} == {
+        f"one, T={n}, hidden {h}" for n in (8, 40) for h in (64, 130)
+    }
     for cell in result["cells"]:
-        assert cell["nanoseconds"].keys() == {*names, *(f"{name}_projection" for name in names), *FLOORS}
-        assert cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= 0.01  # a tie among 256
+        assert cell["nanoseconds"].keys() == {
+            *names,
+            *(f"{name}_projection" for name in names),
+            *FLOORS,
+        }
+        assert (
+            cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= 0.01
+        )  # a tie among 256
     table = capsys.readouterr().out
     assert "GFLOP/s" in table and "cpu_projection" in table and "of floor" not in table
 
@@ -112,7 +151,13 @@ def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
 def test_a_step_runs_every_layer_on_caches_of_its_own(monkeypatch):
     case = cases.replace(cases.mix("short", 13), layers=3)
     calls = cases.make_layers(case, torch.bfloat16)
-    assert len({call.inner_state_cache.data_ptr() for call in calls} | {call.k_cache.data_ptr() for call in calls}) == 6
+    assert (
+        len(
+            {call.inner_state_cache.data_ptr() for call in calls}
+            | {call.k_cache.data_ptr() for call in calls}
+        )
+        == 6
+    )
     before = [call.inner_state_cache.clone() for call in calls]
     contestants.step(["cpu"], calls)["cpu"]()
     assert not any(torch.equal(call.inner_state_cache, old) for call, old in zip(calls, before))
@@ -123,8 +168,11 @@ def test_the_preset_step_measures_whole_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "steps", lambda: tiny)
     result = run(tmp_path, "--preset", "step")
     assert [c["case"] for c in result["cells"][::2]] == [
-        "decode, T=1, 21 layers", "decode, T=16, 21 layers", "one, T=128, 21 layers", "one, T=2048, 21 layers",
-    ]  # fmt: skip
+        "decode, T=1, 21 layers",
+        "decode, T=16, 21 layers",
+        "one, T=128, 21 layers",
+        "one, T=2048, 21 layers",
+    ]
     for cell in result["cells"]:
         assert cell["nanoseconds"].keys() == {*contestants.WHOLE, *FLOORS} & {*NAMES, *FLOORS}
 
@@ -134,7 +182,9 @@ def test_traffic_is_chats_and_long_documents_in_chunks():
     assert {c.kind for c in chunks} == {"chat", "document"}
     assert all(c.tokens <= 2000 for c in chunks if c.kind == "chat")
     documents = [c for c in chunks if c.kind == "document"]
-    assert {c.tokens for c in documents} == {2048, 4096, 8192} and max(c.context for c in documents) > 128 << 10
+    assert {c.tokens for c in documents} == {2048, 4096, 8192} and max(
+        c.context for c in documents
+    ) > 128 << 10
     assert len({c.name for c in documents}) == 3
 
 
@@ -159,7 +209,9 @@ def test_the_floor_moves_every_row_and_entry_and_nothing_else(case, past_cache):
     expected[slots // cases.PAGE, slots % cases.PAGE] = kv_score.float()
     entries = k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)).clone()
     written = k_slots[k_slots >= 0]
-    entries[written // 64, written % 64] = kv_score[k_slots >= 0, :64].contiguous().view(torch.uint8)
+    entries[written // 64, written % 64] = (
+        kv_score[k_slots >= 0, :64].contiguous().view(torch.uint8)
+    )
     contestants.contestants([], call)[past_cache]()
     assert torch.equal(state.view(torch.int32), expected.view(torch.int32))
     assert torch.equal(k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)), entries)
@@ -188,10 +240,19 @@ def test_a_contestant_with_other_results_is_not_timed():
         (["--seconds", "inf"], "--seconds is inf; it is at least 0"),
         (["--hidden", "64", "--implementations", "one_pass"], "'one_pass' is not one of cpu, vllm"),
         (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
-        (["--model", "ascend", "--seconds", "120"], "--seconds goes with measuring, and --model measures nothing"),
-        (["--kv-dtype", "bfloat16", "cost"], "--kv-dtype goes with measuring, and `cost` measures nothing"),
+        (
+            ["--model", "ascend", "--seconds", "120"],
+            "--seconds goes with measuring, and --model measures nothing",
+        ),
+        (
+            ["--kv-dtype", "bfloat16", "cost"],
+            "--kv-dtype goes with measuring, and `cost` measures nothing",
+        ),
         (["--model", "ascend", "cost"], "--model goes with measuring, and `cost` measures nothing"),
-        (["--output", "anywhere", "compare", "a", "b"], "--output goes with measuring, and `compare` measures nothing"),
+        (
+            ["--output", "anywhere", "compare", "a", "b"],
+            "--output goes with measuring, and `compare` measures nothing",
+        ),
         (["compare", "nowhere.json", "nowhere.json"], "nowhere.json cannot be read: "),
     ],
 )
@@ -201,7 +262,9 @@ def test_a_mistaken_option_is_one_line_and_status_2(options, message, capsys):
     assert message in line
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"no JSON", b"[]", b'{"cells": 1}', b'{"cells": [1]}'])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"no JSON", b"[]", b'{"cells": 1}', b'{"cells": [1]}']
+)
 def test_compare_names_a_file_that_is_no_result(tmp_path, capsys, content):
     (tmp_path / "file").write_bytes(content)
     assert cli.main(["bench", "compare", *[str(tmp_path / "file")] * 2]) == 2
@@ -209,7 +272,9 @@ def test_compare_names_a_file_that_is_no_result(tmp_path, capsys, content):
     assert f"{tmp_path / 'file'}" in line
 
 
-def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured first"))
     (tmp_path / "bench.json").write_text("earlier")
     (tmp_path / "bench.svg").mkdir()

@@ -12,16 +12,30 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowMLASpec
 from vllm_dsv4_indexer import cli, ops
 from vllm_dsv4_indexer.bench import cost
 from vllm_dsv4_indexer.bench.cases import PAGE, PAGE_BYTES, Case, make_call
-from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW, Call
+from vllm_dsv4_indexer.contract import (
+    FP8_ENTRY_BYTES,
+    FP8_PAGE_ENTRIES,
+    RATIO,
+    ROW_WIDTH,
+    WINDOW,
+    Call,
+)
 
 STATE_PAGE = SlidingWindowMLASpec(  # as CompressorStateCache of vLLM 0.32.0 asks for it
-    block_size=PAGE, num_kv_heads=1, head_size=ROW_WIDTH, dtype=torch.float32, sliding_window=WINDOW, alignment=576
+    block_size=PAGE,
+    num_kv_heads=1,
+    head_size=ROW_WIDTH,
+    dtype=torch.float32,
+    sliding_window=WINDOW,
+    alignment=576,
 )
 
 
 def some_case(seed: int) -> Case:
     pick = random.Random(seed)
-    requests = tuple((pick.randrange(20), pick.randrange(1, 24)) for _ in range(pick.randrange(1, 4)))
+    requests = tuple(
+        (pick.randrange(20), pick.randrange(1, 24)) for _ in range(pick.randrange(1, 4))
+    )
     return Case(f"seed {seed}", "mixed", requests)
 
 
@@ -33,7 +47,9 @@ def test_a_call_reads_and_writes_what_the_paper_says(seed, kv_dtype, way):
     assert cost.counted(case, kv_dtype, way) == cost.on_paper(case.requests, kv_dtype, way), case
 
 
-@pytest.mark.parametrize("requests", [((start, n),) for start in range(9) for n in (1, 4, 9)], ids=str)
+@pytest.mark.parametrize(
+    "requests", [((start, n),) for start in range(9) for n in (1, 4, 9)], ids=str
+)
 def test_a_call_that_saves_reads_the_half_rows_of_the_paper_and_no_other(requests):
     case = Case("", "one", requests)
     call = make_call(case, torch.bfloat16)
@@ -46,7 +62,9 @@ def test_a_byte_of_padding_that_a_call_writes_is_counted(monkeypatch):
     def careless(*arguments, **options):
         compress(*arguments, **options)
         state = Call(*arguments).inner_state_cache
-        state.as_strided((1,), (1,), PAGE * ROW_WIDTH).view(torch.uint8)[0] = 0x55  # behind the rows of the first page
+        state.as_strided((1,), (1,), PAGE * ROW_WIDTH).view(torch.uint8)[0] = (
+            0x55  # behind the rows of the first page
+        )
 
     case = some_case(0)
     expected = cost.on_paper(case.requests, torch.bfloat16, "full")
@@ -57,9 +75,13 @@ def test_a_byte_of_padding_that_a_call_writes_is_counted(monkeypatch):
 
 def test_vllm_pads_pages_of_both_kinds_to_the_stride_on_paper():
     k_page = MLAAttentionSpec(
-        block_size=RATIO * FP8_PAGE_ENTRIES, num_kv_heads=1, head_size=FP8_ENTRY_BYTES, dtype=torch.uint8,
-        tokens_per_state=RATIO, alignment=576,
-    )  # fmt: skip
+        block_size=RATIO * FP8_PAGE_ENTRIES,
+        num_kv_heads=1,
+        head_size=FP8_ENTRY_BYTES,
+        dtype=torch.uint8,
+        tokens_per_state=RATIO,
+        alignment=576,
+    )
     assert STATE_PAGE.page_size_bytes == k_page.page_size_bytes == PAGE_BYTES
 
 
@@ -70,7 +92,11 @@ def test_a_request_holds_the_state_pages_that_vllm_allocates(chunk):
     for start in range(RATIO):
         pool = BlockPool(4 * chunk + 64, enable_caching=False, hash_block_size=PAGE)
         manager = SlidingWindowManager(
-            STATE_PAGE, block_pool=pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=PAGE
+            STATE_PAGE,
+            block_pool=pool,
+            enable_caching=False,
+            kv_cache_group_id=0,
+            scheduler_block_size=PAGE,
         )
         free = pool.get_num_free_blocks()
         for computed in (0, *range(16 + start, 16 + start + 4 * chunk, chunk)):
@@ -84,7 +110,12 @@ def test_a_request_holds_the_state_pages_that_vllm_allocates(chunk):
 def test_at_any_context_a_prompt_costs_the_same_bytes_a_token():
     for chunk in cost.CHUNKS:
         per_token = {
-            sum(cost.on_paper(tuple((s, chunk) for s in range(0, context, chunk)), torch.bfloat16, "full")) / context
+            sum(
+                cost.on_paper(
+                    tuple((s, chunk) for s in range(0, context, chunk)), torch.bfloat16, "full"
+                )
+            )
+            / context
             for context in cost.CONTEXTS
         }
         assert max(per_token) - min(per_token) < 1  # the first chunk has no history to read

@@ -1,4 +1,5 @@
-"""The demo checkpoint in transformers: it loads as it is, and its outputs say something about its inputs."""
+"""The demo checkpoint in transformers: it loads as it is, and its outputs say something about its
+inputs."""
 
 import math
 
@@ -12,7 +13,9 @@ PROMPT = torch.arange(1000, 1064)[None] * 7
 
 
 def load(directory):
-    return DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    return DeepseekV4ForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,9 @@ def test_short_prompts_depend_on_the_compressed_entries_of_ratio_4(model, layer,
 def test_prompts_past_the_top_k_depend_on_the_indexer(model, monkeypatch):
     tokens = torch.randint(VOCABULARY, (1, 256), generator=torch.Generator().manual_seed(0))
     indexer = model.model.layers[1].self_attn.compressor.indexer
-    monkeypatch.setattr(indexer, "index_topk", 16)  # of 64 entries: the real 512 would take a prompt of 2K tokens
+    monkeypatch.setattr(
+        indexer, "index_topk", 16
+    )  # of 64 entries: the real 512 would take a prompt of 2K tokens
     before = logprobs(model, tokens, 8)
     monkeypatch.setattr(indexer.kv_norm.weight, "data", -indexer.kv_norm.weight)
     assert (logprobs(model, tokens, 8) - before).abs().max() > 1

@@ -1,13 +1,31 @@
-"""The engines of this folder. Starting one takes half a minute, so each runs once, with all that is asked of it."""
+"""The engines of this folder. Starting one takes half a minute, so each runs once, with all that is
+asked of it."""
 
 from pathlib import Path
 
 import pytest
 from engine import (
-    ALONE, BATCHED, DRAFTED, FEW, GREEDY, MIXED, MORE_LENGTHS, MORE_MIXTURES, PREEMPTED, PREFIXES,
-    REPEATED, SHORT_LENGTHS, SHORT_MIXTURES, SHORT_STEP, SPAWNED, STAGED, Result, alone_and_mixed,
-    run_engine, two_processes,
-)  # fmt: skip
+    ALONE,
+    BATCHED,
+    DRAFTED,
+    FEW,
+    GREEDY,
+    MIXED,
+    MORE_LENGTHS,
+    MORE_MIXTURES,
+    PREEMPTED,
+    PREFIXES,
+    REPEATED,
+    SHORT_LENGTHS,
+    SHORT_MIXTURES,
+    SHORT_STEP,
+    SPAWNED,
+    STAGED,
+    Result,
+    alone_and_mixed,
+    run_engine,
+    two_processes,
+)
 
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
 TAIL = {"dsv4_indexer": {"state_save": "tail"}}
@@ -15,7 +33,8 @@ TAIL = {"dsv4_indexer": {"state_save": "tail"}}
 
 @pytest.fixture(scope="session")
 def engine(checkpoint, tmp_path_factory):
-    """Runs one engine, on the demo checkpoint unless told: `engine(name, rounds, model=..., **options)`."""
+    """Runs one engine, on the demo checkpoint unless told: `engine(name, rounds, model=...,
+    **options)`."""
 
     def run(name: str, rounds: list[dict], model: Path = checkpoint, **options) -> Result:
         return run_engine(tmp_path_factory.mktemp(name), model, rounds, **options)
@@ -27,7 +46,11 @@ def engine(checkpoint, tmp_path_factory):
 def stock(engine) -> Result:
     """The engine's own compressor, under our metadata: what everything is compared with."""
     return engine(
-        "stock", [*ALONE, BATCHED], caches=True, enable_prefix_caching=False, additional_config=STOCK
+        "stock",
+        [*ALONE, BATCHED],
+        caches=True,
+        enable_prefix_caching=False,
+        additional_config=STOCK,
     )
 
 
@@ -39,19 +62,30 @@ def ours(engine) -> Result:
 
 @pytest.fixture(scope="session")
 def preempted(engine) -> Result:
-    """Prompts past the indexer's top-k, first together in a KV cache that holds one of them and a bit, then each alone.
+    """Prompts past the indexer's top-k, first together in a KV cache that holds one of them and a
+    bit, then each alone.
 
-    Small steps, since a step's own pages would be the slack; and vLLM must start what it cannot be sure to finish.
+    Small steps, since a step's own pages would be the slack; and vLLM must start what it cannot be
+    sure to finish.
     """
-    rounds = [dict(prompts=some, sampling=GREEDY | dict(max_tokens=40)) for some in (PREEMPTED, *zip(PREEMPTED))]
-    options = dict(max_model_len=3072, max_num_batched_tokens=127, max_num_seqs=8, kv_cache_memory_bytes=9 << 20)
+    rounds = [
+        dict(prompts=some, sampling=GREEDY | dict(max_tokens=40))
+        for some in (PREEMPTED, *zip(PREEMPTED))
+    ]
+    options = dict(
+        max_model_len=3072,
+        max_num_batched_tokens=127,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=9 << 20,
+    )
     options |= dict(scheduler_reserve_full_isl=False, enable_prefix_caching=False)
     return engine("preempted", rounds, **options)
 
 
 @pytest.fixture(scope="session")
 def chunked(engine) -> Result:
-    """A step takes 509 tokens, a prime, so that chunks start anywhere in a window; prefixes are cached.
+    """A step takes 509 tokens, a prime, so that chunks start anywhere in a window; prefixes are
+    cached.
 
     Rounds: each prompt alone; each of the PREFIXES twice.
     """
@@ -78,7 +112,8 @@ def short_prompts_stock(engine) -> Result:
 
 @pytest.fixture(scope="session")
 def two_workers(engine) -> Result:
-    """Tensor parallelism over two workers, in chunks, compiled as vLLM chooses to (no --enforce-eager)."""
+    """Tensor parallelism over two workers, in chunks, compiled as vLLM chooses to (no
+    --enforce-eager)."""
     return engine("two_workers", FEW, **two_worker_options())
 
 
@@ -89,13 +124,17 @@ def two_stock_workers(engine) -> Result:
 
 def two_worker_options() -> dict:
     return dict(
-        environment=two_processes(), tensor_parallel_size=2, enforce_eager=False, max_num_batched_tokens=1024
+        environment=two_processes(),
+        tensor_parallel_size=2,
+        enforce_eager=False,
+        max_num_batched_tokens=1024,
     )
 
 
 @pytest.fixture(scope="session")
 def six_layers(tmp_path_factory):
-    """A checkpoint of which each half has a layer of every kind, as vLLM wants it of a pipeline stage."""
+    """A checkpoint of which each half has a layer of every kind, as vLLM wants it of a pipeline
+    stage."""
     from vllm_dsv4_indexer.checkpoint import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("models") / "six-layers", layers=6)
@@ -103,7 +142,8 @@ def six_layers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_stages(engine, six_layers) -> Result:
-    """Pipeline parallelism over two workers, in chunks. Rounds: some prompts, each alone; all of them together."""
+    """Pipeline parallelism over two workers, in chunks. Rounds: some prompts, each alone; all of
+    them together."""
     options = dict(pipeline_parallel_size=2, environment=two_processes())
     return engine("two_stages", STAGED, six_layers, **options, **staged_options())
 
@@ -111,7 +151,9 @@ def two_stages(engine, six_layers) -> Result:
 @pytest.fixture(scope="session")
 def one_stage(engine, six_layers) -> Result:
     """The same in one worker of one thread, as each of the stages has."""
-    return engine("one_stage", STAGED, six_layers, environment={"OMP_NUM_THREADS": "1"}, **staged_options())
+    return engine(
+        "one_stage", STAGED, six_layers, environment={"OMP_NUM_THREADS": "1"}, **staged_options()
+    )
 
 
 def staged_options() -> dict:
@@ -134,7 +176,13 @@ def full(engine) -> Result:
 @pytest.fixture(scope="session")
 def tail(engine) -> Result:
     """The same with tail-only saving, for which prefix caching must be off."""
-    return engine("tail", [MIXED, REPEATED], additional_config=TAIL, enable_prefix_caching=False, **recorded_chunks())
+    return engine(
+        "tail",
+        [MIXED, REPEATED],
+        additional_config=TAIL,
+        enable_prefix_caching=False,
+        **recorded_chunks(),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +194,8 @@ def unsafe_tail(engine) -> Result:
 
 @pytest.fixture(scope="session")
 def drafted(engine) -> Result:
-    """Rounds: DRAFTED, and again with drafts, of which some are wrong. Prompts of unlike lengths decode together."""
+    """Rounds: DRAFTED, and again with drafts, of which some are wrong. Prompts of unlike lengths
+    decode together."""
     return engine("drafted", [DRAFTED, DRAFTED], **with_drafts())
 
 

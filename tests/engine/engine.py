@@ -14,7 +14,9 @@ import numpy as np
 INDEXERS = 2  # layers of the demo checkpoint that have one
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
-SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # engine core and workers in processes of their own
+SPAWNED = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1"
+}  # engine core and workers in processes of their own
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
 
 
@@ -35,9 +37,9 @@ STAGED = [*(dict(prompts=[one], sampling=GREEDY) for one in MIXED["prompts"]), M
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
 PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
 
-# Short prompts beside long ones, by length. With steps of 2100 tokens, what is behind a prompt of 2100
-# starts while that one decodes, and what is behind another long one starts with its last chunk. So
-# there are steps whose prefills have no entry, and steps whose last prefill has none.
+# Short prompts beside long ones, by length. With steps of 2100 tokens, what is behind a prompt of
+# 2100 starts while that one decodes, and what is behind another long one starts with its last
+# chunk. So there are steps whose prefills have no entry, and steps whose last prefill has none.
 SHORT_STEP = 2100
 SHORT_MIXTURES = ((2100, 3, 2, 1), (2100, 4, 3), (1, 2100, 4, 2))
 SHORT_LENGTHS = (1, 2, 3, 4, 2100)  # of these mixtures
@@ -54,7 +56,8 @@ def alone_and_mixed(lengths: tuple[int, ...], mixtures: tuple[tuple[int, ...], .
 
 DRAFTED_LENGTHS, DRAFTED_TOKENS = (1, 6, 129, 2010), 37
 DRAFTED = dict(
-    prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS], sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS)
+    prompts=[prompt(length, seed=4) for length in DRAFTED_LENGTHS],
+    sampling=GREEDY | dict(max_tokens=DRAFTED_TOKENS),
 )
 
 
@@ -62,16 +65,20 @@ DRAFTED = dict(
 class Result:
     rounds: list[list[dict]]
     metrics: dict[str, int]  # vLLM's own counters
-    native: bool  # whether the process loaded our native library; its workers, if it has any, are not asked
+    # whether the process loaded our native library; its workers, if it has any, are not asked
+    native: bool
     saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
     log: str
 
     @property
     def caches(self) -> dict[str, np.ndarray]:
-        return {name: array for name, array in self.saved.items() if not name.startswith("entries ")}
+        return {
+            name: array for name, array in self.saved.items() if not name.startswith("entries ")
+        }
 
     def entries(self, number: int) -> list[np.ndarray]:
-        """By indexer layer, what a round stored: [entries, 132], in the order of the steps and their tokens."""
+        """By indexer layer, what a round stored: [entries, 132], in the order of the steps and
+        their tokens."""
         prefix = f"entries {number % len(self.rounds)} "
         calls = [array for name, array in self.saved.items() if name.startswith(prefix)]
         return [np.concatenate(calls[layer::INDEXERS]) for layer in range(INDEXERS)]
@@ -81,8 +88,10 @@ class Result:
         return {length: answers[0] for length, answers in zip(lengths, self.rounds)}
 
     def work(self, rank: int = 0) -> tuple[int, ...]:
-        """Calls, tokens, entries and plans, as the worker of that rank counted them in its last account."""
-        account = rf"rank {rank}: compress was called (\d+) times on (\d+) tokens and wrote (\d+) entries .*; (\d+) plans"
+        """Calls, tokens, entries and plans, as the worker of that rank counted them in its last
+        account."""
+        called = rf"rank {rank}: compress was called (\d+) times on (\d+) tokens"
+        account = rf"{called} and wrote (\d+) entries .*; (\d+) plans"
         return tuple(map(int, re.findall(account, self.log)[-1]))
 
 
@@ -97,11 +106,13 @@ def run_engine(
     environment=None,
     **options,
 ) -> Result:
-    """Run one engine with our backend in a process of its own, and return what it answered and logged.
+    """Run one engine with our backend in a process of its own, and return what it answered and
+    logged.
 
     caches, entries, without: see run_engine.py; the first two want the worker in that process.
 
-    In one process vLLM schedules all requests of a round at once, so that two engines see the same batches.
+    In one process vLLM schedules all requests of a round at once, so that two engines see the same
+    batches.
     """
     job = dict(options=complete(model, options), rounds=rounds)
     job |= dict(caches=caches, entries=entries, projections=projections, without=without)
@@ -112,19 +123,31 @@ def run_engine(
 
 
 def complete(model: Path, options: dict) -> dict:
-    """The arguments of LLM: our backend and what all engines here have in common, unless `options` say otherwise."""
-    defaults = dict(attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192)
+    """The arguments of LLM: our backend and what all engines here have in common, unless `options`
+    say otherwise."""
+    defaults = dict(
+        attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192
+    )
     defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
     return dict(model=str(model)) | defaults | options
 
 
-def launch(script: str, folder: Path, job: dict, result: Path, environment: dict[str, str] | None) -> str:
+def launch(
+    script: str, folder: Path, job: dict, result: Path, environment: dict[str, str] | None
+) -> str:
     """Run a script of this folder on a job, in a process of its own; returns what it logged."""
     (folder / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder / "job.json"), str(result)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name(script)),
+        str(folder / "job.json"),
+        str(result),
+    ]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {})
     with (folder / "log").open("w+") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600)
+        done = subprocess.run(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600
+        )
         log.seek(0)
         lines = log.read()
     assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
@@ -138,15 +161,18 @@ def two_processes() -> dict[str, str]:
 
 
 def largest_difference(one: dict, other: dict) -> float:
-    """How far two answers' log-probabilities differ, as far as the two answers have the same tokens.
+    """How far two answers' log-probabilities differ, as far as the two answers have the same
+    tokens.
 
-    Asserts that the first token in which they differ was a toss-up: that its margin over the second is no larger than
-    twice the difference seen up to it.
+    Asserts that the first token in which they differ was a toss-up: that its margin over the second
+    is no larger than twice the difference seen up to it.
     """
     largest = 0.0
     for position, (a, b) in enumerate(zip(one["logprobs"], other["logprobs"], strict=True)):
         common = a.keys() & b.keys()
-        assert common, f"no token among the most likely ones of both at position {position}: {a} {b}"
+        assert common, (
+            f"no token among the most likely ones of both at position {position}: {a} {b}"
+        )
         largest = max(largest, *(abs(a[token] - b[token]) for token in common))
         if one["tokens"][position] != other["tokens"][position]:
             first, second = sorted(a.values(), reverse=True)[:2]

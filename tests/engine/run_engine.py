@@ -1,12 +1,13 @@
 """Runs one engine in a process of its own: `python run_engine.py JOB.json RESULT.json`.
 
-JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments of SamplingParams}],
-"caches", "entries", "projections": whether to save, beside RESULT, as .npz, the indexers' caches, what each call of the
-op stored, and what goes into and comes out of the projections in front of them, "without": functions of
-engines/vllm_cpu.py that do nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters,
-"native": whether our native library is in this process};
-an answer has the generated tokens, for each of them the log-probabilities of the most likely ones, the same for the
-prompt if asked for, and how many prompt tokens came from the prefix cache.
+JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments
+of SamplingParams}], "caches", "entries", "projections": whether to save, beside RESULT, as .npz,
+the indexers' caches, what each call of the op stored, and what goes into and comes out of the
+projections in front of them, "without": functions of engines/vllm_cpu.py that do nothing in this
+process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters, "native": whether our
+native library is in this process}; an answer has the generated tokens, for each of them the
+log-probabilities of the most likely ones, the same for the prompt if asked for, and how many prompt
+tokens came from the prefix cache.
 """
 
 import json
@@ -37,12 +38,16 @@ def main(job_file: str, result_file: str) -> None:
         rounds.append([answer(output) for output in generate(llm, **one)])
         entries |= {f"entries {number} {call}": array for call, array in enumerate(calls)}
         calls.clear()
-    metrics = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    metrics = {
+        metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)
+    }
     arrays = {name: np.concatenate(calls) for name, calls in projections.items()}
     arrays |= indexer_caches(llm) if job["caches"] else {}
     np.savez(Path(result_file).with_suffix(".npz"), **arrays, **entries)
     native = "libdsv4_indexer" in Path("/proc/self/maps").read_text()
-    Path(result_file).write_text(json.dumps({"rounds": rounds, "metrics": metrics, "native": native}))
+    Path(result_file).write_text(
+        json.dumps({"rounds": rounds, "metrics": metrics, "native": native})
+    )
 
 
 def generate(llm: LLM, prompts: list[list[int]], sampling: dict) -> list[RequestOutput]:
@@ -65,9 +70,11 @@ def logprobs(position: dict) -> dict[int, float]:
 
 
 def record_calls() -> list[np.ndarray]:
-    """A list that grows by each call of the op: the entries that it stored, [entries, 132], in the order of its tokens.
+    """A list that grows by each call of the op: the entries that it stored, [entries, 132], in the
+    order of its tokens.
 
-    They can be compared between engines that lay out their caches differently; the worker runs in this process.
+    They can be compared between engines that lay out their caches differently; the worker runs in
+    this process.
     """
     calls, run = [], ops.BoundLayer.run
 

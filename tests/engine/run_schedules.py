@@ -1,10 +1,10 @@
 """Runs schedules in one engine: `python run_schedules.py JOB.json RESULT.pickle`.
 
-JOB: {"options": arguments of LLM, "schedules": as in schedules.py}. Each schedule meets an empty prefix
-cache, and the engine core is in this process, so that the steps are the same every time.
-RESULT: {"schedules": [[by request, what each worker stored], ...], "alone": [what each worker stored,
-...], "metrics": vLLM's counters}. "alone" has every sequence of tokens that the model took, computed
-again with no other request and nothing cached.
+JOB: {"options": arguments of LLM, "schedules": as in schedules.py}. Each schedule meets an empty
+prefix cache, and the engine core is in this process, so that the steps are the same every time.
+RESULT: {"schedules": [[by request, what each worker stored], ...], "alone": [what each worker
+stored, ...], "metrics": vLLM's counters}. "alone" has every sequence of tokens that the model took,
+computed again with no other request and nothing cached.
 """
 
 import json
@@ -56,9 +56,7 @@ def run(
     return [[stored[number] for stored in workers] for number in range(len(requests))]
 
 
-def due(
-    coming: dict[int, dict], tokens: dict[int, list[int]], step: int
-) -> dict[int, list[int]]:
+def due(coming: dict[int, dict], tokens: dict[int, list[int]], step: int) -> dict[int, list[int]]:
     """The prompts of the requests that are to come before this step; tokens: of those that ran."""
     prompts = {}
     for number, one in coming.items():

@@ -1,7 +1,8 @@
 """Schedules: which requests come when, with prefixes that they share.
 
 A request is a dict: `prompt`, `max_tokens`, and `step`, before which it comes. A fork has `of` and
-`at` instead: it comes when request number `of` is `at` tokens long, and its prompt stands behind these.
+`at` instead: it comes when request number `of` is `at` tokens long, and its prompt stands behind
+these.
 
 A schedule is a dict: `name`, `requests`, `budget`, the tokens that a step takes, and `restart`, the
 step before which all that runs is preempted and the prefix cache emptied (0: never). Then all of it
@@ -28,7 +29,8 @@ def burst(common: int, *tails: int, budget: int = WHOLE) -> dict:
 
 
 def forks() -> dict:
-    """Requests that come while another one fills the block that they share, with a token that it says."""
+    """Requests that come while another one fills the block that they share, with a token that it
+    says."""
     lengths = BLOCK - 3, 2 * BLOCK - 4
     first = [_request(prompt(length, seed=7), max_tokens=9) for length in lengths]
     later = [_fork(of, (of + 1) * BLOCK, tail) for of in (0, 1) for tail in (1, 4, 61)]
@@ -36,8 +38,8 @@ def forks() -> dict:
 
 
 def random_schedule(seed: int, requests: int = 8) -> dict:
-    """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may itself
-    share them, and some are forks of one that runs."""
+    """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may
+    itself share them, and some are forks of one that runs."""
     draw = random.Random(f"schedule {seed}")
     first = prompt(BLOCK * draw.randint(1, 3) - draw.randint(1, 20), seed=seed)
     second = prompt(BLOCK + 1, seed=seed)
@@ -50,7 +52,9 @@ def random_schedule(seed: int, requests: int = 8) -> dict:
         if draw.random() < 0.4 and filled < min(length + answer, LONGEST):
             chosen.append(_fork(number, filled, tail))
         elif length >= BLOCK:
-            shared = chosen[number]["prompt"][: BLOCK * draw.randint(1, min(length, LONGEST) // BLOCK)]
+            shared = chosen[number]["prompt"][
+                : BLOCK * draw.randint(1, min(length, LONGEST) // BLOCK)
+            ]
             step = chosen[number]["step"] + draw.choice([0, 0, 1, 4])
             tokens = [*shared, *prompt(tail, seed=len(chosen))]
             chosen.append(_request(tokens, step, draw.randint(1, 12)))
@@ -63,7 +67,8 @@ def _schedule(name: str, requests: list[dict], budget: int = WHOLE, restart: int
 
 
 def written(requests: list[dict], number: int) -> int:
-    """How many tokens of the request nobody had to say first: its prompt, or that of the one it forks."""
+    """How many tokens of the request nobody had to say first: its prompt, or that of the one it
+    forks."""
     one = requests[number]
     return written(requests, one["of"]) if "of" in one else len(one["prompt"])
 

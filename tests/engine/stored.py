@@ -1,4 +1,5 @@
-"""What the indexers' K caches hold for each request of a running engine, read as the engine reads it.
+"""What the indexers' K caches hold for each request of a running engine, read as the engine reads
+it.
 
 The functions run in the workers: `llm.collective_rpc(watch)` before, `take` after.
 """
@@ -15,8 +16,8 @@ from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, RATIO
 class Stored:
     """A request as its last step left it.
 
-    lengths: by step, how many tokens counted as computed before it, and behind it.
-    tokens: all that the model took, drafts too. entries: of these, uint8 [layers, tokens // 4, 132].
+    lengths: by step, how many tokens counted as computed before it, and behind it. tokens: all that
+    the model took, drafts too. entries: of these, uint8 [layers, tokens // 4, 132].
     """
 
     lengths: dict[int, tuple[int, int]]
@@ -25,7 +26,8 @@ class Stored:
 
 
 def watch(worker: Any) -> None:
-    """From now on read each request's entries, through its block table, behind every step it is in."""
+    """From now on read each request's entries, through its block table, behind every step it is
+    in."""
     runner = worker.model_runner
     runner.stored, runner.step = {}, 0
     execute = runner.execute_model

@@ -1,4 +1,5 @@
-"""The projection in front of the indexer's compressor, in the engine: ours, exact, and the engine's own, rounded."""
+"""The projection in front of the indexer's compressor, in the engine: ours, exact, and the engine's
+own, rounded."""
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.bench.cases import Case, make_call
 from vllm_dsv4_indexer.contract import FP8_SCALE_OFFSET, KV_WIDTH, ROW_WIDTH, WINDOW
 
-LAYER = "model.layers.1.attn.indexer"  # the first with an indexer: nothing before it depends on the projection
+# the first with an indexer: nothing before it depends on the projection
+LAYER = "model.layers.1.attn.indexer"
 TOKENS = 2048
 
 
@@ -20,7 +22,9 @@ def engines(engine) -> dict[str, Result]:
     options = dict(caches=True, projections=True, enable_prefix_caching=False)
     rounds = [dict(prompts=[prompt(TOKENS)], sampling=GREEDY)]
     return {
-        name: engine(name, rounds, additional_config={"dsv4_indexer": {"projection": name}}, **options)
+        name: engine(
+            name, rounds, additional_config={"dsv4_indexer": {"projection": name}}, **options
+        )
         for name in ("exact", "engine")
     }
 
@@ -55,11 +59,14 @@ def test_the_exact_projection_is_never_rounded_to_bfloat16_and_the_engines_is(en
         assert lowest <= error <= highest, name
 
 
-def test_the_exact_projection_changes_at_most_two_codes_in_ten_thousand_and_the_engines_one_in_twenty(
+def test_the_exact_projection_changes_two_codes_in_ten_thousand_and_the_engines_one_in_twenty(
     engines, in_float64
 ):
     expected = codes(in_float64)
-    changed = {name: (codes(kv_score(result)) != expected).sum() / (TOKENS * 32) for name, result in engines.items()}
+    changed = {
+        name: (codes(kv_score(result)) != expected).sum() / (TOKENS * 32)
+        for name, result in engines.items()
+    }
     assert changed["exact"] <= 2e-4 and 0.04 <= changed["engine"] <= 0.1
 
 

@@ -1,5 +1,5 @@
-"""`LLM` with our backend: against the engine's own compressor, against itself under other schedules, and against
-transformers."""
+"""`LLM` with our backend: against the engine's own compressor, against itself under other
+schedules, and against transformers."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,12 @@ from vllm_dsv4_indexer.contract import RATIO
 
 INDEX_TOPK = 512  # of the demo checkpoint
 
-# Of log-probabilities. Another batch shape goes through another kernel of the engine's last matrix product, whose
-# bfloat16 logits have steps of 1/16 here: 0.12 is the largest difference seen.
+# Of log-probabilities. Another batch shape goes through another kernel of the engine's last matrix
+# product, whose bfloat16 logits have steps of 1/16 here: 0.12 is the largest difference seen.
 SHAPE_TOLERANCE = 0.25
-# Two workers, or transformers in fp32 with an unquantised KV cache, round differently in every layer, and an expert at the
-# border changes with it: 0.35 is the largest difference seen. With more than 512 entries so does a selected one: 0.84.
+# Two workers, or transformers in fp32 with an unquantised KV cache, round differently in every
+# layer, and an expert at the border changes with it: 0.35 is the largest difference seen. With more
+# than 512 entries so does a selected one: 0.84.
 LAYER_TOLERANCE = 0.5
 TOPK_TOLERANCE = 1.0
 
@@ -25,7 +26,8 @@ def test_tokens_and_logprobs_are_those_of_the_stock_compressor(ours, stock, leng
 
 
 def assert_same(length: int, one: dict, other: dict) -> None:
-    """Bitwise, while every entry is selected. Then one of which a code is rounded the other way may not be any more."""
+    """Bitwise, while every entry is selected. Then one of which a code is rounded the other way may
+    not be any more."""
     if (length + len(one["tokens"])) // RATIO <= INDEX_TOPK:
         assert one == other
     else:
@@ -45,7 +47,8 @@ def test_the_caches_hold_what_the_stock_compressor_would_have_written(ours, stoc
         differing = mine != theirs
         assert written > 100_000
         assert differing.sum() <= 1e-4 * written and abs(mine - theirs).max() <= 1, name
-        # State and K pages lie in one storage: bytes of a K page are all that may differ in the view of the state.
+        # State and K pages lie in one storage: bytes of a K page are all that may differ in the
+        # view of the state.
         state = name.replace(".k", ".state")
         changed = ours.caches[state].view(np.uint8) != stock.caches[state].view(np.uint8)
         assert set(np.nonzero(changed)[0]) <= set(np.nonzero(differing)[0])
@@ -53,7 +56,8 @@ def test_the_caches_hold_what_the_stock_compressor_would_have_written(ours, stoc
 
 def test_the_worker_says_at_shut_down_what_the_op_did(ours, stock):
     calls, tokens, entries, plans = ours.work()
-    # Two indexer layers; every token of 20 prompts, alone and in a batch, and 7 of 8 generated ones pass the op.
+    # Two indexer layers; every token of 20 prompts, alone and in a batch, and 7 of 8 generated ones
+    # pass the op.
     assert tokens == 2 * 2 * sum(length + 7 for length in LENGTHS)
     assert entries == 2 * 2 * sum((length + 7) // 4 for length in LENGTHS)
     assert calls >= 2 * (len(LENGTHS) * 8 + 8)
@@ -92,9 +96,15 @@ def test_tensor_parallelism_changes_no_answer(two_workers, ours, length):
     assert difference <= (LAYER_TOLERANCE if length <= 2050 else TOPK_TOLERANCE)
 
 
-def test_two_workers_give_the_tokens_and_logprobs_of_the_stock_compressor(two_workers, two_stock_workers):
+def test_two_workers_give_the_tokens_and_logprobs_of_the_stock_compressor(
+    two_workers, two_stock_workers
+):
     for length in FEW_LENGTHS:
-        assert_same(length, two_workers.alone(FEW_LENGTHS)[length], two_stock_workers.alone(FEW_LENGTHS)[length])
+        assert_same(
+            length,
+            two_workers.alone(FEW_LENGTHS)[length],
+            two_stock_workers.alone(FEW_LENGTHS)[length],
+        )
 
 
 def test_both_tensor_parallel_workers_compress(two_workers):
@@ -121,7 +131,9 @@ def test_transformers_in_fp32_agrees(transformers_model, ours, length):
     with torch.inference_mode():
         logits = transformers_model(tokens, logits_to_keep=len(answer["tokens"])).logits[0]
     expected = logits.log_softmax(-1)
-    for position, (token, logprobs) in enumerate(zip(answer["tokens"], answer["logprobs"], strict=True)):
+    for position, (token, logprobs) in enumerate(
+        zip(answer["tokens"], answer["logprobs"], strict=True)
+    ):
         ids = torch.tensor([int(name) for name in logprobs])
         seen = torch.tensor(list(logprobs.values()))
         assert (expected[position, ids] - seen).abs().max() <= LAYER_TOLERANCE, position

@@ -1,4 +1,5 @@
-"""The metadata that vLLM has only as Triton kernels, against the plainest loops that say what it is."""
+"""The metadata that vLLM has only as Triton kernels, against the plainest loops that say what it
+is."""
 
 from types import SimpleNamespace
 
@@ -28,12 +29,18 @@ def provided():
 
 @pytest.fixture(params=BATCHES.values(), ids=BATCHES)
 def batch(request, provided):
-    """Requests as (first position, tokens) and what vLLM's builders hand to the kernels for them."""
+    """Requests as (first position, tokens) and what vLLM's builders hand to the kernels for
+    them."""
     requests = request.param
     lengths = torch.tensor([tokens for _, tokens in requests])
     query_start_loc = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
     seq_lens = torch.tensor([start + tokens for start, tokens in requests], dtype=torch.int32)
-    table = torch.randperm(len(requests) * 8, generator=torch.Generator().manual_seed(0)).int().view(-1, 8) + 1
+    table = (
+        torch.randperm(len(requests) * 8, generator=torch.Generator().manual_seed(0))
+        .int()
+        .view(-1, 8)
+        + 1
+    )
     return requests, query_start_loc, seq_lens, table
 
 
@@ -53,7 +60,14 @@ def test_the_last_token_of_a_group_gets_the_slot_of_its_entry(batch):
     own_slots = torch.arange(tokens)
     own_slots[::5] = PAD  # a token without a slot of its own gets none for its entry
     mapped = compressor_utils.get_compressed_slot_mapping(
-        tokens, own_slots, query_start_loc, seq_lens, table, PAGE, RATIO, out=torch.zeros(tokens + 4, dtype=torch.int64)
+        tokens,
+        own_slots,
+        query_start_loc,
+        seq_lens,
+        table,
+        PAGE,
+        RATIO,
+        out=torch.zeros(tokens + 4, dtype=torch.int64),
     )
     expected = []
     for request, (start, count) in enumerate(requests):
@@ -88,14 +102,16 @@ def test_a_prefill_token_may_score_the_entries_up_to_its_own(batch):
     assert chunk.token_to_seq.tolist() == [r for r, n in enumerate(entries) for _ in range(n)]
 
 
-def test_a_token_that_may_score_entries_is_found_to_be_of_its_own_request_and_any_token_of_one(batch):
+def test_a_token_that_may_score_entries_is_found_to_be_of_its_own_request_and_any_token_of_one(
+    batch,
+):
     """By the look-up in `forward_cpu` of vLLM's indexer."""
     requests, chunk = batch[0], prefill_chunk(batch)
     found = torch.searchsorted(chunk.local_cu_seq_lens, chunk.cu_seqlen_ks, right=True) - 1
     own = torch.tensor([r for r, (_, count) in enumerate(requests) for _ in range(count)])
     scores = chunk.cu_seqlen_ke > chunk.cu_seqlen_ks
     assert found[scores].tolist() == own[scores].tolist()
-    assert 0 <= found.min() and found.max() < len(requests)
+    assert found.min() >= 0 and found.max() < len(requests)
 
 
 def test_prefills_without_an_entry_get_an_empty_chunk_of_all_their_tokens(provided):
@@ -117,7 +133,9 @@ def test_a_token_and_each_of_its_drafts_become_a_request_of_one_token(provided):
     table = torch.arange(4 * width, dtype=torch.int32).view(4, width)
     lengths, ones = torch.full((2, 13), 99, dtype=torch.int32)
     pages = torch.full((13, width), 99, dtype=torch.int32)
-    indexer.PrepareUniformDecodeKernel()(seq_lens, lengths, table, pages, ones, 4 * drafted, drafted)
+    indexer.PrepareUniformDecodeKernel()(
+        seq_lens, lengths, table, pages, ones, 4 * drafted, drafted
+    )
     assert lengths.tolist() == [5, 6, 7, 298, 299, 300, 0, 0, 0, 0, 1, 2, 99]
     assert pages[:-1].tolist() == [row for row in table.tolist() for _ in range(drafted)]
     assert ones.tolist() == [1] * 12 + [99] and set(pages[-1].tolist()) == {99}

@@ -1,12 +1,13 @@
-"""The CPU engine's seam: one plan a pass, and a layer that follows its tensors. Without an engine."""
+"""The CPU engine's seam: one plan a pass, and a layer that follows its tensors. Without an
+engine."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import make_batch
 from vllm.forward_context import ForwardContext, override_forward_context
 
+from batches import make_batch
 from vllm_dsv4_indexer.contract import Extents
 from vllm_dsv4_indexer.engines import vllm_cpu
 from vllm_dsv4_indexer.engines.plans import once_a_step
@@ -75,11 +76,16 @@ REPLACED = {
 def compressor() -> SimpleNamespace:
     layer = make_batch([(0, 16)], norm_dtype=torch.float32).call.layer
     return SimpleNamespace(
-        ape=layer.ape, _norm_weight_fp32=layer.norm_weight, rms_norm_eps=1e-6, bound=None, k_cache_prefix="k",
+        ape=layer.ape,
+        _norm_weight_fp32=layer.norm_weight,
+        rms_norm_eps=1e-6,
+        bound=None,
+        k_cache_prefix="k",
         state_cache=SimpleNamespace(kv_cache=layer.inner_state_cache),
         _static_forward_context={"k": SimpleNamespace(kv_cache=layer.k_cache)},
-        settings=SimpleNamespace(impl="cpu"), cos_sin_cache=layer.cos_sin_cache,
-    )  # fmt: skip
+        settings=SimpleNamespace(impl="cpu"),
+        cos_sin_cache=layer.cos_sin_cache,
+    )
 
 
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)

@@ -9,13 +9,15 @@ ENTRIES = ROUNDS * sum((length + 7) // 4 for length in MIXED_LENGTHS)
 
 
 def test_two_stages_answer_bit_for_bit_as_one(two_stages, one_stage):
-    """What a stage hands to the next is what a layer hands to the next, and no sum has another order."""
+    """What a stage hands to the next is what a layer hands to the next, and no sum has another
+    order."""
     for one, two in zip(one_stage.rounds[:-1], two_stages.rounds[:-1], strict=True):
         assert one == two
 
 
 def test_two_stages_with_two_steps_in_flight_answer_as_one(two_stages, one_stage):
-    """Together the prompts are divided into other steps than in one worker, so that batches have other shapes."""
+    """Together the prompts are divided into other steps than in one worker, so that batches have
+    other shapes."""
     for one, two in zip(one_stage.rounds[-1], two_stages.rounds[-1], strict=True):
         assert largest_difference(one, two) <= SHAPE_TOLERANCE
 

@@ -1,4 +1,5 @@
-"""The served API: one `vllm serve` with our backend, asked through the OpenAI client, and what its log says at the end."""
+"""The served API: one `vllm serve` with our backend, asked through the OpenAI client, and what its
+log says at the end."""
 
 import re
 import subprocess
@@ -14,7 +15,7 @@ from openai import OpenAI
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-import serve_and_chat  # noqa: E402  (the example's own way of starting and stopping a server)
+import serve_and_chat
 
 PROMPTS = [f"Number {number} of the questions is" for number in range(6)]
 
@@ -54,7 +55,9 @@ def test_a_chat_is_answered_through_the_models_own_encoding(client, model):
 
 def test_a_stream_brings_the_same_text_in_pieces(client, model):
     whole = complete(client, model, PROMPTS[0])
-    stream = client.completions.create(model=model, prompt=PROMPTS[0], max_tokens=16, temperature=0, stream=True)
+    stream = client.completions.create(
+        model=model, prompt=PROMPTS[0], max_tokens=16, temperature=0, stream=True
+    )
     pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
     assert "".join(pieces) == whole and len(pieces) > 1
 
@@ -70,7 +73,9 @@ def test_after_an_aborted_request_the_answers_are_as_before(client, model):
     first_piece = threading.Event()
 
     def abort():
-        stream = client.completions.create(model=model, prompt="Forever", max_tokens=4000, stream=True)
+        stream = client.completions.create(
+            model=model, prompt="Forever", max_tokens=4000, stream=True
+        )
         next(iter(stream))
         first_piece.set()
         stream.close()  # the client goes away: the server aborts the request and frees its pages
@@ -87,7 +92,9 @@ def wait_until_idle(client: OpenAI) -> None:
     """Until the server runs no request any more: the aborted one would go on for minutes."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        metrics = urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")).read().decode()
+        metrics = (
+            urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")).read().decode()
+        )
         running = re.findall(r"^vllm:num_requests_running\{.*\} (.*)$", metrics, re.MULTILINE)
         if running and not any(map(float, running)):
             return
@@ -106,7 +113,12 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_server_goes_on(client, mod
 def run_example(name: str, checkpoint: Path, folder: Path) -> str:
     command = [sys.executable, str(EXAMPLES / name), str(checkpoint)]
     done = subprocess.run(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
@@ -116,7 +128,9 @@ def test_the_example_that_serves_shows_what_the_op_did(checkpoint, tmp_path):
     out = run_example("serve_and_chat.py", checkpoint, tmp_path)
     assert re.search(r"chat +'Who are you\?' -> '.+'", out)
     assert re.search(r"completion +'Once upon a time' -> '.+'", out)
-    assert re.search(r"compress was called [1-9]\d* times on [1-9]\d* tokens and wrote [1-9]\d* entries", out)
+    assert re.search(
+        r"compress was called [1-9]\d* times on [1-9]\d* tokens and wrote [1-9]\d* entries", out
+    )
 
 
 def test_the_offline_example_answers_both_prompts(checkpoint, tmp_path):

@@ -1,8 +1,9 @@
-"""Requests that share a prefix: whoever fills a block, and when, each entry is what its tokens give alone.
+"""Requests that share a prefix: whoever fills a block, and when, each entry is what its tokens give
+alone.
 
-vLLM caches the blocks of a request when it schedules it. So a request that is scheduled later in the
-same step gets, as computed, blocks that the first one fills only in that step.
-Other random schedules, or one again: SCHEDULE_SEEDS=7,8 pytest tests/engine/test_shared_prefix.py
+vLLM caches the blocks of a request when it schedules it. So a request that is scheduled later in
+the same step gets, as computed, blocks that the first one fills only in that step. Other random
+schedules, or one again: SCHEDULE_SEEDS=7,8 pytest tests/engine/test_shared_prefix.py
 """
 
 import os
@@ -73,7 +74,8 @@ def one_worker(run_schedules) -> Ran:
 
 @pytest.fixture(scope="session")
 def two_drafting_workers(run_schedules) -> Ran:
-    """What was answered once is drafted when it is asked again, and some of the drafts are wrong."""
+    """What was answered once is drafted when it is asked again, and some of the drafts are
+    wrong."""
     drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
     environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     options = dict(tensor_parallel_size=2, speculative_config=drafts)
@@ -103,7 +105,9 @@ def assert_as_alone(ran: Ran, schedule: dict) -> None:
             alone = ran.expected(one, worker)
             wrong = (one.entries != alone).any(axis=2)
             wrong[:, exact:] = similarity(one.entries[:, exact:], alone[:, exact:]) < CLOSE
-            positions = [RATIO * entry + RATIO - 1 for entry in np.flatnonzero(wrong.any(axis=0)).tolist()]
+            positions = [
+                RATIO * entry + RATIO - 1 for entry in np.flatnonzero(wrong.any(axis=0)).tolist()
+            ]
             who = f"{schedule['name']}, request {number}, worker {worker}"
             assert not positions, f"{who}: wrong entries at the positions {positions}"
 
@@ -124,7 +128,8 @@ def test_blocks_are_shared_in_the_step_that_fills_them(one_worker, name):
 
 
 def filled_in_the_same_step(one: Stored, other: Stored) -> bool:
-    """Whether `one` came with blocks, as computed, of which `other` computed the last in that step."""
+    """Whether `one` came with blocks, as computed, of which `other` computed the last in that
+    step."""
     step, (cached, _) = next(iter(one.lengths.items()))
     before, behind = other.lengths.get(step, (0, 0))
     return before < cached <= behind and one.tokens[:cached] == other.tokens[:cached]

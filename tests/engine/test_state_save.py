@@ -1,4 +1,5 @@
-"""Tail-only saving in the engine: nobody notices it without prefix caching, and a prefix-cache hit would."""
+"""Tail-only saving in the engine: nobody notices it without prefix caching, and a prefix-cache hit
+would."""
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from vllm_dsv4_indexer.contract import HEAD_DIM, RATIO
 HIT = 512  # tokens of REPEATED's 600
 
 
-@pytest.mark.parametrize("number, lengths", [(0, MIXED_LENGTHS), (1, [600])], ids=("mixed", "alone"))
-def test_without_a_prefix_hit_answers_and_entries_are_those_of_full_saving(tail, full, number, lengths):
+@pytest.mark.parametrize(
+    "number, lengths", [(0, MIXED_LENGTHS), (1, [600])], ids=("mixed", "alone")
+)
+def test_without_a_prefix_hit_answers_and_entries_are_those_of_full_saving(
+    tail, full, number, lengths
+):
     """Bit for bit, over chunks that start anywhere and the tokens that are generated."""
     assert tail.rounds[number] == full.rounds[number]
     for ours, theirs in zip(tail.entries(number), full.entries(number), strict=True):
@@ -25,7 +30,8 @@ def test_a_prefix_hit_after_full_saving_stores_the_entries_of_the_miss(full):
 
 
 def test_a_prefix_hit_after_tail_only_saving_stores_a_wrong_entry(unsafe_tail, full):
-    """The first one, whose window begins in the rows that were not saved; hence the refusal at start-up."""
+    """The first one, whose window begins in the rows that were not saved; hence the refusal at
+    start-up."""
     for first, *others in of_hit_and_miss(unsafe_tail):
         assert first < 0.9 and min(others) > 0.999
     for ours, right in zip(unsafe_tail.entries(-1), full.entries(-1), strict=True):
@@ -33,7 +39,8 @@ def test_a_prefix_hit_after_tail_only_saving_stores_a_wrong_entry(unsafe_tail, f
 
 
 def of_hit_and_miss(engine: Result) -> list[list[float]]:
-    """By indexer layer, the cosine of each key that the hit stored and the one that the miss stored for it."""
+    """By indexer layer, the cosine of each key that the hit stored and the one that the miss stored
+    for it."""
     (miss,), (hit,) = engine.rounds[-2:]
     assert (miss["cached"], hit["cached"]) == (0, HIT)
     return [

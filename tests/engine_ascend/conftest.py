@@ -1,1 +1,3 @@
-collect_ignore = ["contract"]  # for other versions of vLLM: test_contract.py runs it in processes of its own
+collect_ignore = [
+    "contract"
+]  # for other versions of vLLM: test_contract.py runs it in processes of its own

@@ -1,6 +1,7 @@
 """The op on the device against the readable definition on the host.
 
-TEST_DEVICE, TEST_IMPL and TEST_K_FORMAT say what is tested; the rehearsal on a machine without an NPU sets them.
+TEST_DEVICE, TEST_IMPL and TEST_K_FORMAT say what is tested; the rehearsal on a machine without an
+NPU sets them.
 """
 
 import os
@@ -8,10 +9,10 @@ import random
 
 import pytest
 import torch
-from batches import Batch, assert_close, assert_identical
 from paged import PAGES, on, paged_batch
-from steps import K_PAGE, SHARED, random_requests
 
+from batches import Batch, assert_close, assert_identical
+from steps import K_PAGE, SHARED, random_requests
 from vllm_dsv4_indexer.contract import EARLY, Plan
 from vllm_dsv4_indexer.ops import reference
 from vllm_dsv4_indexer.ops.requests import step_of
@@ -36,7 +37,8 @@ def stored(batch: Batch) -> Batch:
 
 
 def assert_stores_the_reference(batch: Batch, case: object) -> None:
-    """State rows bitwise; codes at most one apart, in at most 1 % of them; scales within a rounding of their type."""
+    """State rows bitwise; codes at most one apart, in at most 1 % of them; scales within a rounding
+    of their type."""
     actual, expected = stored(batch), batch.clone().run("reference")
     differ, values = assert_close(actual, expected, case, scale_rtol=2**-10)
     assert differ <= 0.01 * values, f"{differ} of {values} codes differ: {case}"
@@ -58,12 +60,15 @@ def test_mixed_batches_with_padding_store_the_reference(seed, pages):
     lengths = numbers.choices((1, 1, 1, 2, 3, 30, 120), k=numbers.randint(1, 12))
     requests = [(numbers.randint(0, 300), length) for length in lengths]
     batch = paged_batch(requests, pages, K_FORMAT, seed=seed, padding=numbers.randint(0, 9))
-    assert_stores_the_reference(batch, f"paged_batch({requests}, {pages}, {K_FORMAT!r}, seed={seed})")
+    assert_stores_the_reference(
+        batch, f"paged_batch({requests}, {pages}, {K_FORMAT!r}, seed={seed})"
+    )
 
 
 @pytest.mark.parametrize("pages", PAGES)
 def test_the_same_call_stores_the_same_bytes_every_time(pages):
-    """Cores that wrote each other's bytes, or read what another has yet to write, would show here."""
+    """Cores that wrote each other's bytes, or read what another has yet to write, would show
+    here."""
     batch = paged_batch([(0, 129), (63, 128), (5, 1), (128, 127)] * 3, pages, K_FORMAT)
     first = stored(batch)
     for _ in range(REPEATS if DEVICE == "npu" else 2):
@@ -98,12 +103,16 @@ def test_a_prefix_that_the_call_fills_is_planned_and_stored_as_by_the_reference(
     assert_stores_the_reference(batch, (name, pages))
 
 
-@pytest.mark.skipif(DEVICE != "npu", reason="the kernel is for NPUs; tests/ascend_emulation runs it elsewhere")
+@pytest.mark.skipif(
+    DEVICE != "npu", reason="the kernel is for NPUs; tests/ascend_emulation runs it elsewhere"
+)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_step_told_by_its_requests_is_planned_as_by_the_reference(seed):
     from vllm_dsv4_indexer.ops import ascend
 
     requests, tokens, extents = random_requests(seed)
     expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
-    on_device = requests._replace(**{n: t.to(DEVICE) for n, t in requests._asdict().items() if t is not None})
+    on_device = requests._replace(
+        **{n: t.to(DEVICE) for n, t in requests._asdict().items() if t is not None}
+    )
     assert_same_plan(ascend.plan_requests(on_device, tokens, extents, K_PAGE), expected, seed)

@@ -1,6 +1,8 @@
-"""What the three algorithms cost on this NPU: device time of their kernels, from torch_npu's profiler.
+"""What the three algorithms cost on this NPU: device time of their kernels, from torch_npu's
+profiler.
 
-A: overlay scan, B: scatter, then pool, C: one pass. The published change from A to B is the yardstick of the model.
+A: overlay scan, B: scatter, then pool, C: one pass. The published change from A to B is the
+yardstick of the model.
 """
 
 import csv
@@ -16,10 +18,10 @@ import torch_npu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "op"))
 
-from paged import PAGES, on, paged_batch  # noqa: E402
+from paged import PAGES, on, paged_batch
 
-from vllm_dsv4_indexer.contract import Extents  # noqa: E402
-from vllm_dsv4_indexer.ops import ascend  # noqa: E402
+from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.ops import ascend
 
 ALGORITHMS = ("overlay_scan", "scatter_pool", "one_pass")
 TOKENS = (128, 512, 2048, 8192)
@@ -35,7 +37,8 @@ def kernel_times(call) -> dict[str, list[float]]:
     torch.npu.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         with profiler.profile(
-            activities=[profiler.ProfilerActivity.NPU], on_trace_ready=profiler.tensorboard_trace_handler(folder)
+            activities=[profiler.ProfilerActivity.NPU],
+            on_trace_ready=profiler.tensorboard_trace_handler(folder),
         ):
             for _ in range(CALLS):
                 call()
@@ -43,16 +46,23 @@ def kernel_times(call) -> dict[str, list[float]]:
         times = defaultdict(list)
         for details in Path(folder).rglob("kernel_details.csv"):
             for row in csv.DictReader(details.open()):
-                duration = next(value for column, value in row.items() if column.startswith("Duration"))
+                duration = next(
+                    value for column, value in row.items() if column.startswith("Duration")
+                )
                 times[row["Name"]].append(float(duration))
     if not times:
-        raise SystemExit("torch_npu's profiler wrote no kernel_details.csv with a kernel of ours: no cost to report")
+        raise SystemExit(
+            "torch_npu's profiler wrote no kernel_details.csv with a kernel of ours: no cost to "
+            "report"
+        )
     return times
 
 
 def main() -> None:
     k_format = "fp8_amax" if machine.product() == "A5" else "int8_hadamard"
-    print(f"{'tokens':>6}  {'algorithm':<13} {'us a call':>9}  kernels: median us x launches a call")
+    print(
+        f"{'tokens':>6}  {'algorithm':<13} {'us a call':>9}  kernels: median us x launches a call"
+    )
     for tokens in TOKENS:
         for algorithm in ALGORITHMS:
             prompts = [(0, min(tokens, LONGEST))] * max(1, tokens // LONGEST)
@@ -62,7 +72,10 @@ def main() -> None:
             run = ascend.bind(call.layer, eps=1e-6, k_format=k_format, algorithm=algorithm)
             times = kernel_times(lambda: run(call.kv_score, plan))
             total = sum(map(sum, times.values())) / CALLS
-            kernels = ", ".join(f"{name} {statistics.median(t):.1f} x {len(t) / CALLS:g}" for name, t in times.items())
+            kernels = ", ".join(
+                f"{name} {statistics.median(t):.1f} x {len(t) / CALLS:g}"
+                for name, t in times.items()
+            )
             print(f"{tokens:>6}  {algorithm:<13} {total:>9.1f}  {kernels}")
 
 

@@ -1,4 +1,5 @@
-"""What the NPU tests run on: `machine.py` prints it, `machine.py architecture` what the kernels are built for.
+"""What the NPU tests run on: `machine.py` prints it, `machine.py architecture` what the kernels are
+built for.
 
 On a machine that cannot run them it says what is missing, and exits with 2.
 """
@@ -9,7 +10,8 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-# torch_npu's SoC versions of the products that have kernels, as vllm-ascend 0.26.0rc1 tells them apart.
+# torch_npu's SoC versions of the products that have kernels, as vllm-ascend 0.26.0rc1 tells them
+# apart.
 PRODUCTS = {"A2": range(220, 226), "A3": range(250, 256), "A5": range(260, 261)}
 ARCHITECTURES = {"A2": "2201", "A3": "2201", "A5": "3510"}
 PACKAGES = ("torch", "torch-npu", "vllm", "vllm-ascend", "triton-ascend", "pytest")
@@ -17,8 +19,9 @@ PACKAGES = ("torch", "torch-npu", "vllm", "vllm-ascend", "triton-ascend", "pytes
 
 def refuse(missing: str) -> None:
     print(
-        f"make ascend-test needs CANN and an Ascend NPU, A2, A3 or A5: {missing}. Nothing was run.\n"
-        "What can be tested without one is part of `make test`; the images in docker/ have all but the NPU.",
+        f"make ascend-test needs CANN and an Ascend NPU, A2, A3 or A5: {missing}. Nothing was "
+        "run.\nWhat can be tested without one is part of `make test`; the images in docker/ have "
+        "all but the NPU.",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -20,7 +20,8 @@ def tokens_of(batch: Batch, request: int) -> torch.Tensor:
 
 
 def one_after_the_other(batch: Batch, impl: str) -> Batch:
-    """Each request in a call of its own, in their order: what is shared lies in the state when it is read."""
+    """Each request in a call of its own, in their order: what is shared lies in the state when it
+    is read."""
     for request in range(len(batch.inner_state_block_table)):
         batch.take(tokens_of(batch, request)).run(impl)
     return batch
@@ -57,8 +58,11 @@ def assert_identical(a: Batch, b: Batch, case: object = "") -> None:
         assert torch.equal(x, y), f"{(x != y).sum()} bytes differ: {case}"
 
 
-def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0) -> tuple[int, int]:
-    """Values at most one code apart, scales within `scale_rtol`, every other byte of the storages equal.
+def assert_close(
+    actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0
+) -> tuple[int, int]:
+    """Values at most one code apart, scales within `scale_rtol`, every other byte of the storages
+    equal.
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
@@ -67,7 +71,9 @@ def assert_close(actual: Batch, expected: Batch, case: object = "", scale_rtol: 
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
     if scale_rtol:
-        torch.testing.assert_close(actual.scales(), expected.scales(), rtol=scale_rtol, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            actual.scales(), expected.scales(), rtol=scale_rtol, atol=0, equal_nan=True
+        )
         blended.scales().copy_(expected.scales())
     assert_identical(blended, expected, case)
     return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM

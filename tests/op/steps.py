@@ -15,7 +15,7 @@ SHARED: dict[str, tuple[list[tuple[int, int]], Prefixes]] = {
     "one sharer": ([(0, 64), (64, 20)], {1: (0, 64)}),
     "many sharers": (
         [(0, 40), *((40, n) for n in (1, 4, 5, 9, 60))],
-        {request: (0, 40) for request in range(1, 6)},
+        dict.fromkeys(range(1, 6), (0, 40)),
     ),
     "a sharer of a sharer": ([(0, 64), (64, 16), (80, 16)], {1: (0, 64), 2: (1, 80)}),
     "a window with rows of two others": ([(0, 68), (64, 8), (72, 7)], {1: (0, 64), 2: (1, 72)}),

@@ -1,4 +1,5 @@
-"""The algorithms kept for comparison: bit for bit the op where rows are unique, and wrong where they are known to be."""
+"""The algorithms kept for comparison: bit for bit the op where rows are unique, and wrong where
+they are known to be."""
 
 import random
 
@@ -24,7 +25,10 @@ def differing_entries(a: Batch, b: Batch) -> list[int]:
 @pytest.mark.parametrize("impl", BASELINES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_where_rows_are_unique_every_byte_is_that_of_the_one_pass(impl, options):
-    for requests in (MIXED, *([(start, n) for n in (1, 2, 3, 7, 128)] for start in (0, 1, 2, 3, 4, 5, 63, 64))):
+    for requests in (
+        MIXED,
+        *([(start, n) for n in (1, 2, 3, 7, 128)] for start in (0, 1, 2, 3, 4, 5, 63, 64)),
+    ):
         batch = make_batch(requests, **options)
         assert_identical(batch.clone().run(impl), batch.clone().run("cpu"), requests)
 
@@ -62,7 +66,9 @@ def test_scatter_pool_is_wrong_at_a_ring_of_n_plus_6_and_right_at_n_plus_7(lengt
 
 def test_scatter_pool_is_wrong_in_both_windows_of_a_token_without_a_state_row():
     batch = make_batch([(4, 12)])
-    batch.inner_state_slot_mapping[2] = -1  # position 6: in the group of entry 1, and the previous group of entry 2
+    batch.inner_state_slot_mapping[
+        2
+    ] = -1  # position 6: in the group of entry 1, and the previous group of entry 2
     assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [0, 1]
     assert differing_entries(batch.clone().run("overlay_scan"), batch.clone().run("cpu")) == []
 
@@ -71,5 +77,9 @@ def test_scatter_pool_leaves_out_a_row_without_a_page():
     """The contract asks for the pages of history alone; nothing is read outside the caches."""
     batch = make_batch([(8, 17)])
     batch.inner_state_block_table[:, 3:] = 10**6
-    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [1, 2, 3]
+    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [
+        1,
+        2,
+        3,
+    ]
     assert differing_entries(batch.clone().run("overlay_scan"), batch.clone().run("cpu")) == []

@@ -23,8 +23,8 @@ OPTIONS = [
 ]
 
 
-# A last bit of the fp32 arithmetic shows in one entry of some hundred, where it turns a bfloat16 rounding; the fp32
-# scale of a rotated entry then differs. Hence thousands of them.
+# A last bit of the fp32 arithmetic shows in one entry of some hundred, where it turns a bfloat16
+# rounding; the fp32 scale of a rotated entry then differs. Hence thousands of them.
 MANY_ENTRIES = [{"requests": [(0, 500)] * 32, "k_format": "int8_hadamard"}]
 
 
@@ -41,7 +41,8 @@ def digest() -> str:
 
 
 def interleavings(requests: list[tuple[int, int]], pick: random.Random) -> list[list[int]]:
-    """Cuts the packed tokens into calls: each request in chunks, the requests of a call in any order."""
+    """Cuts the packed tokens into calls: each request in chunks, the requests of a call in any
+    order."""
     begin, waiting = 0, []
     for _, length in requests:
         waiting.append(list(range(begin, begin + length)))
@@ -99,12 +100,17 @@ def test_the_number_of_threads_changes_no_byte(threads):
     finally:
         torch.set_num_threads(before)
     assert_identical(batch, one)
-    assert torch.equal(batch.inner_state_cache.view(torch.int32), expected.inner_state_cache.view(torch.int32))
+    assert torch.equal(
+        batch.inner_state_cache.view(torch.int32), expected.inner_state_cache.view(torch.int32)
+    )
 
 
 @pytest.mark.parametrize("page_seed", range(3))
 def test_the_places_of_the_pages_change_no_entry(page_seed):
-    batch, other = make_batch(REQUESTS), make_batch(REQUESTS, page_seed=100 + page_seed, layout="engine")
+    batch, other = (
+        make_batch(REQUESTS),
+        make_batch(REQUESTS, page_seed=100 + page_seed, layout="engine"),
+    )
     assert batch.run("cpu").entries() == other.run("cpu").entries()
 
 
@@ -135,14 +141,19 @@ def test_a_window_from_the_state_equals_the_same_window_from_the_call():
 
 
 def test_every_instruction_set_stores_the_same_bytes():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+    }
     here = digest()
     ran = []
     for isa in ISAS:
         process = subprocess.run(
             [sys.executable, "-c", "import test_invariance; print(test_invariance.digest())"],
-            env={**environment, "DSV4_INDEXER_ISA": isa}, capture_output=True, text=True,
-        )  # fmt: skip
+            env={**environment, "DSV4_INDEXER_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
         if "which this CPU or build lacks" in process.stderr:
             continue
         assert process.stdout.strip() == here, f"{isa}: {process.stderr}"

@@ -17,7 +17,8 @@ from vllm_dsv4_indexer.ops import cpu, library
 OPS = torch.ops.dsv4_indexer
 IMPLS_AND_FORMATS = pytest.mark.parametrize(
     "impl, k_format",
-    [(i, f) for i in IMPLS_WHERE_ROWS_ARE_UNIQUE for f in ("fp8_pow2", "int8_hadamard")] + [("reference", "fp8_amax")],
+    [(i, f) for i in IMPLS_WHERE_ROWS_ARE_UNIQUE for f in ("fp8_pow2", "int8_hadamard")]
+    + [("reference", "fp8_amax")],
 )
 
 
@@ -84,7 +85,12 @@ def test_one_graph_of_dynamic_shapes_plans_steps_of_any_length():
 
     for batch in batches:
         expected = batch.clone().run()
-        step(batch.kv_score, tuple(batch.call.layer), tuple(batch.call.step), Extents.of(batch.call.layer)._asdict())
+        step(
+            batch.kv_score,
+            tuple(batch.call.layer),
+            tuple(batch.call.step),
+            Extents.of(batch.call.layer)._asdict(),
+        )
         assert_identical(batch, expected)
 
 
@@ -110,20 +116,29 @@ def fresh_library():
 
 def test_a_missing_library_says_where_it_was_looked_for(monkeypatch, fresh_library):
     monkeypatch.setattr(cpu, "_LIBRARY", "vllm_dsv4_indexer/none.so")
-    with pytest.raises(ImportError, match=r"looked for .*none\.so; install the package with `pip install \.`"):
+    with pytest.raises(
+        ImportError, match=r"looked for .*none\.so; install the package with `pip install \.`"
+    ):
         make_batch([(0, 4)]).run()
 
 
 def test_a_library_from_other_sources_is_refused_by_its_path(monkeypatch, fresh_library):
     monkeypatch.setattr(library, "_sources", lambda folder: "of a later commit")
-    with pytest.raises(ImportError, match=r"libdsv4_indexer_cpu\.so was built from other sources than csrc has now: install"):
+    with pytest.raises(
+        ImportError,
+        match=r"libdsv4_indexer_cpu\.so was built from other sources than csrc has now: install",
+    ):
         make_batch([(0, 4)]).run()
 
 
-def test_an_old_copy_beside_the_package_does_not_hide_a_later_build(monkeypatch, fresh_library, tmp_path):
+def test_an_old_copy_beside_the_package_does_not_hide_a_later_build(
+    monkeypatch, fresh_library, tmp_path
+):
     built = next(path for path in library._candidates(cpu._LIBRARY) if path.exists())
     old = tmp_path / "old.so"
-    subprocess.run(["cc", "-shared", "-o", old, "-x", "c", "-"], input="int nothing;", text=True, check=True)
+    subprocess.run(
+        ["cc", "-shared", "-o", old, "-x", "c", "-"], input="int nothing;", text=True, check=True
+    )
     cut_short = tmp_path / "cut.so"
     cut_short.write_bytes(built.read_bytes()[:100])
     monkeypatch.setattr(library, "_candidates", lambda _: [cut_short, old, built])
@@ -133,14 +148,18 @@ def test_an_old_copy_beside_the_package_does_not_hide_a_later_build(monkeypatch,
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch, fresh_library):
     monkeypatch.setenv("DSV4_INDEXER_ISA", "sse9")
-    with pytest.raises(ValueError, match="DSV4_INDEXER_ISA is 'sse9'; it names one of avx512, avx2, generic"):
+    with pytest.raises(
+        ValueError, match="DSV4_INDEXER_ISA is 'sse9'; it names one of avx512, avx2, generic"
+    ):
         make_batch([(0, 4)]).run()
 
 
 def test_prepare_says_what_is_wrong_before_the_first_call():
     code = "from vllm_dsv4_indexer import ops; ops.prepare('cpu', 'cpu', 'fp8_pow2')"
     environment = os.environ | {"DSV4_INDEXER_ISA": "sse9"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert "DSV4_INDEXER_ISA is 'sse9'; it names one of avx512, avx2, generic" in done.stderr
 
 
@@ -152,6 +171,14 @@ def test_the_schemas_have_the_fields_of_the_contract_in_its_order():
     ape, norm_weight, cos_sin_cache, *caches = Layer._fields
     assert arguments(OPS.compress) == [*Call._fields, *options]
     assert arguments(OPS.plan) == [*Step._fields, *Extents._fields, "impl"]
-    assert arguments(OPS.run) == ["kv_score", ape, norm_weight, cos_sin_cache, "plan", *caches, *options]
+    assert arguments(OPS.run) == [
+        "kv_score",
+        ape,
+        norm_weight,
+        cos_sin_cache,
+        "plan",
+        *caches,
+        *options,
+    ]
     for function, op in ((ops.compress, OPS.compress), (ops.plan, OPS.plan), (ops.run, OPS.run)):
         assert list(inspect.signature(function).parameters) == arguments(op)

@@ -1,4 +1,5 @@
-"""The op against two independent implementations: vLLM 0.32's CPU kernels and transformers 5.19's model."""
+"""The op against two independent implementations: vLLM 0.32's CPU kernels and transformers 5.19's
+model."""
 
 from dataclasses import replace
 
@@ -20,16 +21,31 @@ def run_vllm(batch: Batch) -> Batch:
     current_platform.import_kernels()
     kv, score = batch.kv_score.float().chunk(2, dim=-1)
     ops.save_partial_states_cpu(
-        kv, score, batch.ape, batch.positions, batch.inner_state_cache, batch.inner_state_slot_mapping
+        kv,
+        score,
+        batch.ape,
+        batch.positions,
+        batch.inner_state_cache,
+        batch.inner_state_slot_mapping,
     )
     window = batch.positions[:, None] - WINDOW + 1 + torch.arange(WINDOW)
     page = batch.inner_state_cache.shape[1]
-    gather = map_local_to_global_slots_cpu(window, batch.token_to_req, batch.inner_state_block_table, page)
+    gather = map_local_to_global_slots_cpu(
+        window, batch.token_to_req, batch.inner_state_block_table, page
+    )
     k_pages, k_page, _ = batch.k_cache.shape
     ops.compress_norm_rope_store_indexer_cpu(
-        batch.inner_state_cache, gather, batch.positions, batch.k_slot_mapping, batch.norm_weight.float(), 1e-6,
-        batch.cos_sin_cache, batch.k_cache.view(k_pages, -1), k_page, 4,
-    )  # fmt: skip
+        batch.inner_state_cache,
+        gather,
+        batch.positions,
+        batch.k_slot_mapping,
+        batch.norm_weight.float(),
+        1e-6,
+        batch.cos_sin_cache,
+        batch.k_cache.view(k_pages, -1),
+        k_page,
+        4,
+    )
     return batch
 
 
@@ -54,7 +70,8 @@ def test_every_start_stores_vllms_bytes(start):
 
 
 def fp8_page(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales by the logarithm's definition of the power-of-two scale, not by the op's bits."""
+    """Codes and scales by the logarithm's definition of the power-of-two scale, not by the op's
+    bits."""
     x = entries.bfloat16().float()
     scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448)))
     return (x / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale[:, 0]
@@ -63,10 +80,15 @@ def fp8_page(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def transformers_indexer():
     configuration = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4")
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4Indexer
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+        DeepseekV4CSACache,
+        DeepseekV4Indexer,
+    )
 
     torch.manual_seed(0)
-    config = configuration.DeepseekV4Config(hidden_size=256, q_lora_rank=16, index_n_heads=1, index_topk=4)
+    config = configuration.DeepseekV4Config(
+        hidden_size=256, q_lora_rank=16, index_n_heads=1, index_topk=4
+    )
     indexer = DeepseekV4Indexer(config)
     for parameter in indexer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -88,7 +110,9 @@ def test_entries_are_those_of_the_transformers_indexer(impl, chunks, transformer
     batch = make_batch([(0, sum(chunks))], norm_dtype=torch.float32)
     batch.norm_weight.copy_(indexer.kv_norm.weight)
     batch.ape.copy_(indexer.position_bias)
-    cos, sin = indexer.rotary_emb(hidden, torch.arange(len(batch.cos_sin_cache)), layer_type="compress")
+    cos, sin = indexer.rotary_emb(
+        hidden, torch.arange(len(batch.cos_sin_cache)), layer_type="compress"
+    )
     batch.cos_sin_cache.copy_(torch.cat([cos, sin], dim=-1))
     weight = torch.cat([indexer.kv_proj.weight, indexer.gate_proj.weight])
     for tokens in torch.arange(len(hidden)).split(chunks):

@@ -1,4 +1,5 @@
-"""A plan: the same from every implementation, right for every layer, and refused where it does not fit."""
+"""A plan: the same from every implementation, right for every layer, and refused where it does not
+fit."""
 
 import random
 import re
@@ -13,8 +14,15 @@ import torch
 from batches import assert_identical, make_batch, random_case
 from vllm_dsv4_indexer import contract, ops
 from vllm_dsv4_indexer.contract import (
-    EARLY, LATE, NO_WINDOW, ContractError, Extents, Plan, PlanHeader, Requests,
-)  # fmt: skip
+    EARLY,
+    LATE,
+    NO_WINDOW,
+    ContractError,
+    Extents,
+    Plan,
+    PlanHeader,
+    Requests,
+)
 from vllm_dsv4_indexer.ops import arguments, cpu
 
 IMPLS = ("reference", "cpu")
@@ -44,7 +52,9 @@ def test_one_plan_serves_every_layer(impl):
     layers = [replace(layer, **layers[0].call.step._asdict()) for layer in layers]
     for scale, layer in enumerate(layers):
         layer.kv_score.mul_(1 + scale)
-    plan = layers[0].plan(impl, Extents(*map(min, *(Extents.of(layer.call.layer) for layer in layers))))
+    plan = layers[0].plan(
+        impl, Extents(*map(min, *(Extents.of(layer.call.layer) for layer in layers)))
+    )
     for layer in layers:
         expected = layer.clone().run(impl)
         assert_identical(layer.run_planned(plan, impl), expected)
@@ -62,7 +72,10 @@ def test_a_plan_outlives_the_tensors_that_it_was_made_from(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_plan_is_replayed_from_a_buffer_that_is_refreshed_in_place(impl):
     """As a captured graph does."""
-    first, second = make_batch(MIXED, seed=1), make_batch([(5, 9), (0, 130), (67, 1), (128, 3), (7, 1), (4, 3), (62, 41)])
+    first, second = (
+        make_batch(MIXED, seed=1),
+        make_batch([(5, 9), (0, 130), (67, 1), (128, 3), (7, 1), (4, 3), (62, 41)]),
+    )
     buffer = first.plan(impl).clone()
     first.run_planned(buffer, impl)
     buffer.copy_(second.plan(impl))
@@ -74,7 +87,12 @@ def test_the_sections_say_what_the_step_is(impl):
     batch = make_batch([(4, 12)], padding=2)
     plan = Plan.of(batch.plan(impl))
     assert PlanHeader(*plan.header[: len(PlanHeader._fields)].tolist()) == PlanHeader(
-        contract.PLAN_LAYOUT, 14, entries=3, early=1, unique=1, **Extents.of(batch.call.layer)._asdict()
+        contract.PLAN_LAYOUT,
+        14,
+        entries=3,
+        early=1,
+        unique=1,
+        **Extents.of(batch.call.layer)._asdict(),
     )
     assert plan.windows.tolist() == [0, 0, 0, EARLY, 0, 0, 0, LATE, 0, 0, 0, LATE, 0, 0]
     assert torch.equal(plan.k_slots, batch.k_slot_mapping)
@@ -85,10 +103,19 @@ WRONG = [
     (lambda b, p: (b, p.int()), "plan is torch.int32"),
     (lambda b, p: (b, torch.zeros_like(p)), "plan was not made by this version's `plan`"),
     (lambda b, p: (b, p.to("meta")), "plan is on meta; expected cpu"),
-    (lambda b, p: (replace(b, cos_sin_cache=b.cos_sin_cache[:20]), p), "plan is for caches of max_pos 512, .* have 20"),
-    (lambda b, p: (replace(b, inner_state_cache=b.inner_state_cache[:3]), p), "of state_pages 7, .* have 3"),
+    (
+        lambda b, p: (replace(b, cos_sin_cache=b.cos_sin_cache[:20]), p),
+        "plan is for caches of max_pos 512, .* have 20",
+    ),
+    (
+        lambda b, p: (replace(b, inner_state_cache=b.inner_state_cache[:3]), p),
+        "of state_pages 7, .* have 3",
+    ),
     (lambda b, p: (replace(b, k_cache=b.k_cache[:1]), p), "of k_entries 192, .* have 64"),
-    (lambda b, p: (replace(b, inner_state_cache=b.inner_state_cache[:, :2]), p), "of state_page 4, .* have 2"),
+    (
+        lambda b, p: (replace(b, inner_state_cache=b.inner_state_cache[:, :2]), p),
+        "of state_page 4, .* have 2",
+    ),
 ]
 
 
@@ -103,7 +130,9 @@ def test_a_plan_that_does_not_fit_is_refused_and_nothing_is_written(impl, change
     assert_identical(batch, before)
 
 
-@pytest.mark.parametrize("impl, other", [("cpu", "scatter_pool"), ("scatter_pool", "cpu"), ("scatter_pool", "reference")])
+@pytest.mark.parametrize(
+    "impl, other", [("cpu", "scatter_pool"), ("scatter_pool", "cpu"), ("scatter_pool", "reference")]
+)
 def test_a_plan_of_a_baseline_is_for_baselines_alone(impl, other):
     batch = make_batch([(0, 16)])
     with pytest.raises(ContractError, match="for this implementation"):
@@ -140,7 +169,9 @@ def test_without_memory_for_the_plan_nothing_is_written(monkeypatch):
     before = batch.clone()
     library = type("Library", (), {"dsv4_indexer_plan": staticmethod(lambda *_: cpu._NO_MEMORY)})
     monkeypatch.setattr(cpu, "native", lambda native=cpu.native(): native._replace(library=library))
-    with pytest.raises(MemoryError, match="no memory for the plan of 16 tokens; nothing was written"):
+    with pytest.raises(
+        MemoryError, match="no memory for the plan of 16 tokens; nothing was written"
+    ):
         batch.run("cpu")
     assert_identical(batch, before)
 
@@ -172,18 +203,35 @@ REQUESTS = {
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"query_start_loc": torch.tensor([0, 3, 9])}, "query_start_loc has dtype torch.int64; expected torch.int32"),
-        ({"query_start_loc": REQUESTS["query_start_loc"][:2]}, "query_start_loc has 2 elements; expected 3, one more"),
-        ({"state_block_table": torch.ones(3, 4, dtype=torch.int32)}, r"state_block_table has shape \[3, 4\]; expected \[R=2"),
-        ({"k_block_table": torch.ones(2, 4)}, "k_block_table has dtype torch.float32; expected torch.int32"),
-        ({"slot_mapping": torch.zeros(8, dtype=torch.int32)}, "slot_mapping has 8 elements for 9 tokens"),
+        (
+            {"query_start_loc": torch.tensor([0, 3, 9])},
+            "query_start_loc has dtype torch.int64; expected torch.int32",
+        ),
+        (
+            {"query_start_loc": REQUESTS["query_start_loc"][:2]},
+            "query_start_loc has 2 elements; expected 3, one more",
+        ),
+        (
+            {"state_block_table": torch.ones(3, 4, dtype=torch.int32)},
+            r"state_block_table has shape \[3, 4\]; expected \[R=2",
+        ),
+        (
+            {"k_block_table": torch.ones(2, 4)},
+            "k_block_table has dtype torch.float32; expected torch.int32",
+        ),
+        (
+            {"slot_mapping": torch.zeros(8, dtype=torch.int32)},
+            "slot_mapping has 8 elements for 9 tokens",
+        ),
         ({"start_pos": REQUESTS["start_pos"].to("meta")}, "start_pos is on meta; expected cpu"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
 def test_requests_that_no_kernel_could_read_are_refused(change, message):
     with pytest.raises(ContractError, match=message):
-        ops.plan_requests(Requests(**REQUESTS | change), 9, Extents(9, 4, 640, 100), 64, impl="reference")
+        ops.plan_requests(
+            Requests(**REQUESTS | change), 9, Extents(9, 4, 640, 100), 64, impl="reference"
+        )
 
 
 def fields_of(header: str, struct: str) -> list[tuple[str, str]]:
@@ -205,7 +253,9 @@ def test_abi_h_has_the_fields_that_python_fills_in_the_same_order_and_width(stru
     fields = fields_of("cpu/abi.h", struct)
     assert tuple(name for _, name in fields) == names
     codes = ["d" if kind.strip() == "double" else "q" for kind, _ in fields]
-    assert all(kind.strip() in ("double", "int64_t") or kind.strip().endswith("*") for kind, _ in fields)
+    assert all(
+        kind.strip() in ("double", "int64_t") or kind.strip().endswith("*") for kind, _ in fields
+    )
     if packed:
         assert "".join(codes) == re.sub(r"(\d+)(\w)", lambda m: int(m[1]) * m[2], packed.format)
 
@@ -217,7 +267,15 @@ def test_plan_h_has_the_layout_of_the_contract():
     assert int(numbers["kPlanLayout"], 16) == contract.PLAN_LAYOUT == -contract.STATE_ONLY_LAYOUT
     assert eval(numbers["kPlanWidth"], {"kWindow": contract.WINDOW}) == contract.PLAN_WIDTH
     expected = (contract.PLAN_HEADER, NO_WINDOW, EARLY, LATE, contract.MASKED)
-    assert tuple(int(numbers[name]) for name in ("kPlanHeader", "kNoWindow", "kEarly", "kLate", "kMasked")) == expected
-    sections = re.findall(r"plan_(\w+)\(int64_t ?\w*\) { return kPlanHeader(?: \+ (?:(\d) \* )?(tokens))?", text)
+    assert (
+        tuple(
+            int(numbers[name])
+            for name in ("kPlanHeader", "kNoWindow", "kEarly", "kLate", "kMasked")
+        )
+        == expected
+    )
+    sections = re.findall(
+        r"plan_(\w+)\(int64_t ?\w*\) { return kPlanHeader(?: \+ (?:(\d) \* )?(tokens))?", text
+    )
     assert [name for name, *_ in sections] == list(Plan._fields[1:])
     assert [int(times or bool(tokens)) for _, times, tokens in sections] == list(range(6))

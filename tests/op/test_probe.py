@@ -13,7 +13,9 @@ def probe(tmp_path_factory):
     program = tmp_path_factory.mktemp("probe") / "probe"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror"]
     subprocess.run(["c++", *flags, str(HERE / "probe.cpp"), "-o", program], check=True)
-    return lambda reading, memory: subprocess.check_output([program, str(reading), str(memory)], text=True).strip()
+    return lambda reading, memory: subprocess.check_output(
+        [program, str(reading), str(memory)], text=True
+    ).strip()
 
 
 @pytest.mark.parametrize("memory, found", [(2, "warm"), (50, "warm"), (100, "cold"), (400, "cold")])
@@ -29,7 +31,16 @@ def test_a_clock_that_is_slower_than_what_it_measures_never_says_cold(probe, mem
 
 def test_a_cpu_without_stores_past_the_cache_says_so():
     """The kernel asks this constant first, and then writes each row once."""
-    source = '#include "vec.h"\nstatic_assert(!kHasStoresPastCache);\nint main() { wait_for_stores(); }'
-    command = ["c++", "-std=c++17", "-U__SSE2__", "-U__AVX__", "-DDSV4_LANES=4", "-Wno-unused-function"]
+    source = (
+        '#include "vec.h"\nstatic_assert(!kHasStoresPastCache);\nint main() { wait_for_stores(); }'
+    )
+    command = [
+        "c++",
+        "-std=c++17",
+        "-U__SSE2__",
+        "-U__AVX__",
+        "-DDSV4_LANES=4",
+        "-Wno-unused-function",
+    ]
     command += [f"-I{HERE.parents[1] / 'csrc/cpu'}", "-fsyntax-only", "-x", "c++", "-"]
     subprocess.run(command, input=source, text=True, check=True)

@@ -55,7 +55,9 @@ def test_rounding_the_projection_to_bfloat16_changes_one_code_in_twenty(hidden):
 @METHODS
 @pytest.mark.parametrize("hidden", (2, 6, 512, 2048, 2050, 4100))
 @pytest.mark.parametrize("tokens", (0, 1, 5, 6, 7, 95, 96, 97, 257))
-def test_every_number_of_tokens_and_hidden_size_is_projected_to_fp32_accuracy(method, hidden, tokens):
+def test_every_number_of_tokens_and_hidden_size_is_projected_to_fp32_accuracy(
+    method, hidden, tokens
+):
     x, weight = draw(tokens, hidden, seed=tokens)
     kv_score = projection.project(x, projection.prepare_weight(weight, method))
     expected = in_float64(x, weight)
@@ -82,7 +84,9 @@ def test_by_bf16_dot_a_row_has_the_same_bits_in_any_call_and_on_any_number_of_th
     torch.set_num_threads(threads)
     try:
         for length in (200, 97, 7):
-            assert torch.cat([projection.project(part, weight) for part in x.split(length)]).equal(expected)
+            assert torch.cat([projection.project(part, weight) for part in x.split(length)]).equal(
+                expected
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -96,7 +100,9 @@ def test_a_weight_takes_at_most_twice_its_memory(method):
 
 
 @METHODS
-@pytest.mark.parametrize("dtype, hidden", ((torch.float16, 64), (torch.float32, 64), (torch.bfloat16, 63)))
+@pytest.mark.parametrize(
+    "dtype, hidden", ((torch.float16, 64), (torch.float32, 64), (torch.bfloat16, 63))
+)
 def test_what_only_fp32_can_do_is_done_in_fp32(method, dtype, hidden):
     x, weight = (tensor.to(dtype) for tensor in draw(5, hidden))
     prepared = projection.prepare_weight(weight, method)

@@ -1,6 +1,8 @@
-"""A prefix that a request finds computed, and that another request fills in the same call: the row rule.
+"""A prefix that a request finds computed, and that another request fills in the same call: the row
+rule.
 
-Whatever is in one call, each request stores what it stores alone, after the one whose prefix it shares.
+Whatever is in one call, each request stores what it stores alone, after the one whose prefix it
+shares.
 """
 
 import random
@@ -8,7 +10,15 @@ import random
 import pytest
 import torch
 
-from batches import Batch, Prefixes, assert_close, assert_identical, make_batch, one_after_the_other, tokens_of
+from batches import (
+    Batch,
+    Prefixes,
+    assert_close,
+    assert_identical,
+    make_batch,
+    one_after_the_other,
+    tokens_of,
+)
 from vllm_dsv4_indexer.contract import EARLY, RATIO, Plan
 
 IMPLS = ("reference", "cpu")
@@ -50,7 +60,9 @@ def test_a_sharer_of_a_sharer(impl, page):
 @pytest.mark.parametrize("start", (57, 60, 62, 63))
 def test_the_owner_may_fill_only_the_last_rows_of_the_prefix(impl, start):
     """A decode token that completes a block, say: the rows before it are history of both."""
-    assert_as_alone(make_batch([(start, 64 - start), (64, 9), (64, 3)], prefixes={1: (0, 64), 2: (0, 64)}), impl)
+    assert_as_alone(
+        make_batch([(start, 64 - start), (64, 9), (64, 3)], prefixes={1: (0, 64), 2: (0, 64)}), impl
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -73,13 +85,16 @@ def test_beside_rings_decode_tokens_and_padding(impl, page, ring):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_at_the_same_slot_and_another_position_is_not_taken(impl):
-    """A page is recycled within the call: one request reads what is in it, another overwrites it."""
+    """A page is recycled within the call: one request reads what is in it, another overwrites
+    it."""
     batch = make_batch([(40, 8), (0, 16)])
     expected = batch.clone().run(impl).entries()[:2]
     reader, writer = tokens_of(batch, 0), tokens_of(batch, 1)
     table = batch.inner_state_block_table
     table[1, :2] = table[0, 8:10]  # positions 32 .. 39 of the reader, 0 .. 7 of the writer
-    batch.inner_state_slot_mapping[writer[:8]] = (table[1, :2, None].long() * 4 + torch.arange(4)).flatten()
+    batch.inner_state_slot_mapping[writer[:8]] = (
+        table[1, :2, None].long() * 4 + torch.arange(4)
+    ).flatten()
     both = batch.take(torch.cat([writer, reader])).run(impl)
     assert both.entries()[-2:] == expected
 
@@ -101,12 +116,17 @@ def test_of_two_tokens_at_one_slot_and_position_the_last_is_taken(impl):
         batch.inner_state_slot_mapping[:64] = batch.inner_state_slot_mapping[64:128]
         if spoil:
             batch.inner_state_slot_mapping[70] = batch.inner_state_slot_mapping[60]
-        assert batch.clone().run(impl).entries()[-1] == one_after_the_other(batch.clone(), impl).entries()[-1]
+        assert (
+            batch.clone().run(impl).entries()[-1]
+            == one_after_the_other(batch.clone(), impl).entries()[-1]
+        )
 
 
-def calls_of(requests: list[tuple[int, int]], prefixes: Prefixes, pick: random.Random) -> list[list[int]]:
-    """The packed tokens, cut into calls as a scheduler may: a request waits until its prefix is filled, at the latest by
-    the call that it starts in, which may have it in any place."""
+def calls_of(
+    requests: list[tuple[int, int]], prefixes: Prefixes, pick: random.Random
+) -> list[list[int]]:
+    """The packed tokens, cut into calls as a scheduler may: a request waits until its prefix is
+    filled, at the latest by the call that it starts in, which may have it in any place."""
     first = [sum(length for _, length in requests[:r]) for r in range(len(requests))]
     done = [0] * len(requests)
     calls = []
@@ -139,7 +159,9 @@ def test_any_cut_into_calls_changes_no_byte(impl, seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_native_kernel_stores_what_the_reference_stores(seed):
-    batch = make_batch([(0, 150), (64, 90), (128, 9)], seed=seed, prefixes={1: (0, 64), 2: (1, 128)}, padding=2)
+    batch = make_batch(
+        [(0, 150), (64, 90), (128, 9)], seed=seed, prefixes={1: (0, 64), 2: (1, 128)}, padding=2
+    )
     assert_close(batch.clone().run("cpu"), batch.clone().run("reference"))
 
 

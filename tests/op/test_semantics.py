@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batches import IMPLS, IMPLS_WHERE_ROWS_ARE_UNIQUE, Batch, assert_close, assert_identical, make_batch, random_case
+from batches import (
+    IMPLS,
+    IMPLS_WHERE_ROWS_ARE_UNIQUE,
+    Batch,
+    assert_close,
+    assert_identical,
+    make_batch,
+    random_case,
+)
 from vllm_dsv4_indexer.contract import KV_WIDTH, RATIO, WINDOW
 
 STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
@@ -27,22 +35,30 @@ def saved_rows(batch: Batch) -> torch.Tensor:
     return batch.inner_state_cache[slots // page, slots % page]
 
 
-def compare_with_reference(cases: list[dict], scale_rtol: float = 0.0, differing: float = 1e-4) -> None:
+def compare_with_reference(
+    cases: list[dict], scale_rtol: float = 0.0, differing: float = 1e-4
+) -> None:
     different = total = 0
     for case in cases:
         batch = make_batch(**case)
-        d, n = assert_close(batch.clone().run("cpu"), batch.clone().run("reference"), case, scale_rtol)
+        d, n = assert_close(
+            batch.clone().run("cpu"), batch.clone().run("reference"), case, scale_rtol
+        )
         different, total = different + d, total + n
     assert different <= differing * total, f"{different} of {total} values differ by one code"
 
 
 def test_every_start_and_length_equals_the_reference():
-    compare_with_reference([{"requests": [(start, n) for n in LENGTHS], "seed": start} for start in STARTS])
+    compare_with_reference(
+        [{"requests": [(start, n) for n in LENGTHS], "seed": start} for start in STARTS]
+    )
 
 
 @pytest.mark.parametrize("length", (1, 2, 5))
 def test_a_single_short_request_equals_the_reference(length):
-    compare_with_reference([{"requests": [(start, length)], "seed": start} for start in STARTS], differing=1e-3)
+    compare_with_reference(
+        [{"requests": [(start, length)], "seed": start} for start in STARTS], differing=1e-3
+    )
 
 
 @pytest.mark.parametrize("layout", ("dense", "padded", "engine"))
@@ -64,7 +80,9 @@ def test_every_page_size_stores_the_same_entries_and_rows(page):
 @pytest.mark.parametrize("options", INT8, ids=("fp32_scale", "fp16_scale"))
 @pytest.mark.parametrize("kv_dtype", (torch.float32, torch.bfloat16))
 def test_int8_entries_equal_the_reference(options, kv_dtype):
-    cases = [{"requests": MIXED, "seed": seed, "kv_dtype": kv_dtype, **options} for seed in range(3)]
+    cases = [
+        {"requests": MIXED, "seed": seed, "kv_dtype": kv_dtype, **options} for seed in range(3)
+    ]
     compare_with_reference(cases, scale_rtol=1e-2, differing=1e-2)
 
 
@@ -101,7 +119,10 @@ def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(im
     page = batch.inner_state_cache.shape[1]
     for slot in batch.inner_state_slot_mapping[[2, 6]].tolist():
         row = (slot // page, slot % page)
-        assert torch.equal(missing.inner_state_cache[row].view(torch.int32), batch.inner_state_cache[row].view(torch.int32))
+        assert torch.equal(
+            missing.inner_state_cache[row].view(torch.int32),
+            batch.inner_state_cache[row].view(torch.int32),
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -148,7 +169,9 @@ def scatter_first(batch: Batch, impl: str) -> Batch:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("start, length, ring", [(8, 2, 8), (11, 33, 8), (9, 128, 8), (11, 128, 134), (11, 129, 136)])
+@pytest.mark.parametrize(
+    "start, length, ring", [(8, 2, 8), (11, 33, 8), (9, 128, 8), (11, 128, 134), (11, 129, 136)]
+)
 def test_a_ring_is_read_before_it_is_overwritten(impl, start, length, ring):
     batch = make_batch([(start, length)], ring=ring, page=2)
     unique = make_batch([(start, length)], page=2).run(impl)
@@ -165,7 +188,11 @@ def test_scatter_first_breaks_at_a_ring_of_n_plus_6_and_not_of_n_plus_7(impl):
 
 @pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
 def test_pages_freed_by_one_call_may_be_recycled_by_the_next(impl):
-    length, chunk, recycled = 200, 16, 7  # seven pages of four hold a chunk and the window before it
+    length, chunk, recycled = (
+        200,
+        16,
+        7,
+    )  # seven pages of four hold a chunk and the window before it
     expected = make_batch([(0, length)]).run(impl)
     batch = make_batch([(0, length)], ring=4 * recycled)
     table = batch.inner_state_block_table
@@ -198,11 +225,15 @@ def test_a_nan_stays_in_the_windows_that_hold_it(impl):
     poisoned.kv_score[9] = torch.nan
     clean, dirty = batch.run(impl).entries(), poisoned.run(impl).entries()
     differing = {i for i, (a, b) in enumerate(zip(clean, dirty)) if a != b}
-    assert differing == {2, 3}  # position 9 is in the group of entry 2, and the previous group of entry 3
+    assert differing == {
+        2,
+        3,
+    }  # position 9 is in the group of entry 2, and the previous group of entry 3
 
 
 def test_extreme_values_equal_the_reference():
-    """Entries of zeros, of NaN, of infinities, of subnormals; weights that underflow; gates of -inf."""
+    """Entries of zeros, of NaN, of infinities, of subnormals; weights that underflow; gates of
+    -inf."""
     batch = make_batch([(0, 64)], norm_dtype=torch.float32)
     kv = batch.kv_score
     kv[0:8, :KV_WIDTH] = 0

@@ -1,4 +1,5 @@
-"""Tail-only saving: what is kept is enough, each row of it is needed, and it is too little for who goes back."""
+"""Tail-only saving: what is kept is enough, each row of it is needed, and it is too little for who
+goes back."""
 
 import random
 from dataclasses import replace
@@ -47,7 +48,9 @@ def test_the_tail_is_enough_for_any_calls_that_go_on_where_the_last_one_ended(im
 def test_of_each_request_the_last_whole_group_and_the_open_one_are_saved(start):
     for length in LENGTHS:
         end = start + length
-        assert kept(tail_of(make_batch([(start, length)]))) == list(range(max(start, end - end % 4 - 4), end)), length
+        assert kept(tail_of(make_batch([(start, length)]))) == list(
+            range(max(start, end - end % 4 - 4), end)
+        ), length
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -62,7 +65,9 @@ def test_the_windows_to_come_read_every_row_of_the_tail(start):
             slots[token] = -1
             replace(cut.take(slice(length)), inner_state_slot_mapping=slots).run("cpu")
             cut.take(slice(length, None)).run("cpu")
-            assert cut.entries() != expected, f"length {length}, without the row of position {start + token}"
+            assert cut.entries() != expected, (
+                f"length {length}, without the row of position {start + token}"
+            )
 
 
 def test_a_padding_row_that_looks_like_the_next_token_ends_no_tail():

@@ -49,8 +49,9 @@ def test_registering_again_changes_nothing():
 
 def test_the_entry_point_is_the_one_that_vllm_loads():
     out = run_python(
-        "from vllm.plugins import load_general_plugins; load_general_plugins();"
-        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as names; print(names['DSV4_INDEXER'])"
+        "from vllm.plugins import load_general_plugins; load_general_plugins();from "
+        "vllm.v1.attention.backends.registry import AttentionBackendEnum as names; "
+        "print(names['DSV4_INDEXER'])"
     )
     assert "AttentionBackendEnum.DSV4_INDEXER" in out
 
@@ -63,7 +64,8 @@ def test_the_entry_point_is_the_one_that_vllm_loads():
     ],
 )
 def test_the_first_call_of_a_process_finds_the_backend(llama: Path, option: str):
-    """The refusal shows that the name was known, and watched, before anything else of vLLM's ran."""
+    """The refusal shows that the name was known, and watched, before anything else of vLLM's
+    ran."""
     out = run_python(
         "from vllm import LLM\nfrom vllm.config import AttentionConfig\n"
         f"try: LLM({str(llama)!r}, {option})\nexcept ValueError as error: print(error)"
@@ -95,17 +97,23 @@ def test_the_engines_file_loads_none_of_our_native_code():
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickled_configuration_loads_in_a_process_that_has_no_plugin_yet(tmp_path: Path, protocol: int):
+def test_a_pickled_configuration_loads_in_a_process_that_has_no_plugin_yet(
+    tmp_path: Path, protocol: int
+):
     plugin.register()
     pickled = tmp_path / "config.pickle"
     pickled.write_bytes(pickle.dumps(AttentionConfig(backend="dsv4_indexer"), protocol))
-    out = run_python(f"import pickle; print(pickle.load(open({str(pickled)!r}, 'rb')).backend.name)")
+    out = run_python(
+        f"import pickle; print(pickle.load(open({str(pickled)!r}, 'rb')).backend.name)"
+    )
     assert out.splitlines()[-1] == "DSV4_INDEXER"
 
 
 def test_other_names_are_pickled_as_vllm_pickles_them():
     plugin.register()
-    assert pickle.loads(pickle.dumps(AttentionBackendEnum.CPU_ATTN)) is AttentionBackendEnum.CPU_ATTN
+    assert (
+        pickle.loads(pickle.dumps(AttentionBackendEnum.CPU_ATTN)) is AttentionBackendEnum.CPU_ATTN
+    )
 
 
 def test_a_vllm_without_a_registry_is_told_in_one_line_and_not_taken_down():
@@ -121,12 +129,11 @@ def test_a_vllm_without_a_registry_is_told_in_one_line_and_not_taken_down():
 
 def test_a_configuration_that_cannot_be_watched_leaves_the_name_unknown():
     out = run_python(
-        "from vllm.platforms import current_platform; del type(current_platform).check_and_update_config\n"
-        "import vllm.platforms.interface as base; del base.Platform.check_and_update_config\n"
-        "from vllm_dsv4_indexer.plugin import register; register()\n"
-        "from vllm.config import AttentionConfig\n"
-        "try: AttentionConfig(backend='dsv4_indexer')\n"
-        "except ValueError as error: print(error)"
+        "from vllm.platforms import current_platform; del "
+        "type(current_platform).check_and_update_config\nimport vllm.platforms.interface as base; "
+        "del base.Platform.check_and_update_config\nfrom vllm_dsv4_indexer.plugin import register; "
+        "register()\nfrom vllm.config import AttentionConfig\ntry: "
+        "AttentionConfig(backend='dsv4_indexer')\nexcept ValueError as error: print(error)"
     )
     assert "could not register" in out and "Unknown attention backend" in out
 
@@ -136,17 +143,21 @@ def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
     register = "from vllm_dsv4_indexer.plugin import register; register(); register();"
     out = run_python(
         register + "import pickle, vllm; from vllm.config import AttentionConfig;"
-        "print(vllm.__version__, pickle.dumps(AttentionConfig(backend='dsv4_indexer').backend).hex())",
+        "print(vllm.__version__, "
+        "pickle.dumps(AttentionConfig(backend='dsv4_indexer').backend).hex())",
         **environment,
     )
     version, pickled = out.splitlines()[-1].split()
     assert version == "0.26.0"
-    out = run_python(f"import pickle; print(pickle.loads(bytes.fromhex({pickled!r})).name)", **environment)
+    out = run_python(
+        f"import pickle; print(pickle.loads(bytes.fromhex({pickled!r})).name)", **environment
+    )
     assert out.splitlines()[-1] == "DSV4_INDEXER"
 
 
 def test_a_vllm_that_knows_no_such_option_serves_other_models_as_without_us(llama: Path):
-    """vLLM 0.12.0 has neither `attention_config` nor the registry of backends where we name ours."""
+    """vLLM 0.12.0 has neither `attention_config` nor the registry of backends where we name
+    ours."""
     out = run_python(
         "from vllm.engine.arg_utils import EngineArgs;"
         "settings = {'dsv4_indexer': {'impl': 'cpu'}};"
@@ -161,7 +172,8 @@ def test_a_vllm_that_knows_no_such_option_serves_other_models_as_without_us(llam
 
 @pytest.fixture
 def platform(monkeypatch) -> type:
-    """A platform whose check records what it is given, in a process that has no name of ours yet."""
+    """A platform whose check records what it is given, in a process that has no name of ours
+    yet."""
 
     class Platform:
         device_type = "cpu"

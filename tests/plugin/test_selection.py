@@ -1,4 +1,5 @@
-"""What selecting the backend does to a configuration, when it is refused, and that other backends never notice."""
+"""What selecting the backend does to a configuration, when it is refused, and that other backends
+never notice."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,9 @@ OURS = "vllm_dsv4_indexer.engines.vllm_cpu.Worker"
 
 
 def configure(model: Path, backend: str | None = "dsv4_indexer", **options):
-    arguments = EngineArgs(model=str(model), attention_backend=backend, skip_tokenizer_init=True, **options)
+    arguments = EngineArgs(
+        model=str(model), attention_backend=backend, skip_tokenizer_init=True, **options
+    )
     return arguments.create_engine_config()
 
 
@@ -158,7 +161,11 @@ def test_a_configuration_that_is_ours_already_is_not_warned_of():
 
 def test_a_model_that_is_not_deepseek_v4_is_refused(llama: Path):
     message = refusal(llama)
-    assert "'llama'" in message and "supported: deepseek_v4" in message and "leave the option out" in message
+    assert (
+        "'llama'" in message
+        and "supported: deepseek_v4" in message
+        and "leave the option out" in message
+    )
 
 
 def test_an_index_topk_that_the_engine_cannot_do_is_refused(variant):
@@ -167,7 +174,9 @@ def test_an_index_topk_that_the_engine_cannot_do_is_refused(variant):
 
 
 def test_a_model_without_an_indexer_is_refused(variant):
-    assert "no layer of this model has an indexer" in refusal(variant(compress_ratios=[0, 128, 128, 0]))
+    assert "no layer of this model has an indexer" in refusal(
+        variant(compress_ratios=[0, 128, 128, 0])
+    )
 
 
 def test_a_model_with_fewer_compress_ratios_than_layers_is_refused(variant):
@@ -187,9 +196,18 @@ def test_another_worker_class_is_refused(checkpoint: Path):
 @pytest.mark.parametrize(
     "options, found",
     [
-        (dict(decode_context_parallel_size=2, tensor_parallel_size=2), "decode_context_parallel_size is 2"),
-        (dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2)), "method is 'ngram_gpu'"),
-        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=1)), "num_speculative_tokens is 1"),
+        (
+            dict(decode_context_parallel_size=2, tensor_parallel_size=2),
+            "decode_context_parallel_size is 2",
+        ),
+        (
+            dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2)),
+            "method is 'ngram_gpu'",
+        ),
+        (
+            dict(speculative_config=dict(method="ngram", num_speculative_tokens=1)),
+            "num_speculative_tokens is 1",
+        ),
         (dict(data_parallel_size=2), "data_parallel_size is 2"),
         (dict(enable_expert_parallel=True, tensor_parallel_size=2), "expert parallelism is on"),
         (dict(dtype="float16"), "dtype is 'float16'"),
@@ -201,7 +219,9 @@ def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, f
     assert found in refusal(checkpoint, **options)
 
 
-@pytest.mark.parametrize("drafts", [dict(method="ngram"), dict(method="custom_class", model="drafts.FromMemory")])
+@pytest.mark.parametrize(
+    "drafts", [dict(method="ngram"), dict(method="custom_class", model="drafts.FromMemory")]
+)
 def test_speculative_decoding_without_a_second_model_is_accepted(checkpoint: Path, drafts: dict):
     configure(checkpoint, speculative_config=drafts | dict(num_speculative_tokens=2))
 
@@ -213,15 +233,23 @@ TAIL = {"dsv4_indexer": {"state_save": "tail"}}
     "options, found",
     [
         (dict(), "prefix caching is on"),
-        (dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")), "a KV connector"),
+        (
+            dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")),
+            "a KV connector",
+        ),
         (dict(kv_offloading_size=1), "KV offloading is on"),
         (dict(kv_events_config=dict(enable_kv_cache_events=True)), "KV events are configured"),
         (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "a scheduler is configured"),
-        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "rejected drafts go back"),
+        (
+            dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)),
+            "rejected drafts go back",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tail_only_saving_is_refused_where_somebody_may_come_back(checkpoint: Path, options: dict, found: str):
+def test_tail_only_saving_is_refused_where_somebody_may_come_back(
+    checkpoint: Path, options: dict, found: str
+):
     options = dict(enable_prefix_caching=found == "prefix caching is on") | options
     message = refusal(checkpoint, additional_config=TAIL, **options)
     assert found in message and "leave" in message
@@ -249,7 +277,10 @@ def test_an_unknown_platform_is_refused():
 
 def test_an_unknown_setting_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"implementation": "cpu"}})
-    assert "unknown key dsv4_indexer.implementation" in message and "['impl', 'projection', 'state_save']" in message
+    assert (
+        "unknown key dsv4_indexer.implementation" in message
+        and "['impl', 'projection', 'state_save']" in message
+    )
 
 
 def test_an_unknown_implementation_is_refused_by_name(checkpoint: Path):
@@ -298,15 +329,19 @@ def test_settings_of_other_plugins_are_not_ours_to_refuse(checkpoint: Path):
 
 
 def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
-    layer = SimpleNamespace(indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor")))
+    layer = SimpleNamespace(
+        indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor"))
+    )
     monkeypatch.setattr(vllm_cpu, "DeepseekV4CPUAttention", SimpleNamespace)
     with pytest.raises(UserError, match="layers.1.compressor is a SimpleNamespace"):
-        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1)
+        vllm_cpu.replace_compressors(
+            SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1
+        )
 
 
 def test_a_model_class_that_another_plugin_replaced_is_refused():
     with pytest.raises(UserError, match="the model has 0 layers .* its configuration asks for 2"):
-        vllm_cpu.replace_compressors(SimpleNamespace(modules=lambda: []), Settings(), indexers=2)
+        vllm_cpu.replace_compressors(SimpleNamespace(modules=list), Settings(), indexers=2)
 
 
 @pytest.fixture
@@ -324,14 +359,21 @@ def test_our_projection_keeps_one_copy_of_the_weight_and_takes_a_new_one(compres
         weight = torch.randn(512, 64).bfloat16()
         linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
         linear.quant_method.process_weights_after_loading(linear)
-        torch.testing.assert_close(linear.quant_method.apply(linear, x), (x.double() @ weight.double().T).float())
-        assert [name for name, _ in linear.named_parameters()] == ["weight"] and not hasattr(linear, "cpu_linear")
+        torch.testing.assert_close(
+            linear.quant_method.apply(linear, x), (x.double() @ weight.double().T).float()
+        )
+        assert [name for name, _ in linear.named_parameters()] == ["weight"] and not hasattr(
+            linear, "cpu_linear"
+        )
 
 
 @pytest.mark.parametrize(
     "change, found",
     [
-        (dict(quant_method=SimpleNamespace()), r"has a SimpleNamespace and a weight of shape \(512, 64\)"),
+        (
+            dict(quant_method=SimpleNamespace()),
+            r"has a SimpleNamespace and a weight of shape \(512, 64\)",
+        ),
         (dict(weight=torch.nn.Parameter(torch.empty(0))), r"a weight of shape \(0,\)"),
         (dict(bias=torch.nn.Parameter(torch.empty(512))), "and no bias"),
     ],

@@ -1,4 +1,5 @@
-"""`make venv` with a stand-in for Python: its pip downloads nothing and answers as each test says."""
+"""`make venv` with a stand-in for Python: its pip downloads nothing and answers as each test
+says."""
 
 import os
 import shutil
@@ -10,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Real Python, except for: creating an environment, pip, and questions about the machine that a test wants denied.
-# pip notes its arguments in pip.calls and does what the file `answers` says for them: a shell `case` body.
+# Real Python, except for: creating an environment, pip, and questions about the machine that a test
+# wants denied. pip notes its arguments in pip.calls and does what the file `answers` says for them:
+# a shell `case` body.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
 *"-m venv --clear"*) rm -rf .venv && mkdir -p .venv/bin .venv/lib/python3/site-packages && ln -s "{fake}" .venv/bin/python && exit ;;
@@ -44,12 +46,28 @@ class Checkout:
     def make_venv(self, answers=CPU_TORCH, denied="nothing is denied", **env):
         """Runs `make venv`; returns the process and the calls of pip that it made."""
         fake, calls = self.here / "python", self.here / "pip.calls"
-        fake.write_text(FAKE_PYTHON.format(fake=fake, here=self.here, answers=answers, denied=denied, python=sys.executable))
+        fake.write_text(
+            FAKE_PYTHON.format(
+                fake=fake, here=self.here, answers=answers, denied=denied, python=sys.executable
+            )
+        )
         fake.chmod(0o755)
         calls.write_text("")
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "TORCH_INDEX_URL"))}
-        done = subprocess.run(["make", "venv", f"PYTHON={fake}"], cwd=self.path, env=clean | env, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("MAKE", "MFLAGS", "TORCH_INDEX_URL"))
+        }
+        done = subprocess.run(
+            ["make", "venv", f"PYTHON={fake}"],
+            cwd=self.path,
+            env=clean | env,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
         return done, calls.read_text().splitlines()
 
     def stamps(self):
@@ -76,10 +94,17 @@ def test_torch_from_configured_sources(checkout):
     assert "[1/4]" in done.stdout and "[4/4]" in done.stdout
 
 
-@pytest.mark.parametrize("env, url", [({}, "https://download.pytorch.org/whl/cpu"),
-                                      ({"TORCH_INDEX_URL": "https://mirror.example/cpu"}, "https://mirror.example/cpu")])
+@pytest.mark.parametrize(
+    "env, url",
+    [
+        ({}, "https://download.pytorch.org/whl/cpu"),
+        ({"TORCH_INDEX_URL": "https://mirror.example/cpu"}, "https://mirror.example/cpu"),
+    ],
+)
 def test_torch_from_the_index_when_configured_sources_lack_it(checkout, env, url):
-    done, calls = checkout.make_venv(f"*--index-url*) install_torch None ;; *torch==*) exit 1 ;;", **env)
+    done, calls = checkout.make_venv(
+        "*--index-url*) install_torch None ;; *torch==*) exit 1 ;;", **env
+    )
     assert done.returncode == 0, done.stdout
     assert calls[1].endswith(f"torch==2.13.0+cpu --index-url {url}")
 
@@ -89,7 +114,9 @@ def test_no_cpu_torch_anywhere_stops_with_the_remedy(checkout):
     assert done.returncode != 0
     assert "no such wheel" in done.stdout  # pip's own words
     assert "TORCH_INDEX_URL=" in done.stdout and "PIP_FIND_LINKS=" in done.stdout
-    assert len(calls) == 2 and all("torch==2.13.0+cpu" in call for call in calls)  # never a plain torch
+    assert len(calls) == 2 and all(
+        "torch==2.13.0+cpu" in call for call in calls
+    )  # never a plain torch
     assert checkout.stamps() == []
 
 
@@ -109,9 +136,13 @@ def test_a_second_run_does_only_what_changed(checkout):
     assert len(checkout.make_venv()[1]) == 3
 
 
-@pytest.mark.parametrize("moment, stamps", [("*torch==*", []), ("*cpu.lock*", []), ('*"-e ."', ["dependencies.done"])])
+@pytest.mark.parametrize(
+    "moment, stamps", [("*torch==*", []), ("*cpu.lock*", []), ('*"-e ."', ["dependencies.done"])]
+)
 def test_a_killed_run_never_looks_finished(checkout, moment, stamps):
-    done, _ = checkout.make_venv(f"{moment}) : > .venv/half-installed; kill -9 $PPID ;; {CPU_TORCH}")
+    done, _ = checkout.make_venv(
+        f"{moment}) : > .venv/half-installed; kill -9 $PPID ;; {CPU_TORCH}"
+    )
     assert done.returncode != 0 and checkout.stamps() == stamps
     done, calls = checkout.make_venv()
     assert done.returncode == 0 and calls[-1].endswith("-e .")
@@ -126,14 +157,18 @@ def test_a_failed_update_does_not_leave_the_old_stamp(checkout):
     assert done.returncode != 0 and checkout.stamps() == []
 
 
-@pytest.mark.parametrize("denied, remedy", [("version_info", "make venv PYTHON="), ("ensurepip", "python3-venv"),
-                                            ("libnuma", "libnuma1")])
+@pytest.mark.parametrize(
+    "denied, remedy",
+    [("version_info", "make venv PYTHON="), ("ensurepip", "python3-venv"), ("libnuma", "libnuma1")],
+)
 def test_an_unfit_machine_is_told_first(checkout, denied, remedy):
     done, calls = checkout.make_venv(denied=denied)
     assert done.returncode != 0 and remedy in done.stdout and calls == []
 
 
-@pytest.mark.parametrize("lacking, remedy", [("lscpu", "util-linux"), ("c++", "apt-get install g++")])
+@pytest.mark.parametrize(
+    "lacking, remedy", [("lscpu", "util-linux"), ("c++", "apt-get install g++")]
+)
 def test_a_missing_tool_is_told_first(checkout, lacking, remedy):
     tools = checkout.here / "tools"
     tools.mkdir()

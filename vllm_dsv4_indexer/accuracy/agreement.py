@@ -1,7 +1,8 @@
-"""Agreement of log-probabilities: of one engine with itself under other schedules, and of two engines.
+"""Agreement of log-probabilities: of one engine with itself under other schedules, and of two
+engines.
 
-The compressor gives the same bits whatever the schedule; the engine's matrix products need not. So what differs in one
-engine is rounding, and an entry, an expert or a token that was a toss-up.
+The compressor gives the same bits whatever the schedule; the engine's matrix products need not. So
+what differs in one engine is rounding, and an entry, an expert or a token that was a toss-up.
 """
 
 from typing import NamedTuple
@@ -15,8 +16,8 @@ SINGLE = 8  # one token in so many is computed in a step of its own
 
 
 class Agreement(NamedTuple):
-    """schedule: what was compared. positions: how many. mean, largest: difference of the log-probabilities of a token.
-    same: the share of positions with the same most likely token."""
+    """schedule: what was compared. positions: how many. mean, largest: difference of the
+    log-probabilities of a token. same: the share of positions with the same most likely token."""
 
     schedule: str
     positions: int
@@ -26,31 +27,38 @@ class Agreement(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """prefilled: the log-probabilities of one prompt, by schedule. agreement: of the engine with itself."""
+    """prefilled: the log-probabilities of one prompt, by schedule. agreement: of the engine with
+    itself."""
 
     prefilled: dict[str, Logprobs]
     agreement: list[Agreement]
 
 
 def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
-    """A prompt of `length` random tokens in chunks of several sizes, beside another one, its first eighth token by token,
-    and the last one decoded, without the prefix cache and with it. The engine was made for steps of `length` tokens."""
+    """A prompt of `length` random tokens in chunks of several sizes, beside another one, its first
+    eighth token by token, and the last one decoded, without the prefix cache and with it. The
+    engine was made for steps of `length` tokens."""
     prompt, other = random_prompt(length, seed), random_prompt(length, seed + 1)
     prefilled = {}
     for size in dict.fromkeys(min(size, length) for size in (USUAL, *SIZES)):
         engine.set_chunk(size)
         prefilled[f"in chunks of {size}"] = engine.prompt_logprobs([prompt])[0]
     engine.set_chunk(BESIDE, abreast=2)
-    prefilled[f"in chunks of {BESIDE}, beside another prompt"] = engine.prompt_logprobs([other, prompt])[1]
+    prefilled[f"in chunks of {BESIDE}, beside another prompt"] = engine.prompt_logprobs(
+        [other, prompt]
+    )[1]
     engine.set_chunk(1)
     prefilled["in chunks of 1"] = engine.prompt_logprobs([prompt[: length // SINGLE]])[0]
     usual, *others = prefilled
     agreement = [
-        compare(f"{name}, not {usual}", prefilled[usual][: len(prefilled[name])], prefilled[name]) for name in others
+        compare(f"{name}, not {usual}", prefilled[usual][: len(prefilled[name])], prefilled[name])
+        for name in others
     ]
     engine.set_chunk(min(USUAL, length))
     if not engine.llm.reset_prefix_cache():
-        raise RuntimeError("vLLM did not empty its prefix cache: a request still holds a part of it")
+        raise RuntimeError(
+            "vLLM did not empty its prefix cache: a request still holds a part of it"
+        )
     agreement.append(_decoded("decoded, not prefilled", engine, engine, prompt))
     agreement.append(_decoded("the same from the prefix cache", engine, engine, prompt))
     return Observed(prefilled, agreement)
@@ -61,7 +69,10 @@ def between(one: Engine, other: Engine, length: int, seed: int) -> list[Agreemen
     prompt, beside = random_prompt(length, seed), random_prompt(length, seed + 1)
     alone, batched = (
         compare(name, *(engine.prompt_logprobs(prompts)[-1] for engine in (one, other)))
-        for name, prompts in (("prefilled", [prompt]), ("prefilled beside another prompt", [beside, prompt]))
+        for name, prompts in (
+            ("prefilled", [prompt]),
+            ("prefilled beside another prompt", [beside, prompt]),
+        )
     )
     return [
         alone,
@@ -84,7 +95,9 @@ def compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:
     pairs = list(zip(one, other, strict=True))
     differences = [abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys()]
     same = sum(_most_likely(a) == _most_likely(b) for a, b in pairs) / len(pairs)
-    return Agreement(schedule, len(pairs), sum(differences) / len(differences), max(differences), same)
+    return Agreement(
+        schedule, len(pairs), sum(differences) / len(differences), max(differences), same
+    )
 
 
 def _most_likely(position: dict[int, float]) -> int:

@@ -21,15 +21,24 @@ if TYPE_CHECKING:  # they import torch, which takes longer than an error should
 NEEDLES, RECALL, SERVERS = "needles", "recall", "two servers"
 # The options that have no meaning everywhere, and where they have one.
 MODES = {
-    "engine": [NEEDLES], "url": [NEEDLES, SERVERS], "settings": [NEEDLES, RECALL],
-    "chunk": [NEEDLES, RECALL], "against": [RECALL], "prompts": [RECALL],
+    "engine": [NEEDLES],
+    "url": [NEEDLES, SERVERS],
+    "settings": [NEEDLES, RECALL],
+    "chunk": [NEEDLES, RECALL],
+    "against": [RECALL],
+    "prompts": [RECALL],
     "schedules": [RECALL, SERVERS],
-    "against_url": [SERVERS], "tasks": [SERVERS], "samples": [SERVERS],
-}  # fmt: skip
+    "against_url": [SERVERS],
+    "tasks": [SERVERS],
+    "samples": [SERVERS],
+}
 DEFAULTS = {
-    "lengths": [2048, 4096, 8192, 16384, 32768], "engine": "vllm", "settings": {}, "chunk": 2039,
+    "lengths": [2048, 4096, 8192, 16384, 32768],
+    "engine": "vllm",
+    "settings": {},
+    "chunk": 2039,
     "prompts": 1,
-}  # fmt: skip
+}
 FILES = ("accuracy.json", "accuracy.svg")
 EXAMPLES = """\
 examples:

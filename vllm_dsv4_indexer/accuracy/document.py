@@ -1,7 +1,7 @@
 """Haystacks for the needle checkpoint (checkpoint/needle.py, which says what the tokens mean).
 
-Every entry of a document hosts a pair: thousands of near misses, and here and there a needle between two decoys, which
-erase it if the windows of the indexer are wrong.
+Every entry of a document hosts a pair: thousands of near misses, and here and there a needle
+between two decoys, which erase it if the windows of the indexer are wrong.
 """
 
 import random
@@ -18,8 +18,8 @@ BURST = 12  # documents of a burst
 class Needle:
     """A pair that a question can ask for.
 
-    entry: the index of its entry. position: of its key; its value is the next token. key: of KEYS, counted from 0.
-    value: the token that answers the question."""
+    entry: the index of its entry. position: of its key; its value is the next token. key: of KEYS,
+    counted from 0. value: the token that answers the question."""
 
     entry: int
     position: int
@@ -37,12 +37,13 @@ class Document:
         return [*self.tokens, QUESTIONS[needle.key]]
 
     def ask_by_distance(self, needle: Needle) -> list[int]:
-        """The same, where only the distance between question and needle says which pair is meant."""
+        """The same, where only the distance between question and needle says which pair is
+        meant."""
         return [*self.tokens, _distance(needle, len(self.tokens))]
 
     def all_questions(self) -> list[int]:
-        """Four tokens for each needle, to follow the document: by distance, by key, two of filler. A question is no
-        key and no value, so those before it are nothing but a longer document."""
+        """Four tokens for each needle, to follow the document: by distance, by key, two of filler.
+        A question is no key and no value, so those before it are nothing but a longer document."""
         end = len(self.tokens)
         questions = [
             (_distance(needle, end + GROUP * index), QUESTIONS[needle.key], FILLERS[0], FILLERS[0])
@@ -56,19 +57,24 @@ def _distance(needle: Needle, position: int) -> int:
     return DISTANCES[position // GROUP - needle.entry]
 
 
-def make_document(length: int, seed: int = 0, chunk: int | None = None, spacing: int = 8) -> Document:
-    """A document of `length` tokens, a multiple of 4, of which about one entry in `spacing` hosts a needle.
+def make_document(
+    length: int, seed: int = 0, chunk: int | None = None, spacing: int = 8
+) -> Document:
+    """A document of `length` tokens, a multiple of 4, of which about one entry in `spacing` hosts a
+    needle.
 
-    So do the first and the last entry, those at the borders of pages, and, if the engine prefills in steps of `chunk`
-    tokens, those whose windows lie across a border, with the key before it. Keys stand at all four offsets.
+    So do the first and the last entry, those at the borders of pages, and, if the engine prefills
+    in steps of `chunk` tokens, those whose windows lie across a border, with the key before it.
+    Keys stand at all four offsets.
     """
     draw = random.Random(f"{length} {seed}")
     return _fill(draw, length, _apart(_hosts(draw, length // GROUP, chunk or length, spacing)))
 
 
 def make_burst(common: int, seed: int = 0) -> list[Document]:
-    """Documents with one needle each and the first `common` tokens in common, a multiple of 4: the needle's key is the
-    last of these, its value the first that a document has of its own. They are 4 to 48 tokens longer."""
+    """Documents with one needle each and the first `common` tokens in common, a multiple of 4: the
+    needle's key is the last of these, its value the first that a document has of its own. They are
+    4 to 48 tokens longer."""
     draw = random.Random(f"burst {common} {seed}")
     whole = _fill(draw, common + 4 * BURST, {common // GROUP: -1})
     (needle,) = whole.needles
@@ -81,17 +87,25 @@ def make_burst(common: int, seed: int = 0) -> list[Document]:
 
 
 def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
-    """A document in which `hosts` hold the needles; of each the last offset that its key may have."""
+    """A document in which `hosts` hold the needles; of each the last offset that its key may
+    have."""
     entries = length // GROUP
     tokens = draw.choices(FILLERS, k=length)
-    needles, keys, decoys = [], draw.sample(range(len(KEYS)), entries), iter(draw.sample(DECOYS, entries))
+    needles, keys, decoys = (
+        [],
+        draw.sample(range(len(KEYS)), entries),
+        iter(draw.sample(DECOYS, entries)),
+    )
     free = 0  # the first position that no pair holds
     for entry in range(entries):
         near_needle = entry - 1 in hosts or entry + 1 in hosts
         last = hosts.get(entry, 1 if entry + 1 in hosts else 2)  # leaves room for any needle
         position = draw.randint(max(free, GROUP * entry - 1), GROUP * entry + last)
         value = draw.choice(VALUES)
-        tokens[position : position + 2] = [next(decoys) if near_needle else KEYS[keys[entry]], value]
+        tokens[position : position + 2] = [
+            next(decoys) if near_needle else KEYS[keys[entry]],
+            value,
+        ]
         if entry in hosts:
             needles.append(Needle(entry, position, keys[entry], value))
         free = position + 2
@@ -99,7 +113,8 @@ def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
 
 
 def _hosts(draw: random.Random, entries: int, chunk: int, spacing: int) -> dict[int, int]:
-    """The entries that are to host a needle, the most important first, with the last offset that its key may have."""
+    """The entries that are to host a needle, the most important first, with the last offset that
+    its key may have."""
     latest = {0: 2, entries - 1: 2}
     for border in range(chunk, GROUP * entries, chunk):
         latest[border // GROUP] = border % GROUP - 1

@@ -59,7 +59,9 @@ class Engine(ABC):
 
     def found_at_once(self, documents: list[Document]) -> Found:
         """The same of documents that begin alike, unknown to the engine: all is asked at once."""
-        return self._ask([(document, needle) for document in documents for needle in document.needles])
+        return self._ask(
+            [(document, needle) for document in documents for needle in document.needles]
+        )
 
     def _ask(self, needles: list[tuple[Document, Needle]]) -> Found:
         prompts = [document.ask_by_key(needle) for document, needle in needles]

@@ -106,10 +106,15 @@ def _answers(
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     api = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model=server.model,
-        tokenizer=model, tokenizer_backend="huggingface",
-        add_bos_token=True, max_length=NO_LIMIT, batch_size=Server.AT_ONCE, timeout=SECONDS,
-    )  # fmt: skip
+        base_url=f"{server.url}/v1/completions",
+        model=server.model,
+        tokenizer=model,
+        tokenizer_backend="huggingface",
+        add_bos_token=True,
+        max_length=NO_LIMIT,
+        batch_size=Server.AT_ONCE,
+        timeout=SECONDS,
+    )
     for task in tasks.values():
         task.set_fewshot_seed(seed)
     try:

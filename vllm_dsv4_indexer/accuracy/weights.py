@@ -17,9 +17,13 @@ from torch import Tensor
 from ..errors import UserError
 
 NEEDED = (
-    "wq_b.weight", "weights_proj.weight", "compressor.wkv.weight", "compressor.wgate.weight",
-    "compressor.ape", "compressor.norm.weight",
-)  # fmt: skip
+    "wq_b.weight",
+    "weights_proj.weight",
+    "compressor.wkv.weight",
+    "compressor.wgate.weight",
+    "compressor.ape",
+    "compressor.norm.weight",
+)
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
 SCALES = ("scale", "weight_scale_inv", "weight_scale")  # DeepSeek's name, vLLM's, and AMD Quark's

@@ -1,5 +1,5 @@
-"""`vllm-dsv4-indexer bench`: how long every implementation of `compress` takes, beside vLLM's own code and the time that
-the same bytes take to move.
+"""`vllm-dsv4-indexer bench`: how long every implementation of `compress` takes, beside vLLM's own
+code and the time that the same bytes take to move.
 
     cases.py        what is measured: the tokens of a call and where its caches lie
     contestants.py  who is measured

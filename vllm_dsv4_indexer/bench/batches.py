@@ -1,8 +1,9 @@
-"""The one generator of batches, for the benchmark and for every test of the op, the emulation and the NPU: paged caches with
-random bytes in them, slots and tables for a list of requests.
+"""The one generator of batches, for the benchmark and for every test of the op, the emulation and
+the NPU: paged caches with random bytes in them, slots and tables for a list of requests.
 
-A request is (start, length): its history, the state rows of the last eight positions before `start`, is in the state
-already. The same seed gives the same projections at the same positions, however the requests are cut into calls.
+A request is (start, length): its history, the state rows of the last eight positions before
+`start`, is in the state already. The same seed gives the same projections at the same positions,
+however the requests are cut into calls.
 """
 
 import random
@@ -14,8 +15,17 @@ from torch import Tensor
 
 from .. import ops
 from ..contract import (
-    FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROPE_DIM, ROW_WIDTH, WINDOW, Call, Extents,
-)  # fmt: skip
+    FP8_ENTRY_BYTES,
+    FP8_PAGE_ENTRIES,
+    HEAD_DIM,
+    KV_WIDTH,
+    RATIO,
+    ROPE_DIM,
+    ROW_WIDTH,
+    WINDOW,
+    Call,
+    Extents,
+)
 
 MAX_POSITION = 512
 _BLOCK = 64  # positions whose projections are drawn together
@@ -37,17 +47,19 @@ LAYOUTS = {
     "dense": (None, None, 0),
     "vllm": (8640, 8640, 0),  # vLLM 0.32 aligns both to 576: 8192 and 8448 bytes are used
     "padded": (8640, 8704, 0),
-    # vLLM 0.32, four layers: one storage for the state and the K cache of all layers, here those of the layer whose
-    # slot begins at byte 8640. State and K views begin at the same byte and use different pages.
+    # vLLM 0.32, four layers: one storage for the state and the K cache of all layers, here those of
+    # the layer whose slot begins at byte 8640. State and K views begin at the same byte and use
+    # different pages.
     "engine": (93888, 93888, 8640),
-    # vLLM Ascend 0.26.0rc1: one storage of pages, each as large as a K page with its scales behind the values; a state
-    # page begins where a K page would.
+    # vLLM Ascend 0.26.0rc1: one storage of pages, each as large as a K page with its scales behind
+    # the values; a state page begins where a K page would.
     "ascend": (None, None, 0),
 }
 _SHARED = ("engine", "ascend")
 
 
-# A request's computed prefix, which another request of the batch fills: {request: (the other, its length)}.
+# A request's computed prefix, which another request of the batch fills: {request: (the other, its
+# length)}.
 Prefixes = dict[int, tuple[int, int]]
 
 
@@ -87,18 +99,27 @@ class Batch:
 
     def take(self, tokens) -> "Batch":
         """The call with these tokens only, on the same caches."""
-        per_token = ("kv_score", "positions", "token_to_req", "inner_state_slot_mapping", "k_slot_mapping")
+        per_token = (
+            "kv_score",
+            "positions",
+            "token_to_req",
+            "inner_state_slot_mapping",
+            "k_slot_mapping",
+        )
         return replace(self, **{name: getattr(self, name)[tokens] for name in per_token})
 
     def clone(self) -> "Batch":
-        """An equal batch on tensors of its own; the caches keep their strides and share their storages as before."""
+        """An equal batch on tensors of its own; the caches keep their strides and share their
+        storages as before."""
         copies = {s.untyped_storage().data_ptr(): s.clone() for s in self.storages}
 
         def moved(tensor: Tensor) -> Tensor:
             storage = copies.get(tensor.untyped_storage().data_ptr())
             if storage is None:
                 return tensor.clone()
-            return storage.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            return storage.view(tensor.dtype).as_strided(
+                tensor.shape, tensor.stride(), tensor.storage_offset()
+            )
 
         tensors = {name: moved(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)}
         return replace(self, **tensors, storages=tuple(copies.values()))
@@ -108,7 +129,9 @@ class Batch:
         if self.k_format == "int8_hadamard":
             return self.k_cache
         return self.k_cache.as_strided(
-            (*self.k_cache.shape[:2], HEAD_DIM), (self.k_cache.stride(0), HEAD_DIM, 1), self.k_cache.storage_offset()
+            (*self.k_cache.shape[:2], HEAD_DIM),
+            (self.k_cache.stride(0), HEAD_DIM, 1),
+            self.k_cache.storage_offset(),
         )
 
     def scales(self) -> Tensor:
@@ -149,14 +172,18 @@ def make_batch(
     prefixes: Prefixes | None = None,
     page_seed: int | None = None,
 ) -> Batch:
-    """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents. Pages lie anywhere in their
-    caches, as in an engine that has run for a while; those before the last eight positions are freed.
+    """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents. Pages
+    lie anywhere in their caches, as in an engine that has run for a while; those before the last
+    eight positions are freed.
 
-    `ring`: positions p and p + ring share a state row, in every request that has no part in `prefixes`. `page_seed`
-    permutes the pages without changing anything else. `k_page`: entries of a K page, where the format leaves them free.
+    `ring`: positions p and p + ring share a state row, in every request that has no part in
+    `prefixes`. `page_seed` permutes the pages without changing anything else. `k_page`: entries of
+    a K page, where the format leaves them free.
     """
     prefixes = prefixes or {}
-    numbers, pages = (torch.Generator().manual_seed(s) for s in (seed, seed if page_seed is None else page_seed))
+    numbers, pages = (
+        torch.Generator().manual_seed(s) for s in (seed, seed if page_seed is None else page_seed)
+    )
     ape = spread.ape * torch.randn(RATIO, KV_WIDTH, generator=numbers)
     norm_weight = spread.norm_mean + spread.norm * torch.randn(HEAD_DIM, generator=numbers)
     first = [max(start - WINDOW, 0) for start, _ in requests]
@@ -168,9 +195,13 @@ def make_batch(
     k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
     sharing = prefixes.keys() | {owner for owner, _ in prefixes.values()}
     rings = [None if request in sharing else ring for request in range(len(requests))]
-    table, k_table, state_pages, k_pages = _tables(requests, page, k_page, rings, layout in _SHARED, pages)
+    table, k_table, state_pages, k_pages = _tables(
+        requests, page, k_page, rings, layout in _SHARED, pages
+    )
     for request, (owner, length) in prefixes.items():
-        assert length % page == 0 and length <= requests[request][0], "prefixes are shared by whole pages"
+        assert length % page == 0 and length <= requests[request][0], (
+            "prefixes are shared by whole pages"
+        )
         table[request, : length // page] = table[owner, : length // page]
     state, k_cache, k_scale, storages = _caches(
         state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
@@ -179,7 +210,9 @@ def make_batch(
     request, positions = _tokens([range(s, s + n) for s, n in requests])
     k_slots = _slots(k_table, request, positions // RATIO, k_page)
     batch = Batch(
-        kv_score=torch.cat([sequence[-length:] for (_, length), sequence in zip(requests, sequences)]),
+        kv_score=torch.cat(
+            [sequence[-length:] for (_, length), sequence in zip(requests, sequences)]
+        ),
         ape=ape,
         norm_weight=norm_weight.to(norm_dtype),
         cos_sin_cache=_rope_table(max_pos),
@@ -198,14 +231,25 @@ def make_batch(
 
 
 def _tables(
-    requests: list[tuple[int, int]], page: int, k_page: int, rings: list[int | None], shared: bool, pages: torch.Generator
+    requests: list[tuple[int, int]],
+    page: int,
+    k_page: int,
+    rings: list[int | None],
+    shared: bool,
+    pages: torch.Generator,
 ) -> tuple[Tensor, Tensor, int, int]:
-    """The block tables of the state and of the K cache, and how many pages each cache has: page 0 and a few others are
-    nobody's. In a shared storage the pages are as many as both need, and those of the K cache come last."""
+    """The block tables of the state and of the K cache, and how many pages each cache has: page 0
+    and a few others are nobody's. In a shared storage the pages are as many as both need, and those
+    of the K cache come last."""
     ends = [start + length for start, length in requests]
     # What lies before the last eight positions is freed.
-    live = [range(max(start - WINDOW, 0) // page, _ceil(end, page)) for (start, _), end in zip(requests, ends)]
-    held = [min(len(those), _ceil(ring or end, page)) for those, end, ring in zip(live, ends, rings)]
+    live = [
+        range(max(start - WINDOW, 0) // page, _ceil(end, page))
+        for (start, _), end in zip(requests, ends)
+    ]
+    held = [
+        min(len(those), _ceil(ring or end, page)) for those, end, ring in zip(live, ends, rings)
+    ]
     k_held = [_ceil(end, RATIO * k_page) for end in ends]
     state_pages = sum(held) + 3
     k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
@@ -217,7 +261,8 @@ def _tables(
 
 
 def _table(columns: list[range], held: list[int], pages: Tensor) -> Tensor:
-    """[R, M]: each request gets as many of the pages as it holds, in its columns over and over; elsewhere is page 0."""
+    """[R, M]: each request gets as many of the pages as it holds, in its columns over and over;
+    elsewhere is page 0."""
     free = pages.tolist()
     table = torch.zeros(len(columns), max(those.stop for those in columns) + 1, dtype=torch.int32)
     for row, those, count in zip(table, columns, held):
@@ -246,9 +291,12 @@ def _save_history(
     state: Tensor,
     prefixes: Prefixes,
 ) -> None:
-    """Saves the rows of the last eight positions before each request's start, but for those of a shared prefix, which
-    only this call fills, or which are another's history."""
-    before = [range(max(start - WINDOW, 0, prefixes.get(r, (0, 0))[1]), start) for r, (start, _) in enumerate(requests)]
+    """Saves the rows of the last eight positions before each request's start, but for those of a
+    shared prefix, which only this call fills, or which are another's history."""
+    before = [
+        range(max(start - WINDOW, 0, prefixes.get(r, (0, 0))[1]), start)
+        for r, (start, _) in enumerate(requests)
+    ]
     request, positions = _tokens(before)
     rows = [
         sequence[len(sequence) - length - len(those) : len(sequence) - length]
@@ -272,7 +320,9 @@ def _padded(batch: Batch, padding: int) -> Batch:
         "inner_state_slot_mapping": none,
         "k_slot_mapping": none,
     }
-    return replace(batch, **{name: torch.cat([getattr(batch, name), more]) for name, more in rows.items()})
+    return replace(
+        batch, **{name: torch.cat([getattr(batch, name), more]) for name, more in rows.items()}
+    )
 
 
 def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
@@ -297,7 +347,9 @@ def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, n
         (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
     )
     k_dtype = torch.int8 if int8 else torch.uint8
-    k_cache = k_storage.view(k_dtype).as_strided((k_pages, k_page, entry), (k_stride, entry, 1), offset)
+    k_cache = k_storage.view(k_dtype).as_strided(
+        (k_pages, k_page, entry), (k_stride, entry, 1), offset
+    )
     storages = (state_storage,) if layout in _SHARED else (state_storage, k_storage)
     if not int8:
         return state, k_cache, None, storages
@@ -314,10 +366,13 @@ def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, n
 
 
 def _projection(seed: int, request: int, begin: int, end: int, spread: Spread) -> Tensor:
-    """[end - begin, 512]: the rows of a request at these positions, the same whatever the others are."""
+    """[end - begin, 512]: the rows of a request at these positions, the same whatever the others
+    are."""
     blocks = []
     for block in range(begin // _BLOCK, _ceil(end, _BLOCK)):
-        numbers = torch.Generator().manual_seed(random.Random(f"{seed} {request} {block}").getrandbits(63))
+        numbers = torch.Generator().manual_seed(
+            random.Random(f"{seed} {request} {block}").getrandbits(63)
+        )
         blocks.append(torch.randn(_BLOCK, ROW_WIDTH, generator=numbers))
     rows = torch.cat(blocks)[begin % _BLOCK :][: end - begin]
     rows[:, :KV_WIDTH] *= spread.kv

@@ -1,7 +1,8 @@
 """What is measured: the tokens of one call, and caches as an engine lays them out.
 
-Values have the spread of a DeepSeek-V4 Flash layer's: hidden states uniform in +-0.05, projected from 4096 channels by
-weights of standard deviation 0.0293 (kv) and 0.0512 (gate), give the normal values below. Never zeros, which are faster.
+Values have the spread of a DeepSeek-V4 Flash layer's: hidden states uniform in +-0.05, projected
+from 4096 channels by weights of standard deviation 0.0293 (kv) and 0.0512 (gate), give the normal
+values below. Never zeros, which are faster.
 """
 
 import random
@@ -22,15 +23,19 @@ _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep":
 _HIDDEN_MAX = 0.05
 _WEIGHT_STDS = (0.0293, 0.0512)
 _FLASH = Spread(
-    *(4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS), ape=0.1528, norm_mean=0.685, norm=0.261
+    *(4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS),
+    ape=0.1528,
+    norm_mean=0.685,
+    norm=0.261,
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `requests` are pairs (tokens computed before, tokens of this call). Cases of one `name` are reported
-    together, cases of one `kind` make a line of the plot. `hidden`: the size of the hidden states that the call projects
-    first; 0 for a call that is given kv_score. `layers`: of how many layers it is, one after the other."""
+    """One call: `requests` are pairs (tokens computed before, tokens of this call). Cases of one
+    `name` are reported together, cases of one `kind` make a line of the plot. `hidden`: the size of
+    the hidden states that the call projects first; 0 for a call that is given kv_score. `layers`:
+    of how many layers it is, one after the other."""
 
     name: str
     kind: str
@@ -68,14 +73,18 @@ def projected(case: Case, hidden: int) -> Case:
 
 
 def steps(layers: int = LAYERS["Flash"]) -> list[Case]:
-    """Whole steps of a model's layers: one token, sixteen requests of one, and prompts of 128 and 2048."""
+    """Whole steps of a model's layers: one token, sixteen requests of one, and prompts of 128 and
+    2048."""
     calls = mix("decode", 1), mix("decode", 16), mix("one", 128), mix("one", 2048)
-    return [replace(c, name=f"{c.name}, {layers} layers", kind=f"step, {c.kind}", layers=layers) for c in calls]
+    return [
+        replace(c, name=f"{c.name}, {layers} layers", kind=f"step, {c.kind}", layers=layers)
+        for c in calls
+    ]
 
 
 def mix(kind: str, tokens: int) -> Case:
-    """`tokens` tokens as one prompt's third chunk, as requests of odd starts and lengths, as prompts of 1 to 9 tokens,
-    or as that many requests of one token each."""
+    """`tokens` tokens as one prompt's third chunk, as requests of odd starts and lengths, as
+    prompts of 1 to 9 tokens, or as that many requests of one token each."""
     pick = random.Random(tokens)
     length = {
         "one": lambda: tokens,
@@ -97,8 +106,8 @@ def mix(kind: str, tokens: int) -> Case:
 
 
 def traffic(chunks: int = 48) -> list[Case]:
-    """The chunks of a day's serving: prompts of short chats, and documents of 64K to 256K tokens in chunks of 2K to 8K,
-    each as long and as deep in its document as chance has it."""
+    """The chunks of a day's serving: prompts of short chats, and documents of 64K to 256K tokens in
+    chunks of 2K to 8K, each as long and as deep in its document as chance has it."""
     pick = random.Random(0)
     cases = []
     for i in range(chunks):
@@ -114,8 +123,9 @@ def traffic(chunks: int = 48) -> list[Case]:
 
 
 def make_layers(case: Case, kv_dtype: torch.dtype) -> list[Call]:
-    """A call for each of the case's layers: the same step, weights and caches of its own. All have one kv_score, as an
-    engine's layers have one buffer for it, which the projection has just filled."""
+    """A call for each of the case's layers: the same step, weights and caches of its own. All have
+    one kv_score, as an engine's layers have one buffer for it, which the projection has just
+    filled."""
     first = make_call(case, kv_dtype)
     return [first, *(_with_own_layer(first) for _ in range(case.layers - 1))]
 
@@ -123,7 +133,9 @@ def make_layers(case: Case, kv_dtype: torch.dtype) -> list[Call]:
 def _with_own_layer(call: Call) -> Call:
     def copied(tensor: Tensor) -> Tensor:
         storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
-        return storage.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return storage.view(tensor.dtype).as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
 
     own = ("ape", "norm_weight", "inner_state_cache", "k_cache")
     return call._replace(**{name: copied(getattr(call, name)) for name in own})
@@ -132,7 +144,14 @@ def _with_own_layer(call: Call) -> Call:
 def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
     """A call with an fp8 K cache, in vLLM's pages."""
     end = max(start + length for start, length in case.requests)
-    options = dict(page=PAGE, layout="vllm", kv_dtype=kv_dtype, norm_dtype=torch.float32, spread=_FLASH, max_pos=end)
+    options = dict(
+        page=PAGE,
+        layout="vllm",
+        kv_dtype=kv_dtype,
+        norm_dtype=torch.float32,
+        spread=_FLASH,
+        max_pos=end,
+    )
     return make_batch(list(case.requests), **options).call
 
 

@@ -2,21 +2,25 @@
 
 Each is a function without arguments over the same inputs, which writes to the same caches.
 
-    cpu, reference            `ops.compress(..., impl=NAME)`: plan and run in one call. Of a step of several layers: a plan,
-                              and a `BoundLayer.run` for each of them, as an engine calls them
-    layer                     a `BoundLayer.run` with the step's plan: everything that a layer costs an engine
+    cpu, reference            `ops.compress(..., impl=NAME)`: plan and run in one call. Of a step of
+                              several layers: a plan, and a `BoundLayer.run` for each of them, as an
+                              engine calls them
+    layer                     a `BoundLayer.run` with the step's plan: everything that a layer costs
+                              an engine
     plan                      `ops.plan`: what it costs once a step
-    tail, tail_first          `ops.compress` with tail-only saving, in a layer that finds the slots to save worked out, and
-                              in the step's first, which works them out
-    vllm                      all that vLLM 0.32's CPU engine does in each layer after the projection: widen kv_score, save
-                              the rows, find the eight slots of every token, store the entries
+    tail, tail_first          `ops.compress` with tail-only saving, in a layer that finds the slots
+                              to save worked out, and in the step's first, which works them out
+    vllm                      all that vLLM 0.32's CPU engine does in each layer after the
+                              projection: widen kv_score, save the rows, find the eight slots of
+                              every token, store the entries
     one_pass, overlay_scan,   the native code of impl="cpu" and of the baselines alone, on a plan
     scatter_pool
     vllm_ops                  vLLM's two C++ ops alone
-    floor, floor_past_cache   csrc/cpu/floor.cpp: move the bytes that everyone must move, with ordinary stores, and with
-                              stores that go around the caches
+    floor, floor_past_cache   csrc/cpu/floor.cpp: move the bytes that everyone must move, with
+                              ordinary stores, and with stores that go around the caches
 
-With the projection in front, cpu and vllm project first, each in its own way, and *_projection is that step alone.
+With the projection in front, cpu and vllm project first, each in its own way, and *_projection is
+that step alone.
 """
 
 import functools
@@ -60,7 +64,10 @@ def contestants(names: list[str], call: Call) -> dict[str, Run]:
     """The functions of `names` and the floors."""
     runs = {name: functools.partial(ops.compress, *call, eps=_EPS, impl=name) for name in OPS}
     made, bound = _plan(call), ops.BoundLayer(call.layer, eps=_EPS)
-    runs |= {"plan": functools.partial(_plan, call), "layer": functools.partial(bound.run, call.kv_score, made)}
+    runs |= {
+        "plan": functools.partial(_plan, call),
+        "layer": functools.partial(bound.run, call.kv_score, made),
+    }
     runs |= {name: _native(name, call) for name in (*cpu.ALGORITHMS, *cpu.FLOORS)}
     runs["tail"] = functools.partial(ops.compress, *with_tail_slots(call), eps=_EPS, impl="cpu")
     runs["tail_first"] = lambda: ops.compress(*with_tail_slots(call), eps=_EPS, impl="cpu")
@@ -82,15 +89,23 @@ def step(names: list[str], calls: list[Call]) -> dict[str, Run]:
         layers = [contestants([name], call)[name] for call in calls]
         return lambda: [run() for run in layers]
 
-    runs = {"cpu": ours} | {name: each(name) for name in ("vllm", *cpu.FLOORS) if name in (*names, *cpu.FLOORS)}
+    runs = {"cpu": ours} | {
+        name: each(name) for name in ("vllm", *cpu.FLOORS) if name in (*names, *cpu.FLOORS)
+    }
     return {name: runs[name] for name in (*names, *cpu.FLOORS)}
 
 
 def projected(names: list[str], case: Case, call: Call) -> dict[str, Run]:
     """What `contestants` returns, for calls that project first; `names` are of WHOLE."""
     x, weight = make_projection(case)
-    projections = {"cpu": functools.partial(projection.project, x, projection.prepare_weight(weight))}
-    runs = {"cpu": lambda: ops.compress(*call._replace(kv_score=projections["cpu"]()), eps=_EPS, impl="cpu")}
+    projections = {
+        "cpu": functools.partial(projection.project, x, projection.prepare_weight(weight))
+    }
+    runs = {
+        "cpu": lambda: ops.compress(
+            *call._replace(kv_score=projections["cpu"]()), eps=_EPS, impl="cpu"
+        )
+    }
     if "vllm" in names:
         projections["vllm"] = _vllm_projection(x, weight)
         runs["vllm"] = _vllm(projections["vllm"], call)["vllm"]
@@ -120,7 +135,9 @@ def _native(name: str, call: Call) -> Run:
     made, native = plan(call.step, Extents.of(call.layer)), cpu.native()
     layer = cpu.LAYER.pack(*layer_fields(call.layer, cpu.K_FORMATS[_K_FORMAT], _EPS))
     kv_score = cpu.KV_SCORE.pack(*kv_score_fields(call.kv_score))
-    run = functools.partial(native.algorithms[name], layer, native.parallel_for, made.data_ptr(), kv_score)
+    run = functools.partial(
+        native.algorithms[name], layer, native.parallel_for, made.data_ptr(), kv_score
+    )
     run.tensors = call, made  # the arguments have their addresses alone
     return run
 
@@ -143,14 +160,27 @@ def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Run]:
 
     def save(kv: Tensor, score: Tensor) -> None:
         save_partial_states_cpu(
-            kv, score, call.ape, call.positions, call.inner_state_cache, call.inner_state_slot_mapping
+            kv,
+            score,
+            call.ape,
+            call.positions,
+            call.inner_state_cache,
+            call.inner_state_slot_mapping,
         )
 
     def pool_and_store(gathered: Tensor) -> None:
         compress_norm_rope_store_indexer_cpu(
-            call.inner_state_cache, gathered, call.positions, call.k_slot_mapping, call.norm_weight, _EPS,
-            call.cos_sin_cache, call.k_cache.view(call.k_cache.shape[0], -1), call.k_cache.shape[1], RATIO,
-        )  # fmt: skip
+            call.inner_state_cache,
+            gathered,
+            call.positions,
+            call.k_slot_mapping,
+            call.norm_weight,
+            _EPS,
+            call.cos_sin_cache,
+            call.k_cache.view(call.k_cache.shape[0], -1),
+            call.k_cache.shape[1],
+            RATIO,
+        )
 
     kv, score, gathered = *widened(), gather_slots()
     return {

@@ -1,8 +1,10 @@
-"""What the compressor costs at scale: the bytes that its calls move and the memory that it holds, on paper and counted.
+"""What the compressor costs at scale: the bytes that its calls move and the memory that it holds,
+on paper and counted.
 
-On paper they follow from the layout (contract.py) and the pages of vLLM (cases.py). A kv_score row, a state row and an
-entry count once each, whatever a cache of the CPU makes of it; slots, positions and RoPE rows, 92 bytes a token, are
-left out. Counted: what a real call writes is what it changes, and what it reads is what changes its result.
+On paper they follow from the layout (contract.py) and the pages of vLLM (cases.py). A kv_score row,
+a state row and an entry count once each, whatever a cache of the CPU makes of it; slots, positions
+and RoPE rows, 92 bytes a token, are left out. Counted: what a real call writes is what it changes,
+and what it reads is what changes its result.
 """
 
 from collections.abc import Iterator
@@ -18,13 +20,20 @@ from .cases import LAYERS, PAGE, PAGE_BYTES, Case, make_call, with_tail_slots
 CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
 CHUNKS = (2 << 10, 8 << 10)
 ROW_BYTES = 4 * ROW_WIDTH
-HALF_ROW = ROW_BYTES // 2  # what a window takes of a row: the front halves of kv and gate, or the back halves
+HALF_ROW = (
+    ROW_BYTES // 2
+)  # what a window takes of a row: the front halves of kv and gate, or the back halves
 SAMPLE = Case("sample", "mixed", ((0, 12), (5, 27), (66, 9), (131, 1)))
-WAYS = {"full": ("cpu", False), "tail": ("cpu", True), "scatter, then pool": ("scatter_pool", False)}
+WAYS = {
+    "full": ("cpu", False),
+    "tail": ("cpu", True),
+    "scatter, then pool": ("scatter_pool", False),
+}
 
 
 class Traffic(NamedTuple):
-    """Bytes that calls move in one layer. `read_back`: state rows of the call, which scatter, then pool reads."""
+    """Bytes that calls move in one layer. `read_back`: state rows of the call, which scatter, then
+    pool reads."""
 
     kv_score_read: int
     history_read: int
@@ -34,34 +43,41 @@ class Traffic(NamedTuple):
 
 
 def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: str) -> Traffic:
-    """The traffic of one call for each of `requests`, (tokens computed before, tokens of the call), in one of WAYS."""
+    """The traffic of one call for each of `requests`, (tokens computed before, tokens of the call),
+    in one of WAYS."""
     impl, tail = WAYS[way]
     calls = []
     for start, length in requests:
         end = start + length
         closing = range(start - start % RATIO + RATIO - 1, end, RATIO)
-        pooled = WINDOW * len(closing) - RATIO * (start < RATIO <= end)  # the first entry has no group before its own
+        pooled = WINDOW * len(closing) - RATIO * (
+            start < RATIO <= end
+        )  # the first entry has no group before its own
         history = len(history_halves(start, length))
-        calls.append(Traffic(
-            kv_score_read=length * ROW_WIDTH * kv_dtype.itemsize,
-            history_read=history * HALF_ROW,
-            read_back=(pooled - history) * HALF_ROW * (impl == "scatter_pool"),
-            state_written=(min(length, end % RATIO + RATIO) if tail else length) * ROW_BYTES,
-            entries_written=len(closing) * FP8_ENTRY_BYTES,
-        ))  # fmt: skip
+        calls.append(
+            Traffic(
+                kv_score_read=length * ROW_WIDTH * kv_dtype.itemsize,
+                history_read=history * HALF_ROW,
+                read_back=(pooled - history) * HALF_ROW * (impl == "scatter_pool"),
+                state_written=(min(length, end % RATIO + RATIO) if tail else length) * ROW_BYTES,
+                entries_written=len(closing) * FP8_ENTRY_BYTES,
+            )
+        )
     return Traffic(*map(sum, zip(*calls)))
 
 
 def history_halves(start: int, length: int) -> list[tuple[int, int]]:
-    """The half rows (position, 0 for front or 1 for back) before `start` that a call's first two windows read."""
+    """The half rows (position, 0 for front or 1 for back) before `start` that a call's first two
+    windows read."""
     closing = range(start - start % RATIO + RATIO - 1, start + length, RATIO)[:2]
     windows = (range(max(last - WINDOW + 1, 0), last + 1) for last in closing)
     return [(q, int(q > window[-1] - RATIO)) for window in windows for q in window if q < start]
 
 
 def state_bytes(context: int, chunk: int) -> int:
-    """The most that a request's state pages take in one layer during a call of `chunk` tokens: they are for the window
-    behind it and all of its tokens, whichever are saved. (A block of vLLM's pool is as large as its widest group's.)"""
+    """The most that a request's state pages take in one layer during a call of `chunk` tokens: they
+    are for the window behind it and all of its tokens, whichever are saved. (A block of vLLM's pool
+    is as large as its widest group's.)"""
     in_one_piece = WINDOW - 1 + chunk
     return min(_pages(in_one_piece - 1, PAGE) + 1, _pages(context, PAGE)) * PAGE_BYTES
 
@@ -75,7 +91,7 @@ def _pages(tokens: int, page: int) -> int:
     return -(-tokens // page)
 
 
-# ---- counted on real calls -----------------------------------------------------------------------------------------
+# ---- counted on real calls -----------------------------------------------------------------------
 
 
 def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
@@ -91,12 +107,16 @@ def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
     rows = halves_read(unsaved, impl, "inner_state_cache")
     history = set(history_rows(case, call))
     return Traffic(
-        kv_score, len(rows & history) * HALF_ROW, len(rows - history) * HALF_ROW, *bytes_written(case, call, impl)
+        kv_score,
+        len(rows & history) * HALF_ROW,
+        len(rows - history) * HALF_ROW,
+        *bytes_written(case, call, impl),
     )
 
 
 def _calm(case: Case, call: Call) -> None:
-    """Moderate values in all rows of the state that are no history: beside a large one a NaN would not show."""
+    """Moderate values in all rows of the state that are no history: beside a large one a NaN would
+    not show."""
     state = call.inner_state_cache
     at = _history(case, call)
     history = state[at]
@@ -111,7 +131,8 @@ def _history(case: Case, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def halves_read(call: Call, impl: str, argument: str) -> set[tuple[int, int]]:
-    """The half rows (row, half) of kv_score or of the state that the call reads: a NaN there changes what it stores."""
+    """The half rows (row, half) of kv_score or of the state that the call reads: a NaN there
+    changes what it stores."""
 
     def stored(poisoned: tuple[int, int] | None) -> Tensor:
         copy = Call(*(tensor if tensor is None else tensor.clone() for tensor in call))
@@ -123,16 +144,25 @@ def halves_read(call: Call, impl: str, argument: str) -> set[tuple[int, int]]:
         return torch.cat([copy.k_cache.flatten(), saved.flatten().view(torch.uint8)])
 
     rows, clean = getattr(call, argument).numel() // ROW_WIDTH, stored(None)
-    return {(row, half) for row in range(rows) for half in (0, 1) if not stored((row, half)).equal(clean)}
+    return {
+        (row, half)
+        for row in range(rows)
+        for half in (0, 1)
+        if not stored((row, half)).equal(clean)
+    }
 
 
 def bytes_written(case: Case, call: Call, impl: str) -> tuple[int, int]:
-    """The bytes of the state's and of the K cache's storage, padding included, that the call writes: what it leaves
-    there differs from one of two fills, which are each other's complement. Rows that it reads keep their values."""
+    """The bytes of the state's and of the K cache's storage, padding included, that the call
+    writes: what it leaves there differs from one of two fills, which are each other's complement.
+    Rows that it reads keep their values."""
     state, k_cache = call.inner_state_cache, call.k_cache
     at = _history(case, call)
     history = state[at]
-    storages = [torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()) for cache in (state, k_cache)]
+    storages = [
+        torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
+        for cache in (state, k_cache)
+    ]
     written = [torch.zeros_like(storage, dtype=torch.bool) for storage in storages]
     for fill in (0x55, 0xAA):
         for storage in storages:
@@ -155,38 +185,55 @@ def history_rows(case: Case, call: Call) -> list[tuple[int, int]]:
     ]
 
 
-# ---- in words ------------------------------------------------------------------------------------------------------
+# ---- in words ------------------------------------------------------------------------------------
 
 
 def report() -> str:
     """Everything above as tables."""
-    return "\n".join([
-        f"vLLM 0.32: pages of {PAGE_BYTES} bytes, for {PAGE} state rows or {FP8_PAGE_ENTRIES} K entries",
-        *_layer_table(), *(line for model in LAYERS for line in _model_table(model)), *_counted_table(),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"vLLM 0.32: pages of {PAGE_BYTES} bytes, for {PAGE} state rows or {FP8_PAGE_ENTRIES} "
+            "K entries",
+            *_layer_table(),
+            *(line for model in LAYERS for line in _model_table(model)),
+            *_counted_table(),
+        ]
+    )
 
 
 def _steps() -> Iterator[tuple[str, int, int, tuple[tuple[int, int], ...]]]:
-    """A line's beginning, its context, the tokens of a call, the calls: a prompt in chunks, or a group generated."""
+    """A line's beginning, its context, the tokens of a call, the calls: a prompt in chunks, or a
+    group generated."""
     for context in CONTEXTS:
         for chunk in (*CHUNKS, 1):
             starts = range(0, context, chunk) if chunk > 1 else range(context, context + RATIO)
             size = f"{chunk >> 10}K" if chunk > 1 else "decode"
-            yield f"{context >> 10:6}K{size:>8}", context, chunk, tuple((start, chunk) for start in starts)
+            yield (
+                f"{context >> 10:6}K{size:>8}",
+                context,
+                chunk,
+                tuple((start, chunk) for start in starts),
+            )
 
 
 def _layer_table() -> list[str]:
     lines = [
-        "\nOne layer, one request, bytes a token: read, written and moved in all, and what tail-only saving saves of\n"
-        "that; read back: what scatter, then pool reads of the rows that it has just written\n"
-        f"{'':15}{'read':>9}{'written':>9}{'':18}{'moved, bf16 kv_score':>27}{'moved, fp32 kv_score':>27}{'read':>9}\n"
-        f"{'context':>7}{'chunk':>8}{'history':>9}{'entries':>9}{'state':>9}{'tail':>9}"
-        + 2 * f"{'full':>9}{'tail':>9}{'saves':>9}" + f"{'back':>9}"
-    ]  # fmt: skip
+        "\nOne layer, one request, bytes a token: read, written and moved in all, and what "
+        "tail-only saving saves of\nthat; read back: what scatter, then pool reads of the rows "
+        "that it has just "
+        f"written\n{'':15}{'read':>9}{'written':>9}{'':18}{'moved, bf16 kv_score':>27}{'moved, fp32 kv_score':>27}{'read':>9}\n{'context':>7}{'chunk':>8}{'history':>9}{'entries':>9}{'state':>9}{'tail':>9}"
+        + 2 * f"{'full':>9}{'tail':>9}{'saves':>9}"
+        + f"{'back':>9}"
+    ]
     for line, _, chunk, requests in _steps():
         per_token = 1 / (chunk * len(requests))
         full, tail, scatter = (on_paper(requests, torch.bfloat16, way) for way in WAYS)
-        for bytes_ in (full.history_read, full.entries_written, full.state_written, tail.state_written):
+        for bytes_ in (
+            full.history_read,
+            full.entries_written,
+            full.state_written,
+            tail.state_written,
+        ):
             line += f"{bytes_ * per_token:9.1f}"
         for kv_dtype in (torch.bfloat16, torch.float32):
             whole, less = (sum(on_paper(requests, kv_dtype, way)) for way in ("full", "tail"))
@@ -198,13 +245,15 @@ def _layer_table() -> list[str]:
 def _model_table(model: str) -> list[str]:
     layers = LAYERS[model]
     lines = [
-        f"\n{model}, {layers} layers, one request, bf16 kv_score\n"
-        f"{'':15}{'moved, KiB a token':>20}{'moved, GiB':>20}{'held, MiB':>22}\n"
-        f"{'context':>7}{'chunk':>8}{'full':>10}{'tail':>10}{'full':>10}{'tail':>10}{'state pages':>12}{'K pages':>10}"
+        f"\n{model}, {layers} layers, one request, bf16 "
+        f"kv_score\n{'':15}{'moved, KiB a token':>20}{'moved, GiB':>20}{'held, MiB':>22}\n{'context':>7}{'chunk':>8}{'full':>10}{'tail':>10}{'full':>10}{'tail':>10}{'state pages':>12}{'K pages':>10}"
     ]
     for line, context, chunk, requests in _steps():
         moved = [layers * sum(on_paper(requests, torch.bfloat16, way)) for way in ("full", "tail")]
-        held = layers * state_bytes(context, chunk) / (1 << 20), layers * k_bytes(context) / (1 << 20)
+        held = (
+            layers * state_bytes(context, chunk) / (1 << 20),
+            layers * k_bytes(context) / (1 << 20),
+        )
         line += "".join(f"{n / chunk / len(requests) / (1 << 10):10.1f}" for n in moved)
         line += "".join(f"{n / (1 << 30):10.2f}" if chunk > 1 else f"{'':10}" for n in moved)
         lines.append(line + f"{held[0]:12.2f}{held[1]:10.2f}")
@@ -213,13 +262,15 @@ def _model_table(model: str) -> list[str]:
 
 def _counted_table() -> list[str]:
     lines = [
-        f"\nOne layer, one call, requests (tokens before, tokens of the call) {', '.join(map(str, SAMPLE.requests))}\n"
-        f"{'bytes on paper | counted on the op':36}"
+        "\nOne layer, one call, requests (tokens before, tokens of the call) "
+        f"{', '.join(map(str, SAMPLE.requests))}\n{'bytes on paper | counted on the op':36}"
         + "".join(f"{name.replace('_', ' '):>19}" for name in Traffic._fields)
-    ]  # fmt: skip
+    ]
     for kv_dtype in (torch.bfloat16, torch.float32):
         for way in WAYS:
             both = zip(on_paper(SAMPLE.requests, kv_dtype, way), counted(SAMPLE, kv_dtype, way))
             name = f"{way}, {str(kv_dtype).removeprefix('torch.')}"
-            lines.append(f"{name:36}" + "".join(f"{f'{paper} | {count}':>19}" for paper, count in both))
+            lines.append(
+                f"{name:36}" + "".join(f"{f'{paper} | {count}':>19}" for paper, count in both)
+            )
     return lines

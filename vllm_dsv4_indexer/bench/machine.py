@@ -13,7 +13,8 @@ _USUAL_LAST_LEVEL = 64 << 20  # where the kernel does not say
 
 
 def describe() -> dict:
-    """The machine and the software: model, cores, cache sizes in bytes, instruction set in use, load, versions."""
+    """The machine and the software: model, cores, cache sizes in bytes, instruction set in use,
+    load, versions."""
     return {
         "cpu": _model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -26,10 +27,13 @@ def describe() -> dict:
 
 
 def caches() -> dict[str, int]:
-    """Bytes of the data caches that the first core sees, e.g. {"L1": 32768, "L2": ..., "L3": ...}."""
+    """Bytes of the data caches that the first core sees, e.g. {"L1": 32768, "L2": ..., "L3":
+    ...}."""
     sizes = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        level, kind, size = (
+            (index / name).read_text().strip() for name in ("level", "type", "size")
+        )
         if kind != "Instruction":
             sizes[f"L{level}"] = int(size.removesuffix("K")) << 10
     return sizes

@@ -1,15 +1,17 @@
 """How the times are taken.
 
-One process for each number of threads, since libraries keep the number that they see first. In it every round calls
-each contestant once, in a new order, on the same inputs and caches, and brings the caches of the CPU into the same state
-before each call:
+One process for each number of threads, since libraries keep the number that they see first. In it
+every round calls each contestant once, in a new order, on the same inputs and caches, and brings
+the caches of the CPU into the same state before each call:
 
     warm   all bytes that the call must read and write have just been touched
-    cold   the state and the K cache are in DRAM, as after the other layers of a step; kv_score and the slots, which the
-           step has just made, and the code, which has just run on a small call, are not
+    cold   the state and the K cache are in DRAM, as after the other layers of a step; kv_score and
+           the slots, which the step has just made, and the code, which has just run on a small
+           call, are not
 
-Before anything is timed, all contestants must have stored the same state and entries. Where they project first they
-differ by how they round: then ours must have stored what a float64 projection would, and the others' shares are told.
+Before anything is timed, all contestants must have stored the same state and entries. Where they
+project first they differ by how they round: then ours must have stored what a float64 projection
+would, and the others' shares are told.
 """
 
 import functools
@@ -33,18 +35,27 @@ from .contestants import TAILS, contestants, projected, step
 from .machine import last_level_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
-_MOST_CHANGED = 2e-4  # of the codes, by an exact projection; in a short call one that ties may be more
+_MOST_CHANGED = (
+    2e-4  # of the codes, by an exact projection; in a short call one that ties may be more
+)
 _MOST_TIES = 4
 _FLOAT64_ROWS = 512  # at a time
-_MADE_BY_THE_STEP = ("kv_score", "positions", "token_to_req", "inner_state_slot_mapping", "k_slot_mapping")
+_MADE_BY_THE_STEP = (
+    "kv_score",
+    "positions",
+    "token_to_req",
+    "inner_state_slot_mapping",
+    "k_slot_mapping",
+)
 _STORE_NOTHING = (*FLOORS, "plan")
 
 
 def measure(
     cases: list[Case], names: list[str], threads: list[int], kv_dtype: torch.dtype, seconds: float
 ) -> Iterator[list[dict]]:
-    """Yields the cells of one case after the other, for each number of threads. A cell is a case with one number of
-    threads and one state of the caches, and the nanoseconds of every call. `seconds` is the time for all."""
+    """Yields the cells of one case after the other, for each number of threads. A cell is a case
+    with one number of threads and one state of the caches, and the nanoseconds of every call.
+    `seconds` is the time for all."""
     each = seconds / len(cases) / len(threads)
     for n in threads:
         # spawn: a forked child would inherit this process's threads and libraries
@@ -71,15 +82,27 @@ def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: f
         check_equal(calls, runs)
     few = replace(mix("short", 8), hidden=case.hidden, layers=min(case.layers, 2))
     small = _runs_of(few, names, make_layers(few, kv_dtype))
-    states = {"warm": lambda name: runs["floor"](), "cold": lambda name: (_chill(calls[0]), small[name]())}
+    states = {
+        "warm": lambda name: runs["floor"](),
+        "cold": lambda name: (_chill(calls[0]), small[name]()),
+    }
     cells = []
     for i, (cache, prepare) in enumerate(states.items()):
         share = (end - time.monotonic()) / (len(states) - i)
-        cells.append({
-            "case": case.name, "kind": case.kind, "tokens": case.tokens, "context": case.context,
-            "bytes": case.same_bytes(kv_dtype), "threads": torch.get_num_threads(), "cache": cache,
-            "flops": case.flops, "codes_changed": changed, "nanoseconds": _rounds(runs, prepare, share),
-        })  # fmt: skip
+        cells.append(
+            {
+                "case": case.name,
+                "kind": case.kind,
+                "tokens": case.tokens,
+                "context": case.context,
+                "bytes": case.same_bytes(kv_dtype),
+                "threads": torch.get_num_threads(),
+                "cache": cache,
+                "flops": case.flops,
+                "codes_changed": changed,
+                "nanoseconds": _rounds(runs, prepare, share),
+            }
+        )
     return cells
 
 
@@ -117,9 +140,9 @@ def _larger_than_the_caches() -> Tensor:
 
 
 def check_equal(calls: list[Call], runs: dict[str, Callable]) -> None:
-    """Runs every contestant that stores a result. Raises RuntimeError unless they store the same state (but for tail-only
-    saving) and scales, and values at most one code apart (vLLM's fp32 arithmetic differs in the last bit, which shows
-    at a rounding tie)."""
+    """Runs every contestant that stores a result. Raises RuntimeError unless they store the same
+    state (but for tail-only saving) and scales, and values at most one code apart (vLLM's fp32
+    arithmetic differs in the last bit, which shows at a rounding tie)."""
     expected = None
     for name, run in runs.items():
         if name in _STORE_NOTHING:
@@ -133,15 +156,20 @@ def check_equal(calls: list[Call], runs: dict[str, Callable]) -> None:
             same_rows = ours.state.equal(theirs.state) or name in TAILS
             close = (ours.codes - theirs.codes).abs().max() <= 1
             if not (same_rows and ours.scales.equal(theirs.scales) and close):
-                raise RuntimeError(f"{name} and {expected[0]} store different results: not comparable, not measured")
+                raise RuntimeError(
+                    f"{name} and {expected[0]} store different results: not comparable, not "
+                    "measured"
+                )
 
 
 def codes_changed(case: Case, call: Call, runs: dict[str, Callable]) -> dict[str, float]:
-    """The shares of the call's fp8 codes that are not those of a projection in float64. Raises RuntimeError if ours is
-    more than an exact one can have."""
+    """The shares of the call's fp8 codes that are not those of a projection in float64. Raises
+    RuntimeError if ours is more than an exact one can have."""
     x, weight = make_projection(case)
     exact = torch.cat([rows.double() @ weight.double().T for rows in x.split(_FLOAT64_ROWS)])
-    by_name = {"float64": functools.partial(ops.compress, *call._replace(kv_score=exact.float()))} | runs
+    by_name = {
+        "float64": functools.partial(ops.compress, *call._replace(kv_score=exact.float()))
+    } | runs
     codes = {}
     for name in ("float64", "cpu", "vllm"):
         if name in by_name:
@@ -151,7 +179,9 @@ def codes_changed(case: Case, call: Call, runs: dict[str, Callable]) -> dict[str
     stored = max(case.entries, 1) * HEAD_DIM
     changed = {name: int((found != expected).sum()) / stored for name, found in codes.items()}
     if changed.get("cpu", 0) > max(_MOST_CHANGED, _MOST_TIES / stored):
-        raise RuntimeError(f"our projection changes {changed['cpu']:.3%} of the codes: not exact, not measured")
+        raise RuntimeError(
+            f"our projection changes {changed['cpu']:.3%} of the codes: not exact, not measured"
+        )
     return changed
 
 
@@ -162,8 +192,11 @@ class Stored(NamedTuple):
 
 
 def _stored(call: Call) -> Stored:
-    """Copies of the state's bits, of the K scales, and of the K codes in the order of the values they stand for."""
+    """Copies of the state's bits, of the K scales, and of the K codes in the order of the values
+    they stand for."""
     pages = call.k_cache.flatten(1)
     codes = pages[:, :FP8_SCALE_OFFSET].int()
     codes = torch.where(codes < 128, codes, 128 - codes)
-    return Stored(call.inner_state_cache.view(torch.int32).clone(), pages[:, FP8_SCALE_OFFSET:].clone(), codes)
+    return Stored(
+        call.inner_state_cache.view(torch.int32).clone(), pages[:, FP8_SCALE_OFFSET:].clone(), codes
+    )

@@ -1,7 +1,9 @@
-"""The result of a benchmark as a picture: an SVG file, written by hand, so that nothing need be installed.
+"""The result of a benchmark as a picture: an SVG file, written by hand, so that nothing need be
+installed.
 
-One row of panels for each number of threads and state of the caches: nanoseconds a token (logarithmic) and the share
-of the floor. Across: the tokens of a call of one request, or, for traffic, how deep in its document a chunk lies.
+One row of panels for each number of threads and state of the caches: nanoseconds a token
+(logarithmic) and the share of the floor. Across: the tokens of a call of one request, or, for
+traffic, how deep in its document a chunk lies.
 """
 
 import math
@@ -10,10 +12,18 @@ from html import escape
 from .report import blocks, floor, median
 
 COLOURS = {
-    "cpu": "#d62728", "reference": "#9467bd", "one_pass": "#ff7f0e", "overlay_scan": "#2ca02c", "scatter_pool": "#1f77b4",
-    "vllm": "#7f7f7f", "vllm_ops": "#8c564b", "floor": "#000000", "tail": "#e377c2",
-    "layer": "#17becf", "plan": "#bcbd22",
-}  # fmt: skip
+    "cpu": "#d62728",
+    "reference": "#9467bd",
+    "one_pass": "#ff7f0e",
+    "overlay_scan": "#2ca02c",
+    "scatter_pool": "#1f77b4",
+    "vllm": "#7f7f7f",
+    "vllm_ops": "#8c564b",
+    "floor": "#000000",
+    "tail": "#e377c2",
+    "layer": "#17becf",
+    "plan": "#bcbd22",
+}
 WIDTH, HEIGHT, MARGIN = 360, 200, 60
 
 
@@ -28,7 +38,9 @@ def svg(result: dict) -> str:
         names |= dict.fromkeys(times)
         top = MARGIN + i * (HEIGHT + MARGIN)
         parts.append(_panel(MARGIN, top, f"ns/token, {where}", times, across, log_y=True))
-        parts.append(_panel(2 * MARGIN + WIDTH, top, f"% of the floor, {where}", shares, across, log_y=False))
+        parts.append(
+            _panel(2 * MARGIN + WIDTH, top, f"% of the floor, {where}", shares, across, log_y=False)
+        )
     legend = "".join(
         f'<text x="{MARGIN + 105 * i}" y="20" fill="{COLOURS[name]}">{escape(name)}</text>'
         for i, name in enumerate(names)
@@ -45,7 +57,9 @@ def _series(cells: list[dict], across: str) -> tuple[dict, dict]:
     times, shares = {}, {}
     for cell in sorted(cells, key=lambda cell: cell[across]):
         lowest = median(floor(cell))
-        medians = {name: median(calls) for name, calls in cell["nanoseconds"].items() if name in COLOURS}
+        medians = {
+            name: median(calls) for name, calls in cell["nanoseconds"].items() if name in COLOURS
+        }
         for name, ns in (medians | {"floor": lowest}).items():
             times.setdefault(name, []).append((cell[across], ns / cell["tokens"]))
             shares.setdefault(name, []).append((cell[across], 100 * lowest / ns))
@@ -55,24 +69,38 @@ def _series(cells: list[dict], across: str) -> tuple[dict, dict]:
 def _panel(left: int, top: int, title: str, series: dict, across: str, log_y: bool) -> str:
     xs = sorted({x for points in series.values() for x, _ in points})
     ys = [y for points in series.values() for _, y in points] + [0, 100] * (not log_y)
-    x_ticks = {x: f"{x}" for x in xs} if across == "tokens" else {k << 10: f"{k}K" for k in range(0, 257, 64)}
+    x_ticks = (
+        {x: f"{x}" for x in xs}
+        if across == "tokens"
+        else {k << 10: f"{k}K" for k in range(0, 257, 64)}
+    )
     y_ticks = _round_numbers(min(ys), max(ys)) if log_y else range(0, 101, 25)
     x_of = _scale(min(x_ticks), max(x_ticks), left, left + WIDTH, across == "tokens")
     y_of = _scale(min(ys), max(ys), top + HEIGHT, top, log_y)
     parts = [f'<text x="{left}" y="{top - 8}">{escape(title)}</text>']
     for y in y_ticks:
-        parts.append(f'<path d="M{left},{y_of(y):.1f}h{WIDTH}" stroke="#ddd"/>'
-                     f'<text x="{left - 5}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')  # fmt: skip
+        parts.append(
+            f'<path d="M{left},{y_of(y):.1f}h{WIDTH}" stroke="#ddd"/>'
+            f'<text x="{left - 5}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
+        )
     for x, text in x_ticks.items():
-        parts.append(f'<text x="{x_of(x):.1f}" y="{top + HEIGHT + 15}" text-anchor="middle">{text}</text>')
-    parts.append(f'<text x="{left + WIDTH}" y="{top + HEIGHT + 30}" text-anchor="end">{across}</text>')
+        parts.append(
+            f'<text x="{x_of(x):.1f}" y="{top + HEIGHT + 15}" text-anchor="middle">{text}</text>'
+        )
+    parts.append(
+        f'<text x="{left + WIDTH}" y="{top + HEIGHT + 30}" text-anchor="end">{across}</text>'
+    )
     for name, points in series.items():
         places = [(f"{x_of(x):.1f}", f"{y_of(y):.1f}") for x, y in points]
         if across == "tokens":
             line = " ".join(",".join(place) for place in places)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.5"/>')
+            parts.append(
+                f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.5"/>'
+            )
         else:
-            parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{COLOURS[name]}"/>' for x, y in places]
+            parts += [
+                f'<circle cx="{x}" cy="{y}" r="2.5" fill="{COLOURS[name]}"/>' for x, y in places
+            ]
     return "".join(parts)
 
 

@@ -1,5 +1,5 @@
-"""Sizes and configuration of the checkpoints. Everything that the engine fixes is the real model's; everything else
-is as small as vLLM's CPU kernels allow.
+"""Sizes and configuration of the checkpoints. Everything that the engine fixes is the real model's;
+everything else is as small as vLLM's CPU kernels allow.
 """
 
 # Fixed by vLLM's CPU kernels (0.32.0): any other value is refused or asserts.
@@ -25,11 +25,13 @@ OUTPUT_RANK = 128
 QUERY_RANK = 256
 INDEX_HEADS = 16
 EXPERT_WIDTH = 128
-MAX_POSITIONS = 65536  # the real model has 16 times more; vLLM sizes its KV cache and ratio-128 index rows by it
+# the real model has 16 times more; vLLM sizes its KV cache and ratio-128 index rows by it
+MAX_POSITIONS = 65536
 
 
 def compress_ratios(layers: int) -> list[int]:
-    """Compress ratio of each layer: 0 (window only) first, then 4 and 128 in turn, so that three layers have all."""
+    """Compress ratio of each layer: 0 (window only) first, then 4 and 128 in turn, so that three
+    layers have all."""
     return [0] + [4 if layer % 2 else 128 for layer in range(1, layers)]
 
 
@@ -39,7 +41,8 @@ def make_config(layers: int, hidden: int) -> dict:
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
         "torch_dtype": "bfloat16",
-        "transformers_version": "5.19.0",  # without it, the tokenizer is taken for a broken one of Mistral's
+        # without it, the tokenizer is taken for a broken one of Mistral's
+        "transformers_version": "5.19.0",
         "expert_dtype": "bf16",  # vLLM assumes fp4 if the key is missing
         "bos_token_id": 0,
         "eos_token_id": 1,

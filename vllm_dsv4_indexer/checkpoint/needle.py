@@ -1,19 +1,25 @@
-"""A DeepSeek-V4 checkpoint that does one thing: it finds the value that follows a key, by the indexer alone.
+"""A DeepSeek-V4 checkpoint that does one thing: it finds the value that follows a key, by the
+indexer alone.
 
-A document (`accuracy/document.py`) is full of pairs: a key token, and in the next position its value token. A question
-token, which has no key or value of its own, makes the model say the value of one pair:
+A document (`accuracy/document.py`) is full of pairs: a key token, and in the next position its
+value token. A question token, which has no key or value of its own, makes the model say the value
+of one pair:
 
-- `QUESTIONS[i]` asks for the pair of key i. To the indexer all keys look nine tenths alike, so every other pair of the
-  document is a near miss, and a needle whose score falls by a tenth is no longer among the 512 that attention sees;
-- `DISTANCES[i]` asks for the pair whose entry starts 4 i positions before the question. The keys are then all the
+- `QUESTIONS[i]` asks for the pair of key i. To the indexer all keys look nine tenths alike, so
+every other pair of the
+  document is a near miss, and a needle whose score falls by a tenth is no longer among the 512 that
+  attention sees;
+- `DISTANCES[i]` asks for the pair whose entry starts 4 i positions before the question. The keys
+are then all the
   same to the indexer, and RoPE decides.
 
-How: each entry of the one layer of ratio 4 holds at most one pair, its key at the offsets -1 to 2 of its group of
-four and the value one later. The gates open for key tokens in the channels of the key and for value tokens in those
-of the value; the positional bias shuts a key out of the second of the two windows that it lies in. So the entry of
-the indexer is the code of its key, that of the attention the code of its key and its value. The attention among the
-selected entries is sharp, and what it finds goes to the head. Decoys are pairs whose keys are the opposite of all
-others: one that leaks into the entry of a neighbour erases it. All else, experts, sliding window and ratio 128, adds
+How: each entry of the one layer of ratio 4 holds at most one pair, its key at the offsets -1 to 2
+of its group of four and the value one later. The gates open for key tokens in the channels of the
+key and for value tokens in those of the value; the positional bias shuts a key out of the second of
+the two windows that it lies in. So the entry of the indexer is the code of its key, that of the
+attention the code of its key and its value. The attention among the selected entries is sharp, and
+what it finds goes to the head. Decoys are pairs whose keys are the opposite of all others: one that
+leaks into the entry of a neighbour erases it. All else, experts, sliding window and ratio 128, adds
 nothing, and with zero weights the four residual streams ("hyper-connections") stay equal.
 
 Tokens that are not named here are filler.
@@ -21,11 +27,20 @@ Tokens that are not named here are filler.
 
 import torch
 
-from .config import ATTENTION_HEAD_DIM, COMPRESS_ROPE_THETA, INDEX_HEAD_DIM, OUTPUT_RANK, ROPE_DIM, make_config
+from .config import (
+    ATTENTION_HEAD_DIM,
+    COMPRESS_ROPE_THETA,
+    INDEX_HEAD_DIM,
+    OUTPUT_RANK,
+    ROPE_DIM,
+    make_config,
+)
 from .weights import Zeros, tensors
 
 LAYERS, HIDDEN = 3, 256  # of compress ratios 0, 4 and 128
-LEAST = dict(num_attention_heads=2, o_groups=2, index_n_heads=2, moe_intermediate_size=32)  # for two workers, and fast
+LEAST = dict(
+    num_attention_heads=2, o_groups=2, index_n_heads=2, moe_intermediate_size=32
+)  # for two workers, and fast
 ATTENTION = "layers.1.attn."
 INDEXER = f"{ATTENTION}indexer."
 
@@ -38,23 +53,37 @@ DISTANCES = range(70_000, 70_000 + len(KEYS))
 
 ALIKE = 0.9  # the cosine of two keys, to the indexer
 CODE = 64  # numbers of a key's code
-PHASES = 15  # pairs of RoPE channels that YaRN (original length 65536, beta 32) leaves alone: theta^(-i / 32)
-CARRY = 1.75  # the significand of an entry's largest magnitude above which the exponent of its scale is one more
+# pairs of RoPE channels that YaRN (original length 65536, beta 32) leaves alone: theta^(-i / 32)
+PHASES = 15
+# the significand of an entry's largest magnitude above which the exponent of its scale is one more
+CARRY = 1.75
 
 # Channels of the hidden state: what kind of token, which key, which value, what distance.
 KEY, DECOY, VALUE, QUESTION, DISTANCE, FILLER = range(6)
 ANY_KEY, ANY_QUESTION = [KEY, DECOY], [QUESTION, DISTANCE]
-CODES, VALUE_CODES, PHASE_CODES = slice(8, 8 + CODE), slice(72, 72 + len(VALUES)), slice(200, 200 + 2 * PHASES)
-# Channels of an entry of the attention: code of the key, then value, at the end the rotated ones, which hold a
-# constant.
+CODES, VALUE_CODES, PHASE_CODES = (
+    slice(8, 8 + CODE),
+    slice(72, 72 + len(VALUES)),
+    slice(200, 200 + 2 * PHASES),
+)
+# Channels of an entry of the attention: code of the key, then value, at the end the rotated ones,
+# which hold a constant.
 ENTRY_VALUES, ROTATED = slice(CODE, CODE + len(VALUES)), ATTENTION_HEAD_DIM - ROPE_DIM
 
-LENGTH = (HIDDEN / 2) ** 0.5  # of a token's kind and of its code: together such that RMSNorm changes no token
-OPEN, SHUT = 16.0, -48.0  # gate of a key in the channels of keys; positional bias where it must not come in
-KEY_SHARPNESS, DISTANCE_SHARPNESS = 4.0, 8.0  # of attention: the needle stands 50 and 70 nats above nothing
-# Of the distance in the indexer's score, against the common part of the keys. With one pair of channels, in 32K
-# tokens 512 entries lie within fp8's error of the needle; with many, a rotation wrong by a few positions leaves it
-# among the top 512.
+LENGTH = (
+    HIDDEN / 2
+) ** 0.5  # of a token's kind and of its code: together such that RMSNorm changes no token
+OPEN, SHUT = (
+    16.0,
+    -48.0,
+)  # gate of a key in the channels of keys; positional bias where it must not come in
+KEY_SHARPNESS, DISTANCE_SHARPNESS = (
+    4.0,
+    8.0,
+)  # of attention: the needle stands 50 and 70 nats above nothing
+# Of the distance in the indexer's score, against the common part of the keys. With one pair of
+# channels, in 32K tokens 512 entries lie within fp8's error of the needle; with many, a rotation
+# wrong by a few positions leaves it among the top 512.
 NEAR_PAIRS, NEARNESS = 2, 3.0
 LOGIT = 2.0  # the value that was found stands 22 above all other tokens
 
@@ -75,8 +104,8 @@ def needle_tensors(config: dict, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _codes(count: int, seed: int) -> torch.Tensor:
-    """[count, CODE]: random unit vectors, orthogonal to the common part of the keys, which is equal in every
-    channel."""
+    """[count, CODE]: random unit vectors, orthogonal to the common part of the keys, which is equal
+    in every channel."""
     codes = torch.randn(count, CODE, generator=torch.Generator().manual_seed(seed))
     codes -= codes.mean(dim=1, keepdim=True)
     return codes / codes.norm(dim=1, keepdim=True)
@@ -101,17 +130,17 @@ def _set_tokens(weights: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
 
 
 def _phases(count: int) -> torch.Tensor:
-    """[count, 2 PHASES] of length 1. RoPE turns a key at position s by s and a question at t by t, in each pair of
-    channels by its own unit of angle; one that asks for the distance d starts at -d, and so has the angle of a key at
-    t - d."""
+    """[count, 2 PHASES] of length 1. RoPE turns a key at position s by s and a question at t by t,
+    in each pair of channels by its own unit of angle; one that asks for the distance d starts at
+    -d, and so has the angle of a key at t - d."""
     frequencies = COMPRESS_ROPE_THETA ** (-2 * torch.arange(PHASES, dtype=torch.float64) / ROPE_DIM)
     angles = -4 * torch.arange(count)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1).float() / PHASES**0.5
 
 
 def _set_indexer(weights: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
-    """An entry: the common part and the code of its key, of length 1 together, and a constant in the rotated
-    channels, also of length 1. Only the first head is used."""
+    """An entry: the common part and the code of its key, of length 1 together, and a constant in
+    the rotated channels, also of length 1. Only the first head is used."""
     common, own, unit = (ALIKE / CODE) ** 0.5, (1 - ALIKE) ** 0.5 * torch.eye(CODE), 1 / LENGTH
     for half in weights["compressor.wkv.weight"].split(INDEX_HEAD_DIM):
         half[:CODE, KEY], half[:CODE, DECOY] = unit * common, -unit * common
@@ -127,19 +156,24 @@ def _set_indexer(weights: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
     query[:CODE, ANY_QUESTION] = unit * common
     query[:CODE, CODES] = unit * own
     fastest = 2 * NEAR_PAIRS
-    query[CODE:, PHASE_CODES][:fastest, :fastest] = unit * NEARNESS * PHASES**0.5 * torch.eye(fastest)
+    query[CODE:, PHASE_CODES][:fastest, :fastest] = (
+        unit * NEARNESS * PHASES**0.5 * torch.eye(fastest)
+    )
     weights["weights_proj.weight"][0, ANY_QUESTION] = unit
 
 
 def _set_attention(weights: dict[str, torch.Tensor]) -> None:
-    """An entry: the code of the key, the value, and a constant in the rotated channels, each of length 1. Only the
-    first head is used, and of the compressed entries alone: the keys of the sliding window are zero."""
+    """An entry: the code of the key, the value, and a constant in the rotated channels, each of
+    length 1. Only the first head is used, and of the compressed entries alone: the keys of the
+    sliding window are zero."""
     unit = 1 / LENGTH
     for half in weights["compressor.wkv.weight"].split(ATTENTION_HEAD_DIM):
         half[:CODE, CODES] = unit * torch.eye(CODE)
         half[ENTRY_VALUES, VALUE_CODES] = unit * torch.eye(len(VALUES))
         half[ROTATED::2, ANY_KEY] = unit * (ROPE_DIM / 2) ** -0.5
-    gate, bias, gamma = (weights[f"compressor.{name}"] for name in ("wgate.weight", "ape", "norm.weight"))
+    gate, bias, gamma = (
+        weights[f"compressor.{name}"] for name in ("wgate.weight", "ape", "norm.weight")
+    )
     gate[:, ANY_KEY] = unit * OPEN
     _shut_keys_out(bias)
     for half in (0, ATTENTION_HEAD_DIM):
@@ -158,6 +192,7 @@ def _set_attention(weights: dict[str, torch.Tensor]) -> None:
 
 
 def _shut_keys_out(bias: torch.Tensor) -> None:
-    """Of the two entries whose windows hold a key: the next one, if the key is the last of its group, else its own."""
+    """Of the two entries whose windows hold a key: the next one, if the key is the last of its
+    group, else its own."""
     previous, own = bias.chunk(2, dim=1)
     previous[:3] = own[3] = SHUT

@@ -1,7 +1,8 @@
 """The official tensors of DeepSeek-V4, drawn at random.
 
-Names: the official release's, as read by vLLM 0.32.0 (`models/deepseek_v4/cpu/model.py`, `load_weights`) and
-transformers 5.19 (`conversion_mapping.py`, "deepseek_v4"). `save_pretrained` would rename them.
+Names: the official release's, as read by vLLM 0.32.0 (`models/deepseek_v4/cpu/model.py`,
+`load_weights`) and transformers 5.19 (`conversion_mapping.py`, "deepseek_v4"). `save_pretrained`
+would rename them.
 """
 
 from collections.abc import Iterator
@@ -9,22 +10,40 @@ from collections.abc import Iterator
 import torch
 
 from .config import (
-    ATTENTION_HEAD_DIM, EXPERTS, EXPERTS_PER_TOKEN, INDEX_HEAD_DIM, OUTPUT_RANK, QUERY_RANK, STREAMS, VOCABULARY,
-)  # fmt: skip
+    ATTENTION_HEAD_DIM,
+    EXPERTS,
+    EXPERTS_PER_TOKEN,
+    INDEX_HEAD_DIM,
+    OUTPUT_RANK,
+    QUERY_RANK,
+    STREAMS,
+    VOCABULARY,
+)
 
-# Scales. A linear layer of gain g has weights of deviation g / sqrt(inputs), so it turns unit-size inputs into outputs
-# of size g.
-KV_GAIN, GATE_GAIN = 1.9, 3.3  # the real indexer compressor: deviations 0.0293 and 0.0512 of 4096 inputs (pypto-lib's
+# Scales. A linear layer of gain g has weights of deviation g / sqrt(inputs), so it turns unit-size
+# inputs into outputs of size g.
+KV_GAIN, GATE_GAIN = (
+    1.9,
+    3.3,
+)  # the real indexer compressor: deviations 0.0293 and 0.0512 of 4096 inputs (pypto-lib's
 APE_STD, POOL_GAMMA = 0.153, 0.685  # fixtures, which state them for layers 8 and 32 of Flash)
 GAMMA_SPREAD = 0.26  # relative
-ATTENTION_GAMMA = 2.0  # key norm, thus the deviation of attention scores: with 1, hundreds of rows average to nothing
-OUTPUT_GAIN = 0.3  # of attention: fp8 keys move its output by 5 %, which with 1 would change every fifth greedy token
-SHARED_GAIN, ROUTED_GAIN = 0.5, 0.1  # rounding may pick another expert for a token: that should show but faintly
-LOGIT_GAIN = 3.3  # deviation of the logits over the vocabulary: 0 is uniform, 4.8 would freeze on one token
+# key norm, thus the deviation of attention scores: with 1, hundreds of rows average to nothing
+ATTENTION_GAMMA = 2.0
+# of attention: fp8 keys move its output by 5 %, which with 1 would change every fifth greedy token
+OUTPUT_GAIN = 0.3
+SHARED_GAIN, ROUTED_GAIN = (
+    0.5,
+    0.1,
+)  # rounding may pick another expert for a token: that should show but faintly
+LOGIT_GAIN = (
+    3.3  # deviation of the logits over the vocabulary: 0 is uniform, 4.8 would freeze on one token
+)
 
 
 class Draw:
-    """Random tensors from one seeded stream: the order in which they are drawn decides their values."""
+    """Random tensors from one seeded stream: the order in which they are drawn decides their
+    values."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
@@ -39,7 +58,8 @@ class Draw:
         return self.normal(width, mean=mean, std=GAMMA_SPREAD * mean).bfloat16()
 
     def experts_of_tokens(self) -> torch.Tensor:
-        """int32 [vocabulary, experts per token]: the distinct experts that a hash layer gives each token."""
+        """int32 [vocabulary, experts per token]: the distinct experts that a hash layer gives each
+        token."""
         return self.normal(VOCABULARY, EXPERTS).topk(EXPERTS_PER_TOKEN).indices.int()
 
 
@@ -77,7 +97,8 @@ def tensors(config: dict, draw: Draw) -> Tensors:
 
 
 def _hyper_connection(draw: Draw, prefix: str, hidden: int) -> Tensors:
-    """Weights of a block's input (one per stream), of its output (one per stream), and between the streams."""
+    """Weights of a block's input (one per stream), of its output (one per stream), and between the
+    streams."""
     return _mixing(draw, prefix, hidden, outputs=STREAMS + STREAMS + STREAMS**2, scales=3)
 
 
@@ -89,26 +110,38 @@ def _mixing(draw: Draw, prefix: str, hidden: int, outputs: int, scales: int) -> 
 
 
 def _attention(draw: Draw, prefix: str, config: dict, ratio: int) -> Tensors:
-    hidden, heads, groups = (config[name] for name in ("hidden_size", "num_attention_heads", "o_groups"))
+    hidden, heads, groups = (
+        config[name] for name in ("hidden_size", "num_attention_heads", "o_groups")
+    )
     yield f"{prefix}wq_a.weight", draw.linear(QUERY_RANK, hidden)
     yield f"{prefix}q_norm.weight", draw.gamma(QUERY_RANK)
     yield f"{prefix}wq_b.weight", draw.linear(heads * ATTENTION_HEAD_DIM, QUERY_RANK)
     yield f"{prefix}wkv.weight", draw.linear(ATTENTION_HEAD_DIM, hidden)
     yield f"{prefix}kv_norm.weight", draw.gamma(ATTENTION_HEAD_DIM, ATTENTION_GAMMA)
     yield f"{prefix}attn_sink", draw.normal(heads)
-    yield f"{prefix}wo_a.weight", draw.linear(groups * OUTPUT_RANK, heads // groups * ATTENTION_HEAD_DIM)
+    yield (
+        f"{prefix}wo_a.weight",
+        draw.linear(groups * OUTPUT_RANK, heads // groups * ATTENTION_HEAD_DIM),
+    )
     yield f"{prefix}wo_b.weight", draw.linear(hidden, groups * OUTPUT_RANK, OUTPUT_GAIN)
     if ratio:
-        yield from _compressor(draw, f"{prefix}compressor.", hidden, ratio, ATTENTION_HEAD_DIM, ATTENTION_GAMMA)
+        yield from _compressor(
+            draw, f"{prefix}compressor.", hidden, ratio, ATTENTION_HEAD_DIM, ATTENTION_GAMMA
+        )
     if ratio == 4:
         index_heads = config["index_n_heads"]
         yield f"{prefix}indexer.wq_b.weight", draw.linear(index_heads * INDEX_HEAD_DIM, QUERY_RANK)
         yield f"{prefix}indexer.weights_proj.weight", draw.linear(index_heads, hidden)
-        yield from _compressor(draw, f"{prefix}indexer.compressor.", hidden, ratio, INDEX_HEAD_DIM, POOL_GAMMA)
+        yield from _compressor(
+            draw, f"{prefix}indexer.compressor.", hidden, ratio, INDEX_HEAD_DIM, POOL_GAMMA
+        )
 
 
-def _compressor(draw: Draw, prefix: str, hidden: int, ratio: int, head_dim: int, gamma: float) -> Tensors:
-    # Ratio 4 pools overlapping windows: each token has one row for the next entry and one for its own.
+def _compressor(
+    draw: Draw, prefix: str, hidden: int, ratio: int, head_dim: int, gamma: float
+) -> Tensors:
+    # Ratio 4 pools overlapping windows: each token has one row for the next entry and one for its
+    # own.
     width = 2 * head_dim if ratio == 4 else head_dim
     yield f"{prefix}wkv.weight", draw.linear(width, hidden, KV_GAIN)
     yield f"{prefix}wgate.weight", draw.linear(width, hidden, GATE_GAIN)

@@ -1,4 +1,5 @@
-"""The engines: one file for each; here what all of them refuse, in account.py what their workers log."""
+"""The engines: one file for each; here what all of them refuse, in account.py what their workers
+log."""
 
 from typing import Any, NoReturn
 
@@ -8,16 +9,27 @@ from vllm_dsv4_indexer.errors import UserError
 
 def refuse(found: str, supported: str, remedy: str) -> NoReturn:
     """Raise the UserError of a selection that cannot be honoured."""
-    raise UserError(f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}.")
+    raise UserError(
+        f"--attention-backend dsv4_indexer: {found}; supported: {supported}. To go on, {remedy}."
+    )
 
 
 def require_indexer(vllm_config: Any) -> None:
-    """Refuse a model that has no indexer, and the context parallelism that splits one request's pages over workers."""
+    """Refuse a model that has no indexer, and the context parallelism that splits one request's
+    pages over workers."""
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     if config.model_type != "deepseek_v4":
-        refuse(f"the model is of type {config.model_type!r}", "deepseek_v4", "leave the option out for this model")
+        refuse(
+            f"the model is of type {config.model_type!r}",
+            "deepseek_v4",
+            "leave the option out for this model",
+        )
     if RATIO not in (getattr(config, "compress_ratios", None) or ())[: config.num_hidden_layers]:
-        refuse("no layer of this model has an indexer", f"layers of compress_ratio {RATIO}", "leave the option out")
+        refuse(
+            "no layer of this model has an indexer",
+            f"layers of compress_ratio {RATIO}",
+            "leave the option out",
+        )
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, option)) > 1:
             refuse(f"{option} is {size}", "1", "use tensor or pipeline parallelism")
@@ -26,7 +38,11 @@ def require_indexer(vllm_config: Any) -> None:
 def require_impl(impl: str, *supported: str) -> None:
     """Refuse the setting `impl` of another engine."""
     if impl not in supported:
-        refuse(f"dsv4_indexer.impl is {impl!r}", f"{', '.join(supported)} on this device", "set one of these")
+        refuse(
+            f"dsv4_indexer.impl is {impl!r}",
+            f"{', '.join(supported)} on this device",
+            "set one of these",
+        )
 
 
 def indexers_of_stage(vllm_config: Any) -> int:

@@ -1,4 +1,5 @@
-"""A worker's account of what the op did in its process: the proof, in the log, that an engine really calls it."""
+"""A worker's account of what the op did in its process: the proof, in the log, that an engine
+really calls it."""
 
 import time
 from typing import Any
@@ -13,7 +14,8 @@ logger = init_logger("vllm.dsv4_indexer")
 
 
 class Accountable:
-    """Mixed into a worker of vLLM's. It logs not at shut-down alone: vLLM kills the workers of a server when it stops."""
+    """Mixed into a worker of vLLM's. It logs not at shut-down alone: vLLM kills the workers of a
+    server when it stops."""
 
     _account_due = 0.0
 

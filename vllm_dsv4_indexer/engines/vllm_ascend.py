@@ -1,7 +1,8 @@
 """vllm-ascend's engine: what the backend accepts there, and the worker that it names.
 
-Only configuration here. What subclasses vllm-ascend lies in vllm_ascend_worker.py, which only worker processes import:
-vllm-ascend's worker module loads its device library, and a process that does not own an NPU must not.
+Only configuration here. What subclasses vllm-ascend lies in vllm_ascend_worker.py, which only
+worker processes import: vllm-ascend's worker module loads its device library, and a process that
+does not own an NPU must not.
 """
 
 from importlib.metadata import version
@@ -12,12 +13,17 @@ from vllm_dsv4_indexer.errors import NotInstalled
 
 # What vllm_ascend_worker.py is written against: {vllm-ascend: the vLLM that it asks for}.
 SUPPORTED = {"0.26.0rc1": "0.26.0", "0.23.0": "0.23.0"}
-FOUND = version("vllm-ascend").split("+")[0], vllm.__version__.split("+")[0]  # "+empty": vLLM built without a device
+FOUND = (
+    version("vllm-ascend").split("+")[0],
+    vllm.__version__.split("+")[0],
+)  # "+empty": vLLM built without a device
 if FOUND not in SUPPORTED.items():
     raise NotInstalled(
-        "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the backend supports {}. "
+        "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the "
+        "backend supports {}. "
         "Install one of these pairs, or leave the option out.".format(
-            *FOUND, " and ".join(f"vllm-ascend {ours} with vLLM {its}" for ours, its in SUPPORTED.items())
+            *FOUND,
+            " and ".join(f"vllm-ascend {ours} with vLLM {its}" for ours, its in SUPPORTED.items()),
         )
     )
 
@@ -30,7 +36,8 @@ from vllm_dsv4_indexer.settings import Settings
 
 STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
 WORKER = f"{__name__}_worker.Worker"
-NZ_FOR_BF16 = 2  # vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too
+# vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too
+NZ_FOR_BF16 = 2
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -38,33 +45,60 @@ logger = init_logger("vllm.dsv4_indexer")
 def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     """Check that the backend can do what is asked, and have vLLM run our worker.
 
-    vllm-ascend drops the name of the backend twice: its platform resets it to None, and ignores it where it chooses
-    attention classes. The worker's name survives, in every process.
+    vllm-ascend drops the name of the backend twice: its platform resets it to None, and ignores it
+    where it chooses attention classes. The worker's name survives, in every process.
 
     vllm_config: the configuration, complete but for what the platform sets.
     check_and_update_config: the platform's own function, called in between.
     Raises ValueError that says what was found, what is supported and what to do.
     """
-    if vllm_config.model_config is None:  # vLLM also makes configurations without a model, for its own tools
+    if (
+        vllm_config.model_config is None
+    ):  # vLLM also makes configurations without a model, for its own tools
         return check_and_update_config(vllm_config)
     require_indexer(vllm_config)
-    _check_settings(Settings.read(vllm_config.additional_config).on("ascend"), vllm_config.model_config.enforce_eager)
+    _check_settings(
+        Settings.read(vllm_config.additional_config).on("ascend"),
+        vllm_config.model_config.enforce_eager,
+    )
     check_and_update_config(vllm_config)
 
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in (STOCK_WORKER, WORKER):  # that of the 310P, of xlite, or the user's own
-        refuse(f"the worker is {parallel.worker_cls!r}", f"{STOCK_WORKER!r} (A2, A3, A5)", "leave the option out")
+    if parallel.worker_cls not in (
+        STOCK_WORKER,
+        WORKER,
+    ):  # that of the 310P, of xlite, or the user's own
+        refuse(
+            f"the worker is {parallel.worker_cls!r}",
+            f"{STOCK_WORKER!r} (A2, A3, A5)",
+            "leave the option out",
+        )
     if get_ascend_config().weight_nz_mode == NZ_FOR_BF16:
-        refuse("weight_nz_mode is 2", "0 and 1: wkv and wgate are joined, in the plain layout", "set one of them")
+        refuse(
+            "weight_nz_mode is 2",
+            "0 and 1: wkv and wgate are joined, in the plain layout",
+            "set one of them",
+        )
     parallel.worker_cls = WORKER
-    logger.info("DSV4_INDEXER: vllm-ascend has reset the attention backend; %s honours it all the same", WORKER)
+    logger.info(
+        "DSV4_INDEXER: vllm-ascend has reset the attention backend; %s honours it all the same",
+        WORKER,
+    )
 
 
 def _check_settings(settings: Settings, eager: bool) -> None:
     require_impl(settings.impl, "ascend", "reference", "stock")
     if settings.impl == "reference" and not eager:
-        refuse("dsv4_indexer.impl is 'reference', which reads values on the host", "it without graphs", "pass --enforce-eager")
+        refuse(
+            "dsv4_indexer.impl is 'reference', which reads values on the host",
+            "it without graphs",
+            "pass --enforce-eager",
+        )
     if settings.state_save != "full":
         refuse(f"state_save is {settings.state_save!r}", "'full' with vllm-ascend", "leave it out")
     if settings.projection == "engine":
-        refuse("projection is 'engine'", "'exact' with vllm-ascend: stock's is in its compressor", "leave it out")
+        refuse(
+            "projection is 'engine'",
+            "'exact' with vllm-ascend: stock's is in its compressor",
+            "leave it out",
+        )

@@ -1,13 +1,14 @@
 """The ops `dsv4_indexer::plan`, `run` and `compress`: schemas, fake implementations and dispatch.
 
-`plan` once a step: check all values, decide which windows the step closes and where their rows come from. `run` once a
-layer, with the step's plan. `compress` is both in one call.
+`plan` once a step: check all values, decide which windows the step closes and where their rows come
+from. `run` once a layer, with the step's plan. `compress` is both in one call.
 
 An implementation is a module of this folder with two functions, which take checked metadata:
 
     plan(step, extents) -> Tensor             checks the values; writes nothing but the plan
-    bind(layer, eps=..., k_format=...)        a function of kv_score and a plan, which runs the layer and returns how many
-                                              entries it wrote, or None if only the device knows
+    bind(layer, eps=..., k_format=...)        a function of kv_score and a plan, which runs the
+                                              layer and returns how many entries it wrote, or None
+                                              if only the device knows
 
 To add one, write the module and its line in `IMPLEMENTATIONS`.
 """
@@ -28,7 +29,8 @@ from .requests import step_of
 
 
 class Functions(NamedTuple):
-    """The functions of an implementation; the third is for engines whose metadata tell a step by its requests."""
+    """The functions of an implementation; the third is for engines whose metadata tell a step by
+    its requests."""
 
     plan: Callable[[Step, Extents], Tensor]
     bind: Callable[..., Callable[[Tensor, Tensor], int | None]]
@@ -36,8 +38,8 @@ class Functions(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """How to load an implementation, its formats, and the device types that it serves: none named means every one, if
-    asked for. The default of a device is the first that names it."""
+    """How to load an implementation, its formats, and the device types that it serves: none named
+    means every one, if asked for. The default of a device is the first that names it."""
 
     load: Callable[[], Functions]
     k_formats: tuple[str, ...]
@@ -87,7 +89,8 @@ IMPLEMENTATIONS = {
 
 @dataclass
 class Work:
-    """What the op has done in this process: the proof that an engine really calls it. A call is one layer's."""
+    """What the op has done in this process: the proof that an engine really calls it. A call is one
+    layer's."""
 
     plans: int = 0
     calls: int = 0
@@ -100,31 +103,34 @@ class Work:
         entries = f"wrote {self.entries} entries in {self.seconds:.4f} s"
         if self.uncounted:
             entries = (
-                f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries only the device "
-                "knows (nor any call that a captured graph repeats)"
+                f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries "
+                "only the device knows (nor any call that a captured graph repeats)"
             )
-        return f"compress was called {self.calls} times on {self.tokens} tokens and {entries}; {self.plans} plans"
+        called = f"compress was called {self.calls} times on {self.tokens} tokens"
+        return f"{called} and {entries}; {self.plans} plans"
 
 
 work = Work()
 
 _STEP = (
-    "Tensor positions, Tensor token_to_req, Tensor inner_state_slot_mapping, Tensor inner_state_block_table"
+    "Tensor positions, Tensor token_to_req, Tensor inner_state_slot_mapping, "
+    "Tensor inner_state_block_table"
 )
 _OPTIONS = "float eps=1e-6, str k_format='fp8_pow2', str? impl=None"
 _library = torch.library.Library("dsv4_indexer", "DEF")
 _library.define(
-    f"plan({_STEP}, Tensor k_slot_mapping, *, SymInt state_pages, SymInt state_page, SymInt k_entries, SymInt max_pos, "
-    "str? impl=None) -> Tensor"
+    f"plan({_STEP}, Tensor k_slot_mapping, *, SymInt state_pages, SymInt state_page, SymInt "
+    "k_entries, SymInt max_pos, str? impl=None) -> Tensor"
 )
 _library.define(
     "run(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, Tensor plan, "
-    f"Tensor(a!) inner_state_cache, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, {_OPTIONS}) -> ()"
+    "Tensor(a!) inner_state_cache, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, "
+    f"{_OPTIONS}) -> ()"
 )
 _library.define(
     f"compress(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, {_STEP}, "
-    "Tensor(a!) inner_state_cache, Tensor k_slot_mapping, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, "
-    f"{_OPTIONS}) -> ()"
+    "Tensor(a!) inner_state_cache, Tensor k_slot_mapping, Tensor(b!) k_cache, Tensor(c!)? "
+    f"k_scale_cache=None, *, {_OPTIONS}) -> ()"
 )
 
 
@@ -146,37 +152,53 @@ def plan(
     Args:
         positions: [T] int64, the absolute position of each token.
         token_to_req: [T] int32, each token's row of `inner_state_block_table`.
-        inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`; -1 for none.
-        inner_state_block_table: [R, M] int32, the state page of each `state_page` positions of a request. Page 0 is the
-            null page; the last 8 positions before a token that closes a window need another one.
+        inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`;
+            -1 for none.
+        inner_state_block_table: [R, M] int32, the state page of each `state_page` positions of a
+            request. Page 0 is the null page; the last 8 positions before a token that closes a
+            window need another one.
         k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
-        state_pages, state_page: how many pages `inner_state_cache` has, and of how many tokens (2, 4 or 8).
+        state_pages, state_page: how many pages `inner_state_cache` has, and of how many tokens (2,
+            4 or 8).
         k_entries: how many entries `k_cache` has. max_pos: how many rows `cos_sin_cache` has.
         impl: as of `compress`.
 
     Returns:
-        the plan, one int64 tensor on the same device; `contract.Plan.of` names its sections. It holds nothing of the
-        arguments: it stays right when they are overwritten. A graph replays it from a persistent buffer.
+        the plan, one int64 tensor on the same device; `contract.Plan.of` names its sections. It
+        holds nothing of the
+        arguments: it stays right when they are overwritten. A graph replays it from a persistent
+            buffer.
 
     Raises:
         ContractError: as `compress`. Nothing of the step was written.
     """
     return torch.ops.dsv4_indexer.plan(
-        positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping,
-        state_pages=state_pages, state_page=state_page, k_entries=k_entries, max_pos=max_pos, impl=impl,
-    )  # fmt: skip
+        positions,
+        token_to_req,
+        inner_state_slot_mapping,
+        inner_state_block_table,
+        k_slot_mapping,
+        state_pages=state_pages,
+        state_page=state_page,
+        k_entries=k_entries,
+        max_pos=max_pos,
+        impl=impl,
+    )
 
 
 def plan_requests(
     requests: Requests, tokens: int, extents: Extents, k_page: int, *, impl: str | None = None
 ) -> Tensor:
-    """`plan` for a step of so many tokens that is told by its requests, with `k_page` entries in a K page. One launch
-    where the implementation has a kernel for it; elsewhere tensor operations make the step (requests.py)."""
+    """`plan` for a step of so many tokens that is told by its requests, with `k_page` entries in a
+    K page. One launch where the implementation has a kernel for it; elsewhere tensor operations
+    make the step (requests.py)."""
     contract.check_requests(requests, tokens)
     contract.check_extents(extents)
     kernel = _functions(impl, requests.start_pos.device.type).plan_requests
     if kernel is None:
-        return plan(*step_of(requests, tokens, extents.state_page, k_page), **extents._asdict(), impl=impl)
+        return plan(
+            *step_of(requests, tokens, extents.state_page, k_page), **extents._asdict(), impl=impl
+        )
     return _timed_plan(kernel, requests, tokens, extents, k_page)
 
 
@@ -194,40 +216,65 @@ def run(
     k_format: str = "fp8_pow2",
     impl: str | None = None,
 ) -> None:
-    """Runs one layer of a planned step: saves its state rows, stores its K entries. Arguments and errors as of `compress`.
+    """Runs one layer of a planned step: saves its state rows, stores its K entries. Arguments and
+    errors as of `compress`.
 
-    An engine that runs a layer step after step uses a `BoundLayer`, which checks the layer's tensors once.
+    An engine that runs a layer step after step uses a `BoundLayer`, which checks the layer's
+    tensors once.
     """
     torch.ops.dsv4_indexer.run(
-        kv_score, ape, norm_weight, cos_sin_cache, plan, inner_state_cache, k_cache, k_scale_cache,
-        eps=eps, k_format=k_format, impl=impl,
-    )  # fmt: skip
+        kv_score,
+        ape,
+        norm_weight,
+        cos_sin_cache,
+        plan,
+        inner_state_cache,
+        k_cache,
+        k_scale_cache,
+        eps=eps,
+        k_format=k_format,
+        impl=impl,
+    )
 
 
 class BoundLayer:
-    """`run` for one layer, whose tensors are checked once, when it is made, and must stay what they are.
+    """`run` for one layer, whose tensors are checked once, when it is made, and must stay what they
+    are.
 
-    Arguments and errors as of `compress`. Holds the tensors; if one of them gets another address, it is followed.
+    Arguments and errors as of `compress`. Holds the tensors; if one of them gets another address,
+    it is followed.
     """
 
-    def __init__(self, layer: Layer, *, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None):
+    def __init__(
+        self,
+        layer: Layer,
+        *,
+        eps: float = 1e-6,
+        k_format: str = "fp8_pow2",
+        impl: str | None = None,
+    ):
         contract.check_layer(layer, k_format)
         self.layer, self.extents = layer, Extents.of(layer)
         self._options = {"eps": eps, "k_format": k_format, "impl": impl}
         self._device = layer.ape.device
-        self._run = _functions(impl, self._device.type, k_format).bind(layer, eps=eps, k_format=k_format)
+        self._run = _functions(impl, self._device.type, k_format).bind(
+            layer, eps=eps, k_format=k_format
+        )
 
     def run(self, kv_score: Tensor, plan: Tensor) -> None:
-        """kv_score: [T, 512] fp32 or bf16. plan: that of the step, from `plan` with the same `impl`."""
+        """kv_score: [T, 512] fp32 or bf16. plan: that of the step, from `plan` with the same
+        `impl`."""
         if torch.compiler.is_compiling():
             ape, norm_weight, cos_sin, *caches = self.layer
-            return run(kv_score, ape, norm_weight, cos_sin, plan, *caches, **self._options)
-        self._run_eagerly(kv_score, plan)
+            run(kv_score, ape, norm_weight, cos_sin, plan, *caches, **self._options)
+        else:
+            self._run_eagerly(kv_score, plan)
 
     def _run_eagerly(self, kv_score: Tensor, plan: Tensor) -> None:
         start = time.perf_counter()
         tokens = kv_score.shape[0] if kv_score.dim() else 0
-        # The conditions of the two checks, written out: called for every layer, these would cost as much as all the rest.
+        # The conditions of the two checks, written out: called for every layer, these would cost as
+        # much as all the rest.
         if not (
             kv_score.shape == (tokens, ROW_WIDTH)
             and kv_score.dtype in contract.FLOATS
@@ -270,58 +317,79 @@ def compress(
     k_format: str = "fp8_pow2",
     impl: str | None = None,
 ) -> None:
-    """Saves the state rows of a batch and stores the K entries whose windows it closes: `plan` and `run` in one call.
+    """Saves the state rows of a batch and stores the K entries whose windows it closes: `plan` and
+    `run` in one call.
 
-    A token at position p with a state slot saves the row `[kv | gate + ape[p % 4]]`. A token with (p + 1) % 4 == 0 and
-    a K slot also emits one entry: the rows of positions p-7 .. p are pooled by a softmax per channel over their gates
-    (front halves of the first four, back halves of the last four), then RMSNorm, RoPE at position p-3, one rounding to
-    bfloat16, quantisation.
+    A token at position p with a state slot saves the row `[kv | gate + ape[p % 4]]`. A token with
+    (p + 1) % 4 == 0 and a K slot also emits one entry: the rows of positions p-7 .. p are pooled by
+    a softmax per channel over their gates (front halves of the first four, back halves of the last
+    four), then RMSNorm, RoPE at position p-3, one rounding to bfloat16, quantisation.
 
-    A window's row is the request's own token of this call; else the row of a token of this call, of any request, with
-    the same position and the state slot that this request's table gives it (a prefix that is filled in the same
-    call); else the state as it was before the call. So a token without a state slot still counts in its own call.
-    If a slot occurs twice, the last token wins. A padding row has both slots -1; its position and request may be anything
-    that no window of a later token in this call asks for.
+    A window's row is the request's own token of this call; else the row of a token of this call, of
+    any request, with the same position and the state slot that this request's table gives it (a
+    prefix that is filled in the same call); else the state as it was before the call. So a token
+    without a state slot still counts in its own call. If a slot occurs twice, the last token wins.
+    A padding row has both slots -1; its position and request may be anything that no window of a
+    later token in this call asks for.
 
     Args:
-        kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the positional bias.
+        kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the
+            positional bias.
         ape: [4, 256] fp32, the gate's positional bias.
         norm_weight: [128] fp32 or bf16, the RMSNorm weight.
         cos_sin_cache: [max_pos, 64] fp32, 32 cosines then 32 sines of each position.
-        positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping: as of `plan`.
-        inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and written.
-        k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry o's values at
-            o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs, 132], the same with bs entries a
-            page. `int8_hadamard`: int8 [pages, bs, 128].
-        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8 formats.
+        positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping:
+            as of `plan`.
+        inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and
+            written.
+        k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry
+            o's values at o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs,
+            132], the same with bs entries a page. `int8_hadamard`: int8 [pages, bs, 128].
+        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8
+            formats.
         eps: RMSNorm epsilon.
-        k_format: "fp8_pow2" (power-of-two scale, e4m3fn), "int8_hadamard" (Hadamard rotation, amax / 127 scale) or
-            "fp8_amax" (Hadamard rotation, amax / 448 scale, e4m3fn).
+        k_format: "fp8_pow2" (power-of-two scale, e4m3fn), "int8_hadamard" (Hadamard rotation, amax
+            / 127 scale) or "fp8_amax" (Hadamard rotation, amax / 448 scale, e4m3fn).
         impl: the name of an implementation; None for the default of the tensors' device.
 
     The caches may be views of one storage with any page stride; only their pages must not overlap.
 
     Raises:
-        ContractError: (a ValueError) the arguments break the contract of contract.py; nothing was written.
+        ContractError: (a ValueError) the arguments break the contract of contract.py; nothing was
+            written.
         UserError: `impl` is unknown, or there is none for the device and the format.
     """
     torch.ops.dsv4_indexer.compress(
-        kv_score, ape, norm_weight, cos_sin_cache, positions, token_to_req, inner_state_slot_mapping,
-        inner_state_block_table, inner_state_cache, k_slot_mapping, k_cache, k_scale_cache,
-        eps=eps, k_format=k_format, impl=impl,
-    )  # fmt: skip
+        kv_score,
+        ape,
+        norm_weight,
+        cos_sin_cache,
+        positions,
+        token_to_req,
+        inner_state_slot_mapping,
+        inner_state_block_table,
+        inner_state_cache,
+        k_slot_mapping,
+        k_cache,
+        k_scale_cache,
+        eps=eps,
+        k_format=k_format,
+        impl=impl,
+    )
 
 
 def prepare(impl: str | None, device: str, k_format: str) -> None:
-    """Load an implementation and what it needs now, so that whatever is missing is known before the first call.
+    """Load an implementation and what it needs now, so that whatever is missing is known before the
+    first call.
 
-    Raises UserError (`impl` is unknown, or there is none for the device; a setting in the environment is wrong) and
-    NotInstalled (the native library, or something in torch that it needs, is missing), which say what to do.
+    Raises UserError (`impl` is unknown, or there is none for the device; a setting in the
+    environment is wrong) and NotInstalled (the native library, or something in torch that it needs,
+    is missing), which say what to do.
     """
     _functions(impl, device, k_format)
 
 
-# ---- the torch ops ---------------------------------------------------------------------------------------------------
+# ---- the torch ops -------------------------------------------------------------------------------
 # torch leaves out the arguments that equal their default, so the defaults are needed here too.
 
 
@@ -331,7 +399,9 @@ def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
     return _make_plan(Step(*step), Extents(**extents), impl)
 
 
-def _make_plan(step: Step, extents: Extents, impl: str | None, k_format: str | None = None) -> Tensor:
+def _make_plan(
+    step: Step, extents: Extents, impl: str | None, k_format: str | None = None
+) -> Tensor:
     return _timed_plan(_functions(impl, step.positions.device.type, k_format).plan, step, extents)
 
 
@@ -344,18 +414,22 @@ def _timed_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
 
 
 def _run_op(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, **options) -> None:
-    BoundLayer(Layer(ape, norm_weight, cos_sin_cache, *caches), **options)._run_eagerly(kv_score, plan)
+    BoundLayer(Layer(ape, norm_weight, cos_sin_cache, *caches), **options)._run_eagerly(
+        kv_score, plan
+    )
 
 
-def _compress_op(*tensors: Tensor | None, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None) -> None:
+def _compress_op(
+    *tensors: Tensor | None, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None
+) -> None:
     call = Call(*tensors)
     contract.check_call(call, k_format)
     made = _make_plan(call.step, Extents.of(call.layer), impl, k_format)
     BoundLayer(call.layer, eps=eps, k_format=k_format, impl=impl)._run_eagerly(call.kv_score, made)
 
 
-# The fakes are also what torch calls if only some of the tensors are on the meta device: an error, not a call that does
-# nothing.
+# The fakes are also what torch calls if only some of the tensors are on the meta device: an error,
+# not a call that does nothing.
 
 
 def _plan_fake(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
@@ -364,7 +438,9 @@ def _plan_fake(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor
     return step[0].new_empty(plan_size(step[0].shape[0]))
 
 
-def _run_fake(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, k_format: str = "fp8_pow2", **_) -> None:
+def _run_fake(
+    kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, k_format: str = "fp8_pow2", **_
+) -> None:
     contract.check_layer(Layer(ape, norm_weight, cos_sin_cache, *caches), k_format)
     contract.check_kv_score(kv_score, ape.device)
     contract.check_plan_tensor(plan, kv_score.shape[0], ape.device)
@@ -378,9 +454,10 @@ def _compress_fake(*tensors: Tensor | None, k_format: str = "fp8_pow2", **_) -> 
 def _functions(name: str | None, device: str, k_format: str | None = None) -> Functions:
     """`k_format` None: any of the implementation's."""
     usable = [
-        n for n, i in IMPLEMENTATIONS.items()
+        n
+        for n, i in IMPLEMENTATIONS.items()
         if (not i.devices or device in i.devices) and (k_format is None or k_format in i.k_formats)
-    ]  # fmt: skip
+    ]
     if name is None:
         name = next((n for n in usable if IMPLEMENTATIONS[n].devices), None)
     if name not in usable:
@@ -390,7 +467,8 @@ def _functions(name: str | None, device: str, k_format: str | None = None) -> Fu
     return IMPLEMENTATIONS[name].load()
 
 
-# One Python kernel for every device: it costs about 3 us a call more than a C++ one, and torch.library.custom_op 60.
+# One Python kernel for every device: it costs about 3 us a call more than a C++ one, and
+# torch.library.custom_op 60.
 for _name, _op, _fake in (
     ("plan", _plan_op, _plan_fake),
     ("run", _run_op, _run_fake),

@@ -1,7 +1,8 @@
-"""The fields of the native libraries' C structs, from tensors: csrc/cpu/abi.h and csrc/ascend/abi.h explain them.
+"""The fields of the native libraries' C structs, from tensors: csrc/cpu/abi.h and csrc/ascend/abi.h
+explain them.
 
-Packed into bytes they cost less than a `ctypes.Structure`, which sets each field by its name. The addresses do not keep
-the tensors alive.
+Packed into bytes they cost less than a `ctypes.Structure`, which sets each field by its name. The
+addresses do not keep the tensors alive.
 """
 
 from torch import Tensor, bfloat16, float16
@@ -9,15 +10,44 @@ from torch import Tensor, bfloat16, float16
 from ..contract import HEAD_DIM, Extents, Layer, Step
 
 STEP_FIELDS = (
-    "tokens", "positions", "token_to_req", "state_slots", "block_table", "block_table_stride", "requests",
-    "table_columns", "k_slots", "state_pages", "state_page", "k_entries", "max_pos",
-)  # fmt: skip
+    "tokens",
+    "positions",
+    "token_to_req",
+    "state_slots",
+    "block_table",
+    "block_table_stride",
+    "requests",
+    "table_columns",
+    "k_slots",
+    "state_pages",
+    "state_page",
+    "k_entries",
+    "max_pos",
+)
 LAYER_FIELDS = (
-    "ape", "norm_weight", "norm_weight_is_bf16", "cos_sin", "cos_sin_stride", "cos_sin_rows",
-    "state", "state_page_stride", "state_row_stride", "state_pages", "state_page",
-    "k_cache", "k_page_stride", "k_entry_stride", "k_pages", "k_page",
-    "k_scale", "k_scale_page_stride", "k_scale_entry_stride", "k_scale_is_fp16", "k_format", "eps",
-)  # fmt: skip
+    "ape",
+    "norm_weight",
+    "norm_weight_is_bf16",
+    "cos_sin",
+    "cos_sin_stride",
+    "cos_sin_rows",
+    "state",
+    "state_page_stride",
+    "state_row_stride",
+    "state_pages",
+    "state_page",
+    "k_cache",
+    "k_page_stride",
+    "k_entry_stride",
+    "k_pages",
+    "k_page",
+    "k_scale",
+    "k_scale_page_stride",
+    "k_scale_entry_stride",
+    "k_scale_is_fp16",
+    "k_format",
+    "eps",
+)
 KV_SCORE_FIELDS = ("rows", "stride", "is_bf16", "tokens")
 
 
@@ -25,9 +55,16 @@ def step_fields(step: Step, extents: Extents) -> tuple[int, ...]:
     """The values of STEP_FIELDS."""
     positions, token_to_req, state_slots, block_table, k_slots = step
     return (
-        positions.shape[0], positions.data_ptr(), token_to_req.data_ptr(), state_slots.data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), *block_table.shape, k_slots.data_ptr(), *extents,
-    )  # fmt: skip
+        positions.shape[0],
+        positions.data_ptr(),
+        token_to_req.data_ptr(),
+        state_slots.data_ptr(),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        *block_table.shape,
+        k_slots.data_ptr(),
+        *extents,
+    )
 
 
 def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, ...]:
@@ -39,12 +76,23 @@ def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, 
         k_entry_stride = k_cache.stride(1)
         scale = (k_scale.data_ptr(), *k_scale.stride(), k_scale.dtype is float16)
     return (
-        ape.data_ptr(), norm_weight.data_ptr(), norm_weight.dtype is bfloat16,
-        cos_sin.data_ptr(), cos_sin.stride(0), cos_sin.shape[0],
-        state.data_ptr(), *state.stride()[:2], *state.shape[:2],
-        k_cache.data_ptr(), k_cache.stride(0), k_entry_stride, *k_cache.shape[:2],
-        *scale, k_format, eps,
-    )  # fmt: skip
+        ape.data_ptr(),
+        norm_weight.data_ptr(),
+        norm_weight.dtype is bfloat16,
+        cos_sin.data_ptr(),
+        cos_sin.stride(0),
+        cos_sin.shape[0],
+        state.data_ptr(),
+        *state.stride()[:2],
+        *state.shape[:2],
+        k_cache.data_ptr(),
+        k_cache.stride(0),
+        k_entry_stride,
+        *k_cache.shape[:2],
+        *scale,
+        k_format,
+        eps,
+    )
 
 
 def kv_score_fields(kv_score: Tensor) -> tuple[int, ...]:

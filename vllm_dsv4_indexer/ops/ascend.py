@@ -4,8 +4,8 @@ current stream.
 Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in
 page 0 is not written, a window's row without a page counts for nothing, and a layer that a plan
 does not fit stays as it is. What the kernels cannot do is refused with the table of
-csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend: the slots of a call are
-unique, and a slot has one position. csrc/ascend/README.md says why.
+csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend: the slots of a call
+are unique, and a slot has one position. csrc/ascend/README.md says why.
 """
 
 import ctypes
@@ -25,9 +25,15 @@ _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
 _K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}
 # csrc/ascend/abi.h: struct PlanArguments, struct RunArguments, enum Outcome.
 _OF_REQUESTS = (
-    "query_start_loc", "start_pos", "k_table", "k_table_stride", "k_columns", "k_page",
-    "slot_mapping", "slot_mapping_stride",
-)  # fmt: skip
+    "query_start_loc",
+    "start_pos",
+    "k_table",
+    "k_table_stride",
+    "k_columns",
+    "k_page",
+    "slot_mapping",
+    "slot_mapping_stride",
+)
 _OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan")
 PLAN_FIELDS = (*STEP_FIELDS, "plan", "state_only", *_OF_REQUESTS)
 RUN_FIELDS = (*_OF_A_CALL, *LAYER_FIELDS)

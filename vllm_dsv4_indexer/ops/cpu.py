@@ -1,9 +1,10 @@
-"""The op on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own threads.
+"""The op on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own
+threads.
 
-The library is loaded when the implementation is asked for. It has a C interface, so one binary serves every Python and every torch
-from 2.10.
-It is written for three instruction sets with bitwise equal results, and takes the best that the CPU has; the
-environment variable DSV4_INDEXER_ISA (avx512, avx2 or generic) names another.
+The library is loaded when the implementation is asked for. It has a C interface, so one binary
+serves every Python and every torch from 2.10. It is written for three instruction sets with bitwise
+equal results, and takes the best that the CPU has; the environment variable DSV4_INDEXER_ISA
+(avx512, avx2 or generic) names another.
 """
 
 import ctypes
@@ -20,11 +21,22 @@ from torch import Tensor
 from .. import contract
 from ..contract import Extents, Layer, Step
 from ..errors import NotInstalled, UserError
-from .arguments import KV_SCORE_FIELDS, LAYER_FIELDS, STEP_FIELDS, kv_score_fields, layer_fields, step_fields
+from .arguments import (
+    KV_SCORE_FIELDS,
+    LAYER_FIELDS,
+    STEP_FIELDS,
+    kv_score_fields,
+    layer_fields,
+    step_fields,
+)
 from .library import load_library
 
 ISAS = ("avx512", "avx2", "generic")  # best first
-ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")  # the first is the op's, the others are in baselines.py
+ALGORITHMS = (
+    "one_pass",
+    "overlay_scan",
+    "scatter_pool",
+)  # the first is the op's, the others are in baselines.py
 FLOORS = ("floor", "floor_past_cache")  # csrc/cpu/floor.cpp
 K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
@@ -40,7 +52,8 @@ class Violation(ctypes.Structure):
     """csrc/cpu/abi.h, `struct Violation`."""
 
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("code", "token", "request", "position", "needed", "value", "bound")
+        (name, ctypes.c_int64)
+        for name in ("code", "token", "request", "position", "needed", "value", "bound")
     ]
 
 
@@ -61,17 +74,27 @@ def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
         STEP.pack(*step_fields(step, extents)), rule, made.data_ptr(), ctypes.byref(violation)
     )
     if windows == _NO_MEMORY:
-        raise MemoryError(f"no memory for the plan of {step.positions.shape[0]} tokens; nothing was written")
+        raise MemoryError(
+            f"no memory for the plan of {step.positions.shape[0]} tokens; nothing was written"
+        )
     if windows == _VIOLATION:
-        raise contract.violation_error(**{name: getattr(violation, name) for name, _ in violation._fields_})
+        raise contract.violation_error(
+            **{name: getattr(violation, name) for name, _ in violation._fields_}
+        )
     return made
 
 
 class Bound:
-    """A layer's tensors, as the library takes them: packed once, and again if one of them has moved."""
+    """A layer's tensors, as the library takes them: packed once, and again if one of them has
+    moved."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
-        self._layer, self._eps, self._k_format, self._algorithm = layer, eps, K_FORMATS[k_format], algorithm
+        self._layer, self._eps, self._k_format, self._algorithm = (
+            layer,
+            eps,
+            K_FORMATS[k_format],
+            algorithm,
+        )
         self._run, self._parallel_for = native().algorithms[algorithm], native().parallel_for
         self._tensors = [tensor for tensor in layer if tensor is not None]
         self._addresses: list[int] = []
@@ -81,16 +104,28 @@ class Bound:
         """Runs the layer; returns the number of entries written."""
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
-            self._addresses, self._packed = addresses, LAYER.pack(*layer_fields(self._layer, self._k_format, self._eps))
+            self._addresses, self._packed = (
+                addresses,
+                LAYER.pack(*layer_fields(self._layer, self._k_format, self._eps)),
+            )
         entries = self._run(
-            self._packed, self._parallel_for, plan.data_ptr(), KV_SCORE.pack(*kv_score_fields(kv_score))
+            self._packed,
+            self._parallel_for,
+            plan.data_ptr(),
+            KV_SCORE.pack(*kv_score_fields(kv_score)),
         )
         if entries >= 0:
             return entries
         if entries == _PLAN_DOES_NOT_FIT:
-            layout = contract.PLAN_LAYOUT if self._algorithm == "one_pass" else contract.STATE_ONLY_LAYOUT
+            layout = (
+                contract.PLAN_LAYOUT
+                if self._algorithm == "one_pass"
+                else contract.STATE_ONLY_LAYOUT
+            )
             contract.check_plan_header(plan, kv_score.shape[0], Extents.of(self._layer), layout)
-        raise RuntimeError("torch's parallel_for failed: the caches may be half written; see torch's own message")
+        raise RuntimeError(
+            "torch's parallel_for failed: the caches may be half written; see torch's own message"
+        )
 
 
 bind = Bound
@@ -101,7 +136,12 @@ def native() -> Native:
     """The native library, loaded, for this CPU."""
     library = load_library(_LIBRARY, "cpu")
     library.dsv4_indexer_plan.restype = ctypes.c_int64
-    library.dsv4_indexer_plan.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    library.dsv4_indexer_plan.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
     asked = os.environ.get("DSV4_INDEXER_ISA")  # empty counts as unset
     if asked and asked not in ISAS:
         raise UserError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
@@ -109,21 +149,30 @@ def native() -> Native:
         algorithms = {name: algorithm_for(library, name, isa) for name in (*ALGORITHMS, *FLOORS)}
         if all(algorithms.values()):
             return Native(library, isa, algorithms, _torch_parallel_for())
-    raise UserError(f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one")
+    raise UserError(
+        f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one"
+    )
 
 
 def algorithm_for(library: ctypes.CDLL, name: str, isa: str) -> Callable[..., int] | None:
-    """The library's function for an algorithm and an instruction set, None if it or the CPU has none."""
+    """The library's function for an algorithm and an instruction set, None if it or the CPU has
+    none."""
     library.dsv4_indexer_run_for.restype = ctypes.c_void_p
     address = library.dsv4_indexer_run_for(name.encode(), isa.encode())
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function = ctypes.CFUNCTYPE(
+        ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+    )
     return address and function(address)
 
 
 def _torch_parallel_for() -> int:
     """The address of `torch_parallel_for`, a function of torch's stable C interface."""
-    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # loaded already
+    torch_cpu = ctypes.CDLL(
+        str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    )  # loaded already
     try:
         return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
     except AttributeError:
-        raise NotInstalled(f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later") from None
+        raise NotInstalled(
+            f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later"
+        ) from None

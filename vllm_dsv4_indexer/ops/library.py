@@ -1,5 +1,6 @@
 """Where the native libraries are, and whether they are those of this package."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,16 +11,18 @@ from ..errors import NotInstalled
 
 PACKAGE = Path(__file__).parents[1]
 _INSTALL = (
-    "install the package with `pip install .` (for an NPU: with CANN's set_env.sh sourced, else that library is left "
-    "out), or build it with `cmake -S csrc -B build && cmake --build build` and copy it there"
+    "install the package with `pip install .` (for an NPU: with CANN's set_env.sh sourced, else "
+    "that library is left out), or build it with `cmake -S csrc -B build && cmake --build build` "
+    "and copy it there"
 )
 
 
 def load_library(library: str, folder: str) -> ctypes.CDLL:
-    """The native library that was built from the sources of this package: beside it, or where the installed
-    distribution has it (an editable one).
+    """The native library that was built from the sources of this package: beside it, or where the
+    installed distribution has it (an editable one).
 
-    folder: of its sources in csrc. Raises NotInstalled where there is none, or only one that was built from others.
+    folder: of its sources in csrc. Raises NotInstalled where there is none, or only one that was
+    built from others.
     """
     unfit = []
     for path in filter(Path.exists, _candidates(library)):
@@ -39,10 +42,9 @@ def load_library(library: str, folder: str) -> ctypes.CDLL:
 
 def _candidates(library: str) -> list[Path]:
     candidates = [PACKAGE.parent / library]
-    try:
-        candidates.append(Path(importlib.metadata.distribution("vllm-dsv4-indexer").locate_file(library)))
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        ours = importlib.metadata.distribution("vllm-dsv4-indexer")
+        candidates.append(Path(ours.locate_file(library)))
     return candidates
 
 
@@ -57,8 +59,8 @@ def _built_from(library: ctypes.CDLL) -> str:
 
 @functools.cache
 def _sources(folder: str) -> str | None:
-    """The digest of this checkout's sources, as csrc/CMakeLists.txt makes it. None where the package is installed without
-    them: then the library came with it."""
+    """The digest of this checkout's sources, as csrc/CMakeLists.txt makes it. None where the
+    package is installed without them: then the library came with it."""
     csrc = PACKAGE.parent / "csrc"
     if not (csrc / "CMakeLists.txt").exists():
         return None
@@ -68,5 +70,7 @@ def _sources(folder: str) -> str | None:
         for path in csrc.glob(pattern)
         if path.suffix != ".md"
     )
-    digests = "".join(hashlib.sha256((csrc / source).read_bytes()).hexdigest() for source in sources)
+    digests = "".join(
+        hashlib.sha256((csrc / source).read_bytes()).hexdigest() for source in sources
+    )
     return hashlib.sha256(digests.encode()).hexdigest()

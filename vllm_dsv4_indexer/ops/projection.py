@@ -1,13 +1,15 @@
-"""The projection in front of `compress`, `kv_score = x @ weight.T`, without a rounding to bfloat16: products of bfloat16
-are exact in fp32 and are added up in fp32. The op `dsv4_indexer::project`, on CPUs.
+"""The projection in front of `compress`, `kv_score = x @ weight.T`, without a rounding to bfloat16:
+products of bfloat16 are exact in fp32 and are added up in fp32. The op `dsv4_indexer::project`, on
+CPUs.
 
-    bf16_dot   csrc/cpu/projection.cpp: instructions that multiply pairs of bfloat16 (AVX512_BF16). A token's row has the
-               same bits whatever the call. The weight takes the memory that it had.
+    bf16_dot   csrc/cpu/projection.cpp: instructions that multiply pairs of bfloat16 (AVX512_BF16).
+               A token's row has the same bits whatever the call. The weight takes the memory that
+               it had.
     fp32       torch.mm, operands widened: the weight once, which doubles its memory, x in blocks.
 
-Which is faster is a property of the core: with AVX512_BF16 AMD's do twice as many products in the same time as with fp32
-multiply-adds, Intel's half as many (measured on a core of Zen 4: 232 against 116 GFLOP/s, of Emerald Rapids: 86 against
-177).
+Which is faster is a property of the core: with AVX512_BF16 AMD's do twice as many products in the
+same time as with fp32 multiply-adds, Intel's half as many (measured on a core of Zen 4: 232 against
+116 GFLOP/s, of Emerald Rapids: 86 against 177).
 """
 
 import ctypes
@@ -27,7 +29,8 @@ _library.define("project(Tensor x, Tensor weight) -> Tensor")
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns kv_score [T, 512] in fp32, from hidden states x [T, hidden] and a weight made by `prepare_weight`.
+    """Returns kv_score [T, 512] in fp32, from hidden states x [T, hidden] and a weight made by
+    `prepare_weight`.
 
     Raises ValueError where x does not fit the weight.
     """
@@ -45,15 +48,20 @@ def methods() -> tuple[str, ...]:
 def prepare_weight(weight: Tensor, method: str | None = None) -> Tensor:
     """The weight [512, hidden], rows 0..255 wkv and 256..511 wgate, as `project` wants it.
 
-    method: one of `methods()`, by default the first. bf16_dot wants bfloat16 and an even hidden size; any other weight
-    is for fp32.
+    method: one of `methods()`, by default the first. bf16_dot wants bfloat16 and an even hidden
+    size; any other weight is for fp32.
     """
     rows, hidden = weight.shape
     if rows != ROW_WIDTH:
-        raise ValueError(f"the projection's weight has shape {list(weight.shape)}; expected [{ROW_WIDTH}, hidden]")
+        raise ValueError(
+            f"the projection's weight has shape {list(weight.shape)}; expected [{ROW_WIDTH}, "
+            "hidden]"
+        )
     method = method or methods()[0]
     if method not in methods():
-        raise ValueError(f"the projection's method is {method!r}; this CPU has {', '.join(methods())}")
+        raise ValueError(
+            f"the projection's method is {method!r}; this CPU has {', '.join(methods())}"
+        )
     if method == "bf16_dot" and weight.dtype is torch.bfloat16 and hidden % 2 == 0:
         return weight.view(-1, _PANEL, hidden // 2, 2).transpose(1, 2).contiguous()
     return weight.float()
@@ -75,11 +83,16 @@ def _empty(x: Tensor, weight: Tensor) -> Tensor:
     """The result without its values; also the fake implementation, for torch.compile."""
     dot = method_of(weight) == "bf16_dot"
     hidden = 2 * weight.shape[1] if dot else weight.shape[1]
-    if x.dim() != 2 or x.shape[1] != hidden or x.stride(1) != 1 or (dot and x.dtype is not torch.bfloat16):
+    if (
+        x.dim() != 2
+        or x.shape[1] != hidden
+        or x.stride(1) != 1
+        or (dot and x.dtype is not torch.bfloat16)
+    ):
         kind = "torch.bfloat16" if dot else "floating point"
         raise ValueError(
-            f"x has shape {list(x.shape)}, strides {x.stride()} and dtype {x.dtype}; this weight is for rows of {hidden} "
-            f"contiguous values, {kind}"
+            f"x has shape {list(x.shape)}, strides {x.stride()} and dtype {x.dtype}; this weight "
+            f"is for rows of {hidden} contiguous values, {kind}"
         )
     return x.new_empty(x.shape[0], ROW_WIDTH, dtype=torch.float32)
 
@@ -92,7 +105,12 @@ def _fp32(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def _bf16_dot(x: Tensor, weight: Tensor, out: Tensor) -> None:
     failed = _native_project()(
-        cpu.native().parallel_for, x.data_ptr(), x.stride(0), *x.shape, weight.data_ptr(), out.data_ptr()
+        cpu.native().parallel_for,
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        weight.data_ptr(),
+        out.data_ptr(),
     )
     if failed:
         raise RuntimeError("torch's parallel_for failed: see torch's own message")
@@ -101,7 +119,13 @@ def _bf16_dot(x: Tensor, weight: Tensor, out: Tensor) -> None:
 @functools.cache
 def _native_project():
     function = cpu.native().library.dsv4_indexer_project
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p]
+    function.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
     return function
 
 

@@ -1,7 +1,9 @@
-"""The definition of `compress`, in eager torch: short and slow. Equations: section 2 of DeepSeek-V4's indexer
-compressor as vLLM 0.32, transformers 5.19 and DeepSeek's own model file agree on it.
+"""The definition of `compress`, in eager torch: short and slow. Equations: section 2 of
+DeepSeek-V4's indexer compressor as vLLM 0.32, transformers 5.19 and DeepSeek's own model file agree
+on it.
 
-Runs on any device by name. It checks values and selects rows on the host's word, so it waits for the device.
+Runs on any device by name. It checks values and selects rows on the host's word, so it waits for
+the device.
 """
 
 import functools
@@ -12,12 +14,30 @@ from torch import Tensor
 
 from .. import contract
 from ..contract import (
-    AMAX_FLOOR, EARLY, FP8_MAX, HEAD_DIM, INT8_MAX, KV_WIDTH, LATE, MASKED, NO_WINDOW, PLAN_LAYOUT, RATIO, ROPE_DIM,
-    WINDOW, Extents, Layer, Plan, PlanHeader, Step, Violation, row_source, violation_error,
-)  # fmt: skip
+    AMAX_FLOOR,
+    EARLY,
+    FP8_MAX,
+    HEAD_DIM,
+    INT8_MAX,
+    KV_WIDTH,
+    LATE,
+    MASKED,
+    NO_WINDOW,
+    PLAN_LAYOUT,
+    RATIO,
+    ROPE_DIM,
+    WINDOW,
+    Extents,
+    Layer,
+    Plan,
+    PlanHeader,
+    Step,
+    Violation,
+    row_source,
+    violation_error,
+)
 
-
-# ---- the plan of a step ----------------------------------------------------------------------------------------------
+# ---- the plan of a step --------------------------------------------------------------------------
 
 
 def plan(step: Step, extents: Extents) -> Tensor:
@@ -34,7 +54,9 @@ def plan(step: Step, extents: Extents) -> Tensor:
     sections = Plan.of(made)
     unique = _unique(step.inner_state_slot_mapping) and _unique(step.k_slot_mapping[windows.token])
     late = windows.own.all(dim=1) & unique
-    header = PlanHeader(PLAN_LAYOUT, tokens, len(windows.token), int((~late).sum()), int(unique), *extents)
+    header = PlanHeader(
+        PLAN_LAYOUT, tokens, len(windows.token), int((~late).sum()), int(unique), *extents
+    )
     sections.header[: len(header)] = torch.tensor(header)
     sections.positions.copy_(step.positions)
     sections.requests.copy_(step.token_to_req)
@@ -42,13 +64,15 @@ def plan(step: Step, extents: Extents) -> Tensor:
     sections.k_slots.copy_(step.k_slot_mapping.masked_fill(~closes, -1))
     sections.windows[windows.token] = torch.where(late, LATE, EARLY)
     sections.sources.fill_(MASKED)
-    sections.sources[windows.token] = torch.where(late[:, None], MASKED, _sources(windows, step, extents.state_page))
+    sections.sources[windows.token] = torch.where(
+        late[:, None], MASKED, _sources(windows, step, extents.state_page)
+    )
     return made
 
 
 class _Windows(NamedTuple):
-    """The windows closed by `token` [E]: their positions `q` [E, 8], and the tokens `u` [E, 8] that hold them if they
-    are the request's `own`."""
+    """The windows closed by `token` [E]: their positions `q` [E, 8], and the tokens `u` [E, 8] that
+    hold them if they are the request's `own`."""
 
     token: Tensor
     q: Tensor
@@ -72,8 +96,9 @@ def _windows(token: Tensor, step: Step) -> _Windows:
 
 
 def _sources(windows: _Windows, step: Step, page: int) -> Tensor:
-    """[E, 8], the row rule: the request's own token; else any token of the call with this position and the state slot
-    that the request's table gives it, the last one; else that row of the state as it was before the call."""
+    """[E, 8], the row rule: the request's own token; else any token of the call with this position
+    and the state slot that the request's table gives it, the last one; else that row of the state
+    as it was before the call."""
     request = step.token_to_req[windows.token, None].expand_as(windows.q)[windows.history].long()
     q = windows.q[windows.history]
     slot = step.inner_state_block_table[request, q // page].long() * page + q % page
@@ -90,11 +115,12 @@ def _unique(slots: Tensor) -> bool:
     return len(used.unique()) == len(used)
 
 
-# ---- a layer -----------------------------------------------------------------------------------------------------------
+# ---- a layer -------------------------------------------------------------------------------------
 
 
 def bind(layer: Layer, *, eps: float, k_format: str) -> Any:
-    """A function of kv_score and a plan, which runs the layer and returns the number of entries written."""
+    """A function of kv_score and a plan, which runs the layer and returns the number of entries
+    written."""
     return functools.partial(_run, layer, eps, k_format)
 
 
@@ -104,7 +130,9 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
 
     # One row per token, as the state holds it: [kv | gate + ape].
     rows = kv_score.float()
-    rows = torch.cat([rows[:, :KV_WIDTH], rows[:, KV_WIDTH:] + layer.ape[step.positions % RATIO]], dim=1)
+    rows = torch.cat(
+        [rows[:, :KV_WIDTH], rows[:, KV_WIDTH:] + layer.ape[step.positions % RATIO]], dim=1
+    )
 
     # Every window is pooled from the state as it was, then the state is written.
     token = (step.windows != NO_WINDOW).nonzero()[:, 0]
@@ -129,7 +157,8 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
 
 
 def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tensor:
-    """[E, 8, 512]: the rows of the windows that these tokens close; one that does not exist has kv 0 and gate -inf."""
+    """[E, 8, 512]: the rows of the windows that these tokens close; one that does not exist has kv
+    0 and gate -inf."""
     in_run = token[:, None] - torch.arange(WINDOW - 1, -1, -1, device=token.device)
     sources = torch.where(step.windows[token, None] == LATE, in_run, step.sources[token])
     gathered = rows.new_zeros(*sources.shape, 2 * KV_WIDTH)
@@ -142,7 +171,8 @@ def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tens
 
 
 def _pool(rows: Tensor) -> Tensor:
-    """Softmax per channel over the eight rows: front halves of the previous group, back halves of the own group."""
+    """Softmax per channel over the eight rows: front halves of the previous group, back halves of
+    the own group."""
     kv, gate = rows[..., :KV_WIDTH], rows[..., KV_WIDTH:]
     kv = torch.cat([kv[:, :RATIO, :HEAD_DIM], kv[:, RATIO:, HEAD_DIM:]], dim=1)
     gate = torch.cat([gate[:, :RATIO, :HEAD_DIM], gate[:, RATIO:, HEAD_DIM:]], dim=1)
@@ -163,8 +193,8 @@ def _rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def _store_fp8_pow2(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """The scale is the least power of two that brings the largest magnitude to 448 = 1.75 * 2^8 or less, found from
-    the bits of that magnitude, m * 2^t with 1 <= m < 2."""
+    """The scale is the least power of two that brings the largest magnitude to 448 = 1.75 * 2^8 or
+    less, found from the bits of that magnitude, m * 2^t with 1 <= m < 2."""
     bits = _amax(x).view(torch.int32)
     exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
     scale, inverse = (((127 + sign * exponent) << 23).view(torch.float32) for sign in (1, -1))
@@ -175,18 +205,22 @@ def _store_fp8_amax(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     """Rotated; the scale brings the largest magnitude to 448, and an entry of zeros has scale 0."""
     h = _hadamard(x)
     scale = h.abs().amax(dim=-1) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
-    _store_fp8_page(h / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None], scale, slots, k_cache)
+    _store_fp8_page(
+        h / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None], scale, slots, k_cache
+    )
 
 
 def _store_fp8_page(scaled: Tensor, scale: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """A page is opaque: its entries of 128 values, then their fp32 scales; only the stride between pages is the
-    tensor's own."""
+    """A page is opaque: its entries of 128 values, then their fp32 scales; only the stride between
+    pages is the tensor's own."""
     codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     per_page = k_cache.shape[1]
 
     def part(width: int, offset: int) -> Tensor:
         strides = (k_cache.stride(0), width, 1)
-        return k_cache.as_strided((len(k_cache), per_page, width), strides, k_cache.storage_offset() + offset)
+        return k_cache.as_strided(
+            (len(k_cache), per_page, width), strides, k_cache.storage_offset() + offset
+        )
 
     page, entry = slots // per_page, slots % per_page
     part(HEAD_DIM, 0)[page, entry] = codes.view(torch.uint8)
@@ -203,7 +237,8 @@ def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cach
 
 
 def _amax(x: Tensor) -> Tensor:
-    """The largest magnitude of each entry; a NaN counts as infinity, so that it marks its entry alone."""
+    """The largest magnitude of each entry; a NaN counts as infinity, so that it marks its entry
+    alone."""
     return x.abs().amax(dim=-1).clamp(min=AMAX_FLOOR).nan_to_num(torch.inf, torch.inf)
 
 
@@ -242,16 +277,22 @@ def _check_tokens(step: Step, extents: Extents) -> _Valid:
         Violation.POSITION: (positions, 0, extents.max_pos, active),
         Violation.REQUEST: (token_to_req, 0, len(table), active),
     }
-    bad = torch.stack([((v < low) | (v >= bound)) & where for v, low, bound, where in checks.values()], dim=1)
+    bad = torch.stack(
+        [((v < low) | (v >= bound)) & where for v, low, bound, where in checks.values()], dim=1
+    )
     if not bad.any():
         return _Valid(len(positions), None)
     token, check = bad.nonzero()[0].tolist()
     code = list(checks)[check]
     values, _, bound, _ = checks[code]
     error = violation_error(
-        code, token=token, request=int(token_to_req[token]), position=int(positions[token]),
-        value=int(values[token]), bound=bound,
-    )  # fmt: skip
+        code,
+        token=token,
+        request=int(token_to_req[token]),
+        position=int(positions[token]),
+        value=int(values[token]),
+        bound=bound,
+    )
     return _Valid(token, error)
 
 
@@ -272,6 +313,11 @@ def _check_windows(windows: _Windows, step: Step, extents: Extents) -> None:
     else:
         code, value, bound = Violation.TABLE_COLUMN, column, table.shape[1]
     raise violation_error(
-        code, token=token, request=int(step.token_to_req[token]), position=int(step.positions[token]),
-        value=int(value[window, row]), bound=bound, needed=int(windows.q[window, row]),
-    )  # fmt: skip
+        code,
+        token=token,
+        request=int(step.token_to_req[token]),
+        position=int(step.positions[token]),
+        value=int(value[window, row]),
+        bound=bound,
+        needed=int(windows.q[window, row]),
+    )

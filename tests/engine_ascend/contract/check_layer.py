@@ -29,14 +29,17 @@ def assert_stores_the_reference(layer: Layer, schedule: Schedule, run) -> None:
         for name, actual, wanted in zip(("state", "K"), layer.storages, expected):
             differ = (actual != wanted).sum()
             assert not differ, (
-                f"{name} cache, step {step}: {differ} bytes differ; starts {rows.starts}, lengths {rows.lengths}"
+                f"{name} cache, step {step}: {differ} bytes differ; starts {rows.starts}, lengths "
+                f"{rows.lengths}"
             )
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("decode_tokens", [1, 3], ids="decode_{}".format)
 @pytest.mark.parametrize("multistream", [False, True], ids=["one_stream", "two_streams"])
-def test_prefill_decode_and_mixed_steps_store_the_reference(config, multistream, decode_tokens, seed):
+def test_prefill_decode_and_mixed_steps_store_the_reference(
+    config, multistream, decode_tokens, seed
+):
     layer = Layer(config, multistream=multistream, seed=seed)
     for builder in layer.builders:
         builder.decode_threshold = decode_tokens  # more than one: speculative decoding
@@ -75,8 +78,9 @@ def test_requests_that_a_graph_adds_store_nothing(config):
 @pytest.mark.parametrize("decode_tokens", [1, 4], ids="decode_{}".format)
 @pytest.mark.parametrize("path", ["one_stream", "two_streams", "context_parallel"])
 def test_a_dummy_run_on_live_tables_stores_nothing(config, path, decode_tokens, monkeypatch):
-    """A rank without requests of its own runs one with those that have others: as long as a decode step, its tables
-    are those of requests that may live, and only its slots say that nothing is written."""
+    """A rank without requests of its own runs one with those that have others: as long as a decode
+    step, its tables are those of requests that may live, and only its slots say that nothing is
+    written."""
     if path == "context_parallel":
         monkeypatch.setattr(utils, "enable_dsa_cp", lambda: True)
     layer = Layer(config, multistream=path == "two_streams")
@@ -89,15 +93,19 @@ def test_a_dummy_run_on_live_tables_stores_nothing(config, path, decode_tokens, 
         rows = Rows([0] * len(lengths), lengths, blocks[: len(lengths)], blocks[: len(lengths)])
         run(layer.hidden_states(8), layer.metadata(rows, dummy=True))
         for name, now, before in zip(("state", "K"), layer.storages, live):
-            assert not (changed := (now != before).sum()), f"{changed} bytes of the live {name} cache, {lengths}"
+            assert not (changed := (now != before).sum()), (
+                f"{changed} bytes of the live {name} cache, {lengths}"
+            )
 
 
 def test_the_stock_chain_stores_the_same_but_for_its_own_roundings(config, monkeypatch):
-    """State rows and slots the same; int8 codes at most 2 apart, fp8 values by 2 or their last bit, scales within
-    1 %: stock rounds to bf16 before, in the middle and after its Hadamard product, and on A2 and A3 its scale to fp16
-    after the division."""
+    """State rows and slots the same; int8 codes at most 2 apart, fp8 values by 2 or their last bit,
+    scales within 1 %: stock rounds to bf16 before, in the middle and after its Hadamard product,
+    and on A2 and A3 its scale to fp16 after the division."""
     for operator in (stock.compressor_metadata, stock.compressor, stock.indexer_compress_epilog_v2):
-        monkeypatch.setattr(torch.ops._C_ascend, operator.__name__, npu.counted(operator), raising=False)
+        monkeypatch.setattr(
+            torch.ops._C_ascend, operator.__name__, npu.counted(operator), raising=False
+        )
     ours, theirs = Layer(config, seed=1), Layer(config, ours=False, seed=1)
     schedule = Schedule(1, ours.page, ours.k_page)
     for _ in range(STEPS):
@@ -139,7 +147,9 @@ def test_a_layer_launches_the_projection_and_the_op(config, monkeypatch):
     layer = Layer(config)
     x, metadata = two_decodes(layer)
     with forward_call(metadata, len(x)):
-        layer.attention.compress(x, layer.kv_cache, metadata[2:4])  # the first layer of a step makes its plan
+        layer.attention.compress(
+            x, layer.kv_cache, metadata[2:4]
+        )  # the first layer of a step makes its plan
         runs = []
         monkeypatch.setattr(ops.BoundLayer, "run", lambda *arguments: runs.append(arguments))
         with Launches() as launches:
@@ -162,7 +172,8 @@ def test_layers_whose_caches_have_the_same_metadata_share_one_plan_a_step(config
 
 
 def test_a_capture_makes_a_plan_of_its_own(config, monkeypatch):
-    """So that the graph makes it again in every replay, and does not keep what was made before it."""
+    """So that the graph makes it again in every replay, and does not keep what was made before
+    it."""
     layer = Layer(config)
     x, metadata = two_decodes(layer)
     before = ops.work.plans
@@ -175,7 +186,8 @@ def test_a_capture_makes_a_plan_of_its_own(config, monkeypatch):
 
 
 def test_metadata_that_are_refreshed_in_place_are_planned_again(config):
-    """As a captured graph has them, whose tensors vllm-ascend's builders write anew for every step."""
+    """As a captured graph has them, whose tensors vllm-ascend's builders write anew for every
+    step."""
     layer = Layer(config)
     tables = [list(range(1, 11)), list(range(11, 21))], [[1], [2]]
     before, after = (Rows(starts, [1, 1], *tables) for starts in ([3, 7], [11, 19]))
@@ -204,25 +216,40 @@ def test_caches_that_are_replaced_are_written_from_then_on(config):
 @pytest.mark.parametrize("multistream", [False, True], ids=["one_stream", "two_streams"])
 def test_a_step_of_prefills_and_decodes_is_compressed_in_one_call(config, multistream, monkeypatch):
     layer = Layer(config, multistream=multistream)
-    rows = Rows([3, 7, 0], [1, 1, 6], [list(range(first, first + 8)) for first in (1, 11, 21)], [[1], [2], [3]])
+    rows = Rows(
+        [3, 7, 0],
+        [1, 1, 6],
+        [list(range(first, first + 8)) for first in (1, 11, 21)],
+        [[1], [2], [3]],
+    )
     runs = []
-    monkeypatch.setattr(ops.BoundLayer, "run", lambda bound, kv_score, plan: runs.append(len(kv_score)))
+    monkeypatch.setattr(
+        ops.BoundLayer, "run", lambda bound, kv_score, plan: runs.append(len(kv_score))
+    )
     layer.run(layer.hidden_states(8), layer.metadata(rows))
     assert runs == [8]
 
 
 def test_the_stock_compressor_is_not_called_for_the_indexer(config):
-    """The one call left is the main compressor's; the quantisation and the scatter are the query's and its."""
+    """The one call left is the main compressor's; the quantisation and the scatter are the query's
+    and its."""
     counts = []
     for ours in (True, False):
         layer = Layer(config, ours=ours)
         x, metadata = two_decodes(layer)
         npu.calls.clear()
         layer.run(x, metadata)
-        counts.append({name: npu.calls[name] for name in ("compressor", "compressor_metadata", "npu_dynamic_quant")})
+        counts.append(
+            {
+                name: npu.calls[name]
+                for name in ("compressor", "compressor_metadata", "npu_dynamic_quant")
+            }
+        )
     assert counts == [
         dict(compressor=1, compressor_metadata=1, npu_dynamic_quant=1),
-        dict(compressor=2, compressor_metadata=2, npu_dynamic_quant=1),  # the stubs' compressor closes no window
+        dict(
+            compressor=2, compressor_metadata=2, npu_dynamic_quant=1
+        ),  # the stubs' compressor closes no window
     ]
 
 

@@ -1,4 +1,5 @@
-"""When our attention is chosen, what is refused by name, and what a change in vllm-ascend is told."""
+"""When our attention is chosen, what is refused by name, and what a change in vllm-ascend is
+told."""
 
 import importlib
 import math
@@ -26,7 +27,8 @@ REFERENCE = dict(additional_config={"dsv4_indexer": {"impl": "reference"}}, enfo
 
 
 def load(config, layers: int = 2, draft_layers: int = 0) -> torch.nn.Module:
-    """The model that our worker loads, over vllm-ascend's own worker and a runner that makes attention layers."""
+    """The model that our worker loads, over vllm-ascend's own worker and a runner that makes
+    attention layers."""
     made, draft = torch.nn.ModuleList(), torch.nn.ModuleList()
 
     def load_model() -> None:
@@ -50,7 +52,9 @@ def test_the_platform_that_checks_the_configuration_is_the_one_we_have_an_engine
 
 def test_naming_the_backend_names_our_worker_though_the_platform_drops_the_name(configure):
     config = configure()
-    assert config.parallel_config.worker_cls == "vllm_dsv4_indexer.engines.vllm_ascend_worker.Worker"
+    assert (
+        config.parallel_config.worker_cls == "vllm_dsv4_indexer.engines.vllm_ascend_worker.Worker"
+    )
     assert config.attention_config.backend is None
 
 
@@ -73,8 +77,17 @@ def test_our_worker_gives_every_indexer_our_attention_under_the_stock_backend(co
 
 def test_layers_made_before_and_after_are_stock(configure):
     config = configure(**REFERENCE)
-    before, ours, after = make_attention(config, ours=False), load(config), make_attention(config, ours=False)
-    assert implementations([before, *ours, after]) == [AscendDSAImpl, engine.Attention, engine.Attention, AscendDSAImpl]
+    before, ours, after = (
+        make_attention(config, ours=False),
+        load(config),
+        make_attention(config, ours=False),
+    )
+    assert implementations([before, *ours, after]) == [
+        AscendDSAImpl,
+        engine.Attention,
+        engine.Attention,
+        AscendDSAImpl,
+    ]
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_stock_backend(configure):
@@ -88,7 +101,9 @@ def test_impl_stock_leaves_the_stock_attention(configure):
     assert implementations(model) == [AscendDSAImpl, AscendDSAImpl]
 
 
-def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded(configure, monkeypatch):
+def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded(
+    configure, monkeypatch
+):
     asked = []
     monkeypatch.setattr(engine.ops, "prepare", lambda *arguments: asked.append(arguments))
     model = load(configure())
@@ -107,22 +122,29 @@ def test_all_indexers_share_one_table_of_cosines_and_sines_as_long_as_the_model(
 
 def test_a_model_with_another_number_of_indexers_is_refused(configure):
     with pytest.raises(
-        UserError, match="the model has 1 indexers in layers of ours, where its configuration asks for 2"
+        UserError,
+        match="the model has 1 indexers in layers of ours, where its configuration asks for 2",
     ):
         load(configure(**REFERENCE), layers=1)
 
 
 def test_a_dummy_run_is_told_to_write_nothing_before_its_metadata_are_built(monkeypatch):
-    """Where vllm-ascend does so too late, as 0.23.0 does, and whichever of the two ways the run comes."""
+    """Where vllm-ascend does so too late, as 0.23.0 does, and whichever of the two ways the run
+    comes."""
     monkeypatch.setattr(engine, "SLOTS_ARE_VOIDED_LATE", True)
-    tables = [SimpleNamespace(slot_mapping=SimpleNamespace(gpu=torch.arange(5, dtype=torch.int32))) for _ in range(2)]
+    tables = [
+        SimpleNamespace(slot_mapping=SimpleNamespace(gpu=torch.arange(5, dtype=torch.int32)))
+        for _ in range(2)
+    ]
     seen = []
     for name in ("execute_model", "execute_dummy_batch"):
         look = lambda *_: seen.append([table.slot_mapping.gpu.tolist() for table in tables])  # noqa: E731
         monkeypatch.setattr(engine.NPUWorker, name, look)
     worker = engine.Worker.__new__(engine.Worker)
     worker._account_due = math.inf
-    worker.model_runner = SimpleNamespace(input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=tables)))
+    worker.model_runner = SimpleNamespace(
+        input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=tables))
+    )
     worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=1))
     worker.execute_dummy_batch()
     for table in tables:
@@ -133,36 +155,65 @@ def test_a_dummy_run_is_told_to_write_nothing_before_its_metadata_are_built(monk
 
 def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypatch):
     said = []
-    monkeypatch.setattr(account.logger, "info", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(
+        account.logger, "info", lambda message, *values: said.append(message % values)
+    )
     monkeypatch.setattr(ops, "work", ops.Work(calls=2, tokens=26, uncounted=2))
     monkeypatch.setattr(engine.NPUWorker, "execute_model", lambda worker, step: step)
-    monkeypatch.setattr(engine.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down"))
+    monkeypatch.setattr(
+        engine.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down")
+    )
     worker = engine.Worker.__new__(engine.Worker)
     worker.rank = 3
     steps = [SimpleNamespace(total_num_scheduled_tokens=tokens) for tokens in (20, 6)]
     assert [worker.execute_model(step) for step in steps] == steps
     worker.shutdown()
     line = f"DSV4_INDEXER: rank 3: {ops.work}"
-    assert "called 2 times on 26 tokens" in line and "2 calls whose entries only the device knows" in line
-    assert said == [line, line, "stock's own shut-down"]  # nothing after step 2: ten seconds have not passed
+    assert (
+        "called 2 times on 26 tokens" in line
+        and "2 calls whose entries only the device knows" in line
+    )
+    assert said == [
+        line,
+        line,
+        "stock's own shut-down",
+    ]  # nothing after step 2: ten seconds have not passed
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options, found",
     [
-        (dict(tensor_parallel_size=2, decode_context_parallel_size=2), "decode_context_parallel_size is 2"),
-        (dict(additional_config={"xlite_graph_config": {"enabled": True}}), "the worker is 'vllm_ascend.xlite"),
+        (
+            dict(tensor_parallel_size=2, decode_context_parallel_size=2),
+            "decode_context_parallel_size is 2",
+        ),
+        (
+            dict(additional_config={"xlite_graph_config": {"enabled": True}}),
+            "the worker is 'vllm_ascend.xlite",
+        ),
         (dict(worker_cls="some.other.Worker"), "the worker is 'some.other.Worker'"),
         (dict(additional_config={"weight_nz_mode": 2}), "weight_nz_mode is 2"),
-        (dict(hf_overrides={"compress_ratios": [0, 128, 128, 0]}), "no layer of this model has an indexer"),
+        (
+            dict(hf_overrides={"compress_ratios": [0, 128, 128, 0]}),
+            "no layer of this model has an indexer",
+        ),
         (dict(additional_config={"dsv4_indexer": {"speed": 11}}), "unknown key dsv4_indexer.speed"),
         (dict(additional_config={"dsv4_indexer": {"state_save": "tail"}}), "state_save is 'tail'"),
-        (dict(additional_config={"dsv4_indexer": {"projection": "engine"}}), "projection is 'engine'"),
-        (dict(additional_config={"dsv4_indexer": {"impl": "cpu"}}), "impl is 'cpu'; supported: ascend, reference, stock"),
-        (REFERENCE | dict(enforce_eager=False), "impl is 'reference', which reads values on the host"),
+        (
+            dict(additional_config={"dsv4_indexer": {"projection": "engine"}}),
+            "projection is 'engine'",
+        ),
+        (
+            dict(additional_config={"dsv4_indexer": {"impl": "cpu"}}),
+            "impl is 'cpu'; supported: ascend, reference, stock",
+        ),
+        (
+            REFERENCE | dict(enforce_eager=False),
+            "impl is 'reference', which reads values on the host",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
@@ -172,7 +223,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
 
 
 def test_a_draft_model_with_an_indexer_is_refused_by_the_name_of_its_layer(configure):
-    with pytest.raises(ValueError, match=r"layers\.1\..*indexer\.compressor\.wkv is in an indexer of a draft model"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\..*indexer\.compressor\.wkv is in an indexer of a draft model"
+    ):
         load(configure(**REFERENCE), draft_layers=1)
 
 
@@ -185,7 +238,9 @@ def test_a_quantised_projection_is_refused_by_its_name(configure, quantised):
     quantisation = OneLayer()
     quantisation.quant_description = defaultdict(lambda: "W8A8_DYNAMIC")
     make_attention(configure(), ours=False, quant_config=quantisation)
-    with pytest.raises(ValueError, match=rf"indexer\.compressor\.{quantised} is quantised \(AscendLinearMethod\)"):
+    with pytest.raises(
+        ValueError, match=rf"indexer\.compressor\.{quantised} is quantised \(AscendLinearMethod\)"
+    ):
         make_attention(configure(), ours=True, quant_config=quantisation)
 
 
@@ -195,7 +250,9 @@ def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(mo
         importlib.reload(vllm_ascend)
     message = str(refused.value)
     assert "with vLLM 0.27.0" in message
-    assert "vllm-ascend 0.26.0rc1 with vLLM 0.26.0 and vllm-ascend 0.23.0 with vLLM 0.23.0" in message
+    assert (
+        "vllm-ascend 0.26.0rc1 with vLLM 0.26.0 and vllm-ascend 0.23.0 with vLLM 0.23.0" in message
+    )
 
 
 CALLED = [
@@ -212,7 +269,8 @@ CALLED = [
 def test_another_signature_is_named(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda more: None)
     with pytest.raises(
-        UserError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp"
+        UserError,
+        match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp",
     ):
         engine.check_signatures()
 
@@ -220,7 +278,9 @@ def test_another_signature_is_named(monkeypatch, owner, name):
 @pytest.mark.parametrize("owner, name", CALLED)
 def test_what_is_gone_is_named(monkeypatch, owner, name):
     monkeypatch.delattr(owner, name)
-    with pytest.raises(UserError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes None, where the supported"):
+    with pytest.raises(
+        UserError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes None, where the supported"
+    ):
         engine.check_signatures()
 
 

@@ -1,4 +1,5 @@
-"""The op's per-token arguments: right for every batch, and made so that a captured graph can make them again."""
+"""The op's per-token arguments: right for every batch, and made so that a captured graph can make
+them again."""
 
 from types import SimpleNamespace
 
@@ -11,22 +12,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import RATIO, Extents, Step
+from vllm_dsv4_indexer.contract import RATIO, Extents, Requests, Step
 from vllm_dsv4_indexer.engines.vllm_ascend_step import plan_requests, requests_of
 from vllm_dsv4_indexer.ops import requests as told
-from vllm_dsv4_indexer.contract import Requests
 
 PAGE, K_PAGE, WIDTH = 4, 64, 128
 
 
 def tensors(rows: Rows, padding: int = 0, empty: bool = False) -> Requests:
-    """What vllm-ascend's buffers hold. Requests of padding have one token each, or none (`empty`), and zeros for the
-    rest. The slots say "write" everywhere, as in the capture of a graph."""
+    """What vllm-ascend's buffers hold. Requests of padding have one token each, or none (`empty`),
+    and zeros for the rest. The slots say "write" everywhere, as in the capture of a graph."""
     lengths = torch.tensor(rows.lengths + [0 if empty else 1] * padding)
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
 
     def table(blocks: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [0] * (WIDTH - len(row)) for row in blocks + [[]] * padding], dtype=torch.int32)
+        return torch.tensor(
+            [row + [0] * (WIDTH - len(row)) for row in blocks + [[]] * padding], dtype=torch.int32
+        )
 
     start_pos = torch.tensor(rows.starts + [0] * padding, dtype=torch.int32)
     slot_mapping = torch.zeros(sum(rows.lengths) + padding, dtype=torch.int32)
@@ -47,7 +49,10 @@ def assert_is(step: Step, rows: Rows, padding: int = 0) -> None:
     assert step.inner_state_slot_mapping.tolist() == state_slots + [-1] * padding
     assert step.k_slot_mapping.tolist() == k_slots + [-1] * padding
     assert (step.positions.dtype, step.token_to_req.dtype) == (torch.int64, torch.int32)
-    assert (step.inner_state_slot_mapping.dtype, step.k_slot_mapping.dtype) == (torch.int64, torch.int64)
+    assert (step.inner_state_slot_mapping.dtype, step.k_slot_mapping.dtype) == (
+        torch.int64,
+        torch.int64,
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -88,8 +93,12 @@ def test_a_token_that_is_not_to_be_written_has_no_slots():
     requests.slot_mapping[::2] = -1
     step = step_of(*requests)
     state_slots, k_slots = slots(rows, PAGE, K_PAGE)
-    assert step.inner_state_slot_mapping.tolist() == [-1 if i % 2 == 0 else slot for i, slot in enumerate(state_slots)]
-    assert step.k_slot_mapping.tolist() == [-1 if i % 2 == 0 else slot for i, slot in enumerate(k_slots)]
+    assert step.inner_state_slot_mapping.tolist() == [
+        -1 if i % 2 == 0 else slot for i, slot in enumerate(state_slots)
+    ]
+    assert step.k_slot_mapping.tolist() == [
+        -1 if i % 2 == 0 else slot for i, slot in enumerate(k_slots)
+    ]
 
 
 @pytest.mark.parametrize("blocks", [[0], [-1]])
@@ -125,16 +134,26 @@ def test_a_step_is_made_without_a_value_on_the_host():
     with OnTheDevice():
         step_of(*tensors(rows))
     meta = step_of(*(tensor.to("meta") for tensor in tensors(rows)))
-    assert [argument.shape for argument in meta] == [(tokens,), (tokens,), (tokens,), meta.inner_state_block_table.shape, (tokens,)]
+    assert [argument.shape for argument in meta] == [
+        (tokens,),
+        (tokens,),
+        (tokens,),
+        meta.inner_state_block_table.shape,
+        (tokens,),
+    ]
 
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_graph_captured_once_plans_later_steps_from_the_same_buffers(empty):
-    """Captured as vllm-ascend captures a decode step: on null tables. Replayed on what later steps leave in the same
-    buffers, with fewer requests than were captured."""
-    extents = Extents(state_pages=BLOCKS, state_page=PAGE, k_entries=BLOCKS * K_PAGE, max_pos=2 * LONGEST)
+    """Captured as vllm-ascend captures a decode step: on null tables. Replayed on what later steps
+    leave in the same buffers, with fewer requests than were captured."""
+    extents = Extents(
+        state_pages=BLOCKS, state_page=PAGE, k_entries=BLOCKS * K_PAGE, max_pos=2 * LONGEST
+    )
     buffers = tensors(Rows([0] * 8, [1] * 8, [[]] * 8, [[]] * 8))
-    graph = make_fx(lambda *buffers: plan_requests(Requests(*buffers), extents, K_PAGE, "reference"))(*buffers)
+    graph = make_fx(
+        lambda *buffers: plan_requests(Requests(*buffers), extents, K_PAGE, "reference")
+    )(*buffers)
     schedule = Schedule(0, PAGE, K_PAGE)
     schedule._length = lambda: 1
     for _ in range(50):
@@ -156,7 +175,8 @@ def part(rows: Rows, slot_mapping: Tensor):
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["flat_slots", "block_and_offset"])
 def test_the_parts_of_a_step_are_one_batch(pairs):
-    """A step of both kinds comes as two metadata, each counting its tokens and its requests from 0."""
+    """A step of both kinds comes as two metadata, each counting its tokens and its requests from
+    0."""
     schedule = Schedule(3, PAGE, K_PAGE)
     for _ in range(20):
         rows = schedule.step()
@@ -166,11 +186,19 @@ def test_the_parts_of_a_step_are_one_batch(pairs):
         for decodes in range(1, len(rows.starts)):
             tokens = sum(rows.lengths[:decodes])
             both = []
-            for requests, of_tokens in ((slice(decodes), slice(tokens)), (slice(decodes, None), slice(tokens, None))):
-                fields = (getattr(rows, name)[requests] for name in ("starts", "lengths", "state_tables", "k_tables"))
+            for requests, of_tokens in (
+                (slice(decodes), slice(tokens)),
+                (slice(decodes, None), slice(tokens, None)),
+            ):
+                fields = (
+                    getattr(rows, name)[requests]
+                    for name in ("starts", "lengths", "state_tables", "k_tables")
+                )
                 slots_of_part = slot_mapping[of_tokens]
                 if pairs:  # of an A2 or A3
-                    slots_of_part = torch.stack([slots_of_part // PAGE, slots_of_part % PAGE], dim=1)
+                    slots_of_part = torch.stack(
+                        [slots_of_part // PAGE, slots_of_part % PAGE], dim=1
+                    )
                 both.append(part(Rows(*fields), slots_of_part))
             joined, expected = requests_of(*both), requests_of(whole)
             assert all(map(torch.equal, joined[:-1], expected[:-1]))

@@ -1,4 +1,5 @@
-"""Runs in a process of its own, with vLLM 0.26.0 or 0.23.0 and its vllm-ascend first on the path: test_contract.py."""
+"""Runs in a process of its own, with vLLM 0.26.0 or 0.23.0 and its vllm-ascend first on the path:
+test_contract.py."""
 
 import npu
 
@@ -20,7 +21,8 @@ from vllm_dsv4_indexer.checkpoint import make_checkpoint
 
 npu.define_what_a_layer_calls()
 plugin.register()
-# As a class that is loaded already: vLLM would inspect one that is named in a process without our stubs.
+# As a class that is loaded already: vLLM would inspect one that is named in a process without our
+# stubs.
 ModelRegistry.register_model("DeepseekV4ForCausalLM", deepseek_v4.AscendDeepseekV4ForCausalLM)
 
 
@@ -34,8 +36,12 @@ def configure(checkpoint):
     """A configuration, made and checked by vLLM and vllm-ascend's real platform."""
 
     def make(backend: str | None = "dsv4_indexer", **options):
-        options = dict(skip_tokenizer_init=True, max_model_len=512, max_num_batched_tokens=512) | options
-        return EngineArgs(model=str(checkpoint), attention_backend=backend, **options).create_engine_config()
+        options = (
+            dict(skip_tokenizer_init=True, max_model_len=512, max_num_batched_tokens=512) | options
+        )
+        return EngineArgs(
+            model=str(checkpoint), attention_backend=backend, **options
+        ).create_engine_config()
 
     return make
 
@@ -50,10 +56,14 @@ def one_worker(tmp_path_factory, configure):
     """What a worker sets up before it makes a model."""
     torch.set_default_dtype(torch.bfloat16)
     with set_current_vllm_config(configure()):
-        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('rendezvous')}/file", 0, "gloo")
+        init_distributed_environment(
+            1, 0, f"file://{tmp_path_factory.mktemp('rendezvous')}/file", 0, "gloo"
+        )
         ensure_model_parallel_initialized(1, 1)
-    # The builder takes scipy's Hadamard matrix, unless there is one: products of signs, by the bits that two share.
+    # The builder takes scipy's Hadamard matrix, unless there is one: products of signs, by the bits
+    # that two share.
     index = torch.arange(128)
     AscendDSAMetadataBuilder.hadamard = AscendDSACPMetadataBuilder.hadamard = torch.tensor(
-        [[(-1.0) ** int(i & j).bit_count() for j in index.tolist()] for i in index.tolist()], dtype=torch.bfloat16
+        [[(-1.0) ** int(i & j).bit_count() for j in index.tolist()] for i in index.tolist()],
+        dtype=torch.bfloat16,
     )

@@ -1,4 +1,5 @@
-"""A real attention layer of vllm-ascend's on CPU tensors: its caches, its metadata from the real builder, its calls."""
+"""A real attention layer of vllm-ascend's on CPU tensors: its caches, its metadata from the real
+builder, its calls."""
 
 import contextlib
 import itertools
@@ -29,7 +30,8 @@ _models = itertools.count()
 
 @dataclass
 class Rows:
-    """One step's requests: decodes first, then prefills. All on the host; the tables are those of a block manager."""
+    """One step's requests: decodes first, then prefills. All on the host; the tables are those of a
+    block manager."""
 
     starts: list[int]
     lengths: list[int]
@@ -43,21 +45,32 @@ class Rows:
                 yield request, position
 
 
-def make_attention(config: VllmConfig, ours: bool, quant_config: QuantizationConfig | None = None) -> torch.nn.Module:
-    """vllm-ascend's attention with an indexer, on the CPU. `ours`: made where our worker lets its model be made."""
+def make_attention(
+    config: VllmConfig, ours: bool, quant_config: QuantizationConfig | None = None
+) -> torch.nn.Module:
+    """vllm-ascend's attention with an indexer, on the CPU. `ours`: made where our worker lets its
+    model be made."""
     prefix = f"model{next(_models)}.layers.{INDEXER}.self_attn"  # vLLM wants every name once
     classes = engine.one_pass_indexers() if ours else contextlib.nullcontext()
     on_cpu = mock.patch.object(type(current_platform), "device_type", "cpu")
     with set_current_vllm_config(config), classes, on_cpu:
         return deepseek_v4.DeepseekV4Attention(
-            config, config.model_config.hf_config, POSITIONS, config.cache_config, quant_config, prefix
+            config,
+            config.model_config.hf_config,
+            POSITIONS,
+            config.cache_config,
+            quant_config,
+            prefix,
         )
 
 
 class Layer:
-    """One attention layer with an indexer, and its caches. `ours`: as our worker makes it, with the readable op."""
+    """One attention layer with an indexer, and its caches. `ours`: as our worker makes it, with the
+    readable op."""
 
-    def __init__(self, config: VllmConfig, ours: bool = True, multistream: bool = False, seed: int = 0):
+    def __init__(
+        self, config: VllmConfig, ours: bool = True, multistream: bool = False, seed: int = 0
+    ):
         self.config, self.module = config, make_attention(config, ours)
         self.prefix = self.module.dsa_attn.prefix
         self.attention = self.module.dsa_attn.dsa_attn.impl
@@ -66,17 +79,22 @@ class Layer:
         self._draw_weights()
         compressor = self.module.indexer.compressor
         self.projection = torch.cat([compressor.wkv.weight, compressor.wgate.weight])
-        self.attention._forward_o_proj = lambda o_proj_input, output: None  # its weights are nobody's concern here
+        self.attention._forward_o_proj = lambda o_proj_input, output: (
+            None
+        )  # its weights are nobody's concern here
         if ours:
             engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
         cache = config.cache_config
-        with mock.patch.object(cache, "cache_dtype", cache.cache_dtype):  # an A5's specs change it for layers to come
+        with mock.patch.object(
+            cache, "cache_dtype", cache.cache_dtype
+        ):  # an A5's specs change it for layers to come
             self._read_specs()
             self._make_builders()
         self.allocate()
 
     def _draw_weights(self) -> None:
-        """Random, but for the projection's: multiples of 1/32 that make every sum of products exact in fp32."""
+        """Random, but for the projection's: multiples of 1/32 that make every sum of products exact
+        in fp32."""
         for parameter in self.module.parameters():
             parameter.data.normal_(std=0.05, generator=self.numbers)
         compressor = self.module.indexer.compressor
@@ -92,9 +110,16 @@ class Layer:
         self.page, self.k_page = self.state_spec.block_size, self.k_spec.block_size
 
     def allocate(self) -> None:
-        """Random bytes, and among them numbers in the state, since padding may ask for rows of page 0."""
+        """Random bytes, and among them numbers in the state, since padding may ask for rows of page
+        0."""
         self.storages = [
-            torch.randint(-(2**7), 2**7, (BLOCKS * spec.page_size_bytes,), dtype=torch.int8, generator=self.numbers)
+            torch.randint(
+                -(2**7),
+                2**7,
+                (BLOCKS * spec.page_size_bytes,),
+                dtype=torch.int8,
+                generator=self.numbers,
+            )
             for spec in (self.state_spec, self.k_spec)
         ]
         state, *keys = self.views(self.storages)
@@ -103,24 +128,32 @@ class Layer:
         self.kv_cache = (nothing, nothing, nothing, state, *keys)
 
     def views(self, storages: list[Tensor]) -> tuple[Tensor, ...]:
-        """State, K values and K scales, as vllm-ascend's runner lays them out: pages as long as the specs say, and in a
-        page of the K cache the scales behind the values. For an A5 also the K pages whole."""
+        """State, K values and K scales, as vllm-ascend's runner lays them out: pages as long as the
+        specs say, and in a page of the K cache the scales behind the values. For an A5 also the K
+        pages whole."""
         state, keys = self.state_spec, self.k_spec
 
         def paged(storage: Tensor, spec, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
             stride = spec.page_size_bytes // dtype.itemsize
             shape = (BLOCKS, spec.block_size, 1, width)
-            return storage.view(dtype).as_strided(shape, (stride, width, width, 1), offset // dtype.itemsize)
+            return storage.view(dtype).as_strided(
+                shape, (stride, width, width, 1), offset // dtype.itemsize
+            )
 
         parts = (
             paged(storages[0], state, ROW_WIDTH, state.dtype),
             paged(storages[1], keys, HEAD_DIM, keys.dtype),
             paged(storages[1], keys, 1, keys.scale_dtype, keys.block_size * HEAD_DIM),
         )
-        return parts if PRODUCT == "A2" else (*parts, paged(storages[1], keys, FP8_ENTRY_BYTES, keys.dtype))
+        return (
+            parts
+            if PRODUCT == "A2"
+            else (*parts, paged(storages[1], keys, FP8_ENTRY_BYTES, keys.dtype))
+        )
 
     def _make_builders(self) -> None:
-        """One for each of the layer's caches, in the order in which the layer gets their metadata."""
+        """One for each of the layer's caches, in the order in which the layer gets their
+        metadata."""
         module, attention = self.module, self.module.dsa_attn.dsa_attn
         caches = {
             "attn": attention,
@@ -132,16 +165,20 @@ class Layer:
         self.specs = [cache.get_kv_cache_spec(self.config) for cache in caches.values()]
         builder, device = AscendDSABackend.get_builder_cls(), torch.device("cpu")
         self.builders = [
-            builder(spec, [f"{self.prefix}.{name}"], self.config, device) for name, spec in zip(caches, self.specs)
+            builder(spec, [f"{self.prefix}.{name}"], self.config, device)
+            for name, spec in zip(caches, self.specs)
         ]
 
     def metadata(self, rows: Rows, padding: int = 0, dummy: bool = False) -> list:
-        """What the real builders make of a step; `padding`: decode requests of one token that a graph adds; `dummy`: a
-        run of no requests, which comes with the tables of live ones and with slots that say "write nothing"."""
+        """What the real builders make of a step; `padding`: decode requests of one token that a
+        graph adds; `dummy`: a run of no requests, which comes with the tables of live ones and with
+        slots that say "write nothing"."""
         lengths = torch.tensor(rows.lengths + [1] * padding, dtype=torch.int32)
         seq_lens = torch.tensor(rows.starts + [0] * padding, dtype=torch.int32) + lengths
         seq_lens[len(rows.lengths) :] = 0
-        query_start_loc = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
+        query_start_loc = torch.cat(
+            [torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]
+        )
         tokens = int(query_start_loc[-1])
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths)])
         positions = torch.cat([positions, torch.zeros(padding, dtype=torch.int64)])
@@ -165,10 +202,18 @@ class Layer:
                 is_prefilling=lengths > builder.decode_threshold,
                 attn_state=AscendAttentionState.ChunkedPrefill,
             )
-            names = ("prefill_ratio_to_sas_metadata", "decode_ratio_to_sas_metadata", "common_ratio_to_sas_metadata")
+            names = (
+                "prefill_ratio_to_sas_metadata",
+                "decode_ratio_to_sas_metadata",
+                "common_ratio_to_sas_metadata",
+            )
             result.append(
                 builder.build(
-                    0, common, num_reqs_actual=len(rows.lengths), block_size=spec.block_size, **dict(zip(names, shared))
+                    0,
+                    common,
+                    num_reqs_actual=len(rows.lengths),
+                    block_size=spec.block_size,
+                    **dict(zip(names, shared)),
                 )
             )
         return result
@@ -178,7 +223,10 @@ class Layer:
 
         def table(blocks: list[list[int]]) -> Tensor:
             width = self.config.model_config.max_model_len // self.page
-            return torch.tensor([row + [0] * (width - len(row)) for row in blocks + [[]] * padding], dtype=torch.int32)
+            return torch.tensor(
+                [row + [0] * (width - len(row)) for row in blocks + [[]] * padding],
+                dtype=torch.int32,
+            )
 
         none = table([[]] * len(rows.lengths))
         return [none, none, table(rows.state_tables), table(rows.k_tables), none]
@@ -191,10 +239,13 @@ class Layer:
     def run(self, x: Tensor, metadata: list) -> None:
         """One forward call of the model, as far as this layer is concerned."""
         with forward_call(metadata, len(x)):
-            self.attention.forward(f"{self.prefix}.attn", x, self.kv_cache, metadata, output=torch.empty_like(x))
+            self.attention.forward(
+                f"{self.prefix}.attn", x, self.kv_cache, metadata, output=torch.empty_like(x)
+            )
 
     def run_context_parallel(self, x: Tensor, metadata: list) -> None:
-        """The one step of context parallelism's `_forward` that is ours; before and after it ranks talk."""
+        """The one step of context parallelism's `_forward` that is ours; before and after it ranks
+        talk."""
         with forward_call(metadata, len(x)):
             starts = metadata[0].req_metadata.query_start_loc
             self.attention._update_indexer_cache(x, self.kv_cache, metadata, starts)
@@ -203,15 +254,17 @@ class Layer:
 @contextlib.contextmanager
 def forward_call(metadata: list, tokens: int) -> Iterator[None]:
     """What vllm-ascend's runner has around the model's forward call."""
-    context = forward_context.ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
+    context = forward_context.ForwardContext(
+        no_compile_layers={}, attn_metadata=metadata, slot_mapping={}
+    )
     context.num_tokens = tokens
     with torch.inference_mode(), forward_context.override_forward_context(context):
         yield
 
 
 def slot_mapping(rows: Rows, table: Tensor, block: int, tokens: int, dummy: bool) -> Tensor:
-    """As vllm-ascend's block tables make it of a group's table, for each token of the requests, then -1 for the padding
-    of a graph; -1 everywhere in a dummy run."""
+    """As vllm-ascend's block tables make it of a group's table, for each token of the requests,
+    then -1 for the padding of a graph; -1 everywhere in a dummy run."""
     slots = torch.full((tokens,), -1, dtype=torch.int32)
     if not dummy:
         request, position = torch.tensor(list(rows.tokens())).t()

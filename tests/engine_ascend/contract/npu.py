@@ -1,9 +1,10 @@
 """What vllm-ascend needs of the device to be imported and run on a machine that has none.
 
-`torch_npu`, `acl` and `torchair` are modules whose every attribute exists: classes without behaviour, and functions
-that return None. vllm-ascend's model runner is one, too: importing it asks for more packages than the tests install.
-The operators that an attention layer calls on its way to and from the indexer do nothing, and count their calls; the
-stock chain, which stock.py compares with, is added there.
+`torch_npu`, `acl` and `torchair` are modules whose every attribute exists: classes without
+behaviour, and functions that return None. vllm-ascend's model runner is one, too: importing it asks
+for more packages than the tests install. The operators that an attention layer calls on its way to
+and from the indexer do nothing, and count their calls; the stock chain, which stock.py compares
+with, is added there.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 ABSENT = ("torch_npu", "acl", "torchair")
-PRODUCT = os.environ["TEST_PRODUCT"]  # A2 or A5: vllm-ascend is built for one, and the wheel says which
+PRODUCT = os.environ[
+    "TEST_PRODUCT"
+]  # A2 or A5: vllm-ascend is built for one, and the wheel says which
 calls: Counter[str] = Counter()  # of the operators below, by name
 streams: list[str] = []  # what was launched, and which stream waited for which
 
@@ -28,7 +31,9 @@ class Stub(types.ModuleType):
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        value = type(name, (), {}) if name.strip("_")[0].isupper() else Stub(f"{self.__name__}.{name}")
+        value = (
+            type(name, (), {}) if name.strip("_")[0].isupper() else Stub(f"{self.__name__}.{name}")
+        )
         setattr(self, name, value)
         return value
 
@@ -80,7 +85,7 @@ def install() -> None:
     """Put the stubs in place, before anything imports vllm-ascend."""
     sys.meta_path.insert(0, StubFinder())
     import torch_npu
-    import torch_npu._C  # noqa: F401
+    import torch_npu._C
     import torch_npu.npu
 
     torch.utils.rename_privateuse1_backend("npu")  # so that torch.device("npu") is one
@@ -88,7 +93,11 @@ def install() -> None:
     torch.npu.is_available = lambda: False  # transformers asks
     torch.npu.is_current_stream_capturing = lambda: False
     Stream.current = Stream("main")
-    torch.npu.Stream, torch.npu.stream, torch.npu.current_stream = Stream, on_stream, lambda: Stream.current
+    torch.npu.Stream, torch.npu.stream, torch.npu.current_stream = (
+        Stream,
+        on_stream,
+        lambda: Stream.current,
+    )
     built_for = sys.modules["vllm_ascend._build_info"] = types.ModuleType("vllm_ascend._build_info")
     built_for.__device_type__ = PRODUCT
     sys.modules["vllm_ascend.worker.model_runner_v1"] = Stub("vllm_ascend.worker.model_runner_v1")
@@ -144,8 +153,8 @@ def kv_compress_epilog(**kwargs) -> None:
 
 
 def npu_scatter_nd_update_v2(cache: Tensor, slots: Tensor, values: Tensor) -> None:
-    """cache[block, offset] = value for each (block, offset) that is not negative. A cache of one number stands for one
-    that is nobody's concern."""
+    """cache[block, offset] = value for each (block, offset) that is not negative. A cache of one
+    number stands for one that is nobody's concern."""
     if slots is not None and cache.numel() > 1:
         written = slots[:, 0] >= 0  # of (-1, block size - 1), which is padding's, too
         block, offset = slots[written].long().unbind(1)
@@ -176,11 +185,18 @@ def mm_with_out_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 
 STOCK_OPERATORS = (
-    inplace_partial_rotary_mul, npu_vllm_quant_lightning_indexer, npu_vllm_quant_lightning_indexer_metadata,
-    npu_sparse_attn_sharedkv, npu_sparse_attn_sharedkv_metadata, npu_kv_quant_sparse_attn_sharedkv,
-    npu_kv_quant_sparse_attn_sharedkv_metadata, npu_scatter_nd_update_v2, kv_compress_epilog,
-    compressor_metadata, compressor,
-)  # fmt: skip
+    inplace_partial_rotary_mul,
+    npu_vllm_quant_lightning_indexer,
+    npu_vllm_quant_lightning_indexer_metadata,
+    npu_sparse_attn_sharedkv,
+    npu_sparse_attn_sharedkv_metadata,
+    npu_kv_quant_sparse_attn_sharedkv,
+    npu_kv_quant_sparse_attn_sharedkv_metadata,
+    npu_scatter_nd_update_v2,
+    kv_compress_epilog,
+    compressor_metadata,
+    compressor,
+)
 _aten = torch.library.Library("aten", "IMPL")
 _vllm = torch.library.Library("vllm", "IMPL")
 
@@ -188,7 +204,9 @@ _vllm = torch.library.Library("vllm", "IMPL")
 def define_what_a_layer_calls() -> None:
     import torch_npu
 
-    _vllm.impl("maybe_all_gather_and_maybe_unpad", lambda x, label, is_ep_comm=False: x, "CPU")  # one worker
+    _vllm.impl(
+        "maybe_all_gather_and_maybe_unpad", lambda x, label, is_ep_comm=False: x, "CPU"
+    )  # one worker
     define_operators(*STOCK_OPERATORS)
     torch_npu.npu_dynamic_quant = counted(npu_dynamic_quant)
     _aten.impl("mm.dtype", mm_with_out_dtype, "CPU")

@@ -1,4 +1,5 @@
-"""Requests that advance in random chunks over recycled pages, and what a step of theirs must store, found by hand."""
+"""Requests that advance in random chunks over recycled pages, and what a step of theirs must store,
+found by hand."""
 
 import random
 
@@ -19,18 +20,24 @@ class Request:
 
 
 class Schedule:
-    """A block manager that frees state pages as vLLM's does, as soon as no window can need them, and hands out first
-    what was freed last. Block 0 is the null block."""
+    """A block manager that frees state pages as vLLM's does, as soon as no window can need them,
+    and hands out first what was freed last. Block 0 is the null block."""
 
     def __init__(self, seed: int, page: int, k_page: int, decode_tokens: int = 1):
-        self.random, self.page, self.k_page, self.decode_tokens = random.Random(seed), page, k_page, decode_tokens
+        self.random, self.page, self.k_page, self.decode_tokens = (
+            random.Random(seed),
+            page,
+            k_page,
+            decode_tokens,
+        )
         self.free, self.k_free = list(range(1, BLOCKS)), list(range(1, BLOCKS))
         self.random.shuffle(self.free)
         self.random.shuffle(self.k_free)
         self.requests = [Request() for _ in range(4)]
 
     def step(self) -> Rows:
-        """Some of the requests, each by a chunk; one that is long enough ends, and another takes its place."""
+        """Some of the requests, each by a chunk; one that is long enough ends, and another takes
+        its place."""
         for index, request in enumerate(self.requests):
             if request.computed > LONGEST:
                 self.free += filter(None, request.state_table)
@@ -49,7 +56,9 @@ class Schedule:
         )
 
     def _length(self) -> int:
-        longest = self.decode_tokens if self.random.random() < 0.6 else self.random.choice((7, 9, 50))
+        longest = (
+            self.decode_tokens if self.random.random() < 0.6 else self.random.choice((7, 9, 50))
+        )
         return self.random.randint(1, longest)
 
     def _advance(self, request: Request, length: int) -> None:
@@ -89,7 +98,9 @@ def store(layer: Layer, storages: list[Tensor], rows: Rows, x: Tensor) -> None:
     width = max(map(len, rows.state_tables))
     table = [row + [0] * (width - len(row)) for row in rows.state_tables]
     ops.compress(
-        (x.double() @ layer.projection.double().t()).float(),  # exact: the factors are small multiples of 1/32
+        (
+            x.double() @ layer.projection.double().t()
+        ).float(),  # exact: the factors are small multiples of 1/32
         compressor.ape,
         compressor.norm.weight,
         torch.cat([cos[:, 0, 0, ::2], sin[:, 0, 0, ::2]], dim=1),

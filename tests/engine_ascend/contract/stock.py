@@ -1,7 +1,8 @@
-"""The operators of vllm-ascend's stock indexer chain as their documents describe them, to compare with what it stores.
+"""The operators of vllm-ascend's stock indexer chain as their documents describe them, to compare
+with what it stores.
 
-`compressor` and `compressor_metadata`: csrc/attention/ of the vllm-ascend repository. Both are written for one step of
-requests, in loops over requests and entries.
+`compressor` and `compressor_metadata`: csrc/attention/ of the vllm-ascend repository. Both are
+written for one step of requests, in loops over requests and entries.
 """
 
 import npu
@@ -13,12 +14,24 @@ FLAT = 1  # the format of slots on an A5: block * block_size + offset
 
 
 def compressor_metadata(
-    cos: Tensor, sin: Tensor, starts: Tensor, start_pos: Tensor, table: Tensor, block_size: int, slot_format: int,
-    ratio: int, rows: int, requests: int,
-):  # fmt: skip
-    """Cosines, sines and (block, offset) of each entry that the step closes, compact, then rows of padding."""
-    entries = [(r, e) for r, first, length in _spans(starts, start_pos)[:requests]
-               for e in range(first // ratio, (first + length) // ratio)]  # fmt: skip
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    start_pos: Tensor,
+    table: Tensor,
+    block_size: int,
+    slot_format: int,
+    ratio: int,
+    rows: int,
+    requests: int,
+):
+    """Cosines, sines and (block, offset) of each entry that the step closes, compact, then rows of
+    padding."""
+    entries = [
+        (r, e)
+        for r, first, length in _spans(starts, start_pos)[:requests]
+        for e in range(first // ratio, (first + length) // ratio)
+    ]
     out_cos, out_sin = torch.ones(rows, cos.shape[1]), torch.zeros(rows, sin.shape[1])
     slots = torch.tensor([[-1, block_size - 1]], dtype=torch.int32).repeat(rows, 1)  # of padding
     for row, (request, entry) in enumerate(entries):
@@ -30,10 +43,24 @@ def compressor_metadata(
 
 
 def compressor(
-    x: Tensor, wkv: Tensor, wgate: Tensor, state: Tensor, ape: Tensor, norm: Tensor, sin: Tensor, cos: Tensor, *,
-    state_block_table: Tensor, cu_seqlens: Tensor, start_pos: Tensor, cmp_ratio: int, norm_eps: float, **modes,
-):  # fmt: skip
-    """bf16 entries, compact. A state row whose block is 0 is not written, but read like any other."""
+    x: Tensor,
+    wkv: Tensor,
+    wgate: Tensor,
+    state: Tensor,
+    ape: Tensor,
+    norm: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    *,
+    state_block_table: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    cmp_ratio: int,
+    norm_eps: float,
+    **modes,
+):
+    """bf16 entries, compact. A state row whose block is 0 is not written, but read like any
+    other."""
     width = wkv.shape[0] // 2
     if cmp_ratio != 4 or width != 128:
         return npu.compressor(x, wkv)  # the main compressor's
@@ -44,7 +71,9 @@ def compressor(
     for request, first, length in _spans(cu_seqlens, start_pos):
         rows = {}
         for position in range(max(first - WINDOW, 0), first):
-            rows[position] = state[state_block_table[request, position // page], position % page].clone()
+            rows[position] = state[
+                state_block_table[request, position // page], position % page
+            ].clone()
         for position in range(first, first + length):
             token = int(cu_seqlens[request]) + position - first
             rows[position] = torch.cat([kv[token], gate[token] + ape[position % cmp_ratio]])
@@ -52,13 +81,18 @@ def compressor(
                 state[block, position % page] = rows[position]
         for position in range(first, first + length):
             if position % cmp_ratio == cmp_ratio - 1:
-                entries[row] = _rope(_normalised(_pooled(rows, position, width), norm, norm_eps), cos[row], sin[row])
+                entries[row] = _rope(
+                    _normalised(_pooled(rows, position, width), norm, norm_eps), cos[row], sin[row]
+                )
                 row += 1
     return entries.bfloat16()
 
 
-def indexer_compress_epilog_v2(*, indexer_compress_cache: Tensor, x: Tensor, slot_mapping: Tensor, layout: int) -> None:
-    """An A5's store: fp8 values and behind them, in the page, fp32 scales: the largest magnitude times 1 / 448."""
+def indexer_compress_epilog_v2(
+    *, indexer_compress_cache: Tensor, x: Tensor, slot_mapping: Tensor, layout: int
+) -> None:
+    """An A5's store: fp8 values and behind them, in the page, fp32 scales: the largest magnitude
+    times 1 / 448."""
     pages, per_page, _, entry = indexer_compress_cache.shape
     width = x.shape[-1]
     scale = x.float().abs().amax(dim=-1, keepdim=True) * torch.tensor(1 / 448, dtype=torch.float32)
@@ -75,7 +109,10 @@ def indexer_compress_epilog_v2(*, indexer_compress_cache: Tensor, x: Tensor, slo
 def _spans(starts: Tensor, start_pos: Tensor) -> list[tuple[int, int, int]]:
     """(request, first position, number of tokens) of each request."""
     lengths = starts.diff().tolist()
-    return [(request, first, length) for request, (first, length) in enumerate(zip(start_pos.tolist(), lengths))]
+    return [
+        (request, first, length)
+        for request, (first, length) in enumerate(zip(start_pos.tolist(), lengths))
+    ]
 
 
 def _pooled(rows: dict[int, Tensor], position: int, width: int) -> Tensor:
