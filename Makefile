@@ -73,6 +73,10 @@ clean: ## undo everything that the targets made
 	@sh requirements/install.sh beside
 	@touch $@
 
+.venv/tools.done: .venv/dependencies.done requirements/tools.txt
+	@sh requirements/install.sh tools
+	@touch $@
+
 # `| venv`: a newer package does not make an old checkpoint stale.
 deepseek-v4: | venv
 	@$(RUN) vllm-dsv4-indexer make-checkpoint $@

@@ -3,6 +3,7 @@
 #   install.sh dependencies   an empty .venv, then CPU torch, then vLLM and all it needs as pinned in cpu.lock
 #   install.sh package        this package, editable; its native op is built with the locked cmake and ninja
 #   install.sh beside         for the tests: each package of beside.txt in a folder of its own
+#   install.sh tools          what `make check` and `make docs` run, in an environment of its own (tools.txt)
 #   install.sh lock           resolves cpu.in into cpu.lock, in a throw-away environment
 # Packages come from wherever pip is configured to find them; torch also from TORCH_INDEX_URL.
 set -eu
@@ -139,6 +140,11 @@ beside)
         step "[tests] fetching $package, which lies beside the environment" install_beside "$package" || exit
     done
     ;;
+tools)
+    VENV=.venv/tools
+    step "[tools] creating $VENV" new_venv || exit
+    step "[tools] installing requirements/tools.txt" pip_install -r requirements/tools.txt || exit
+    ;;
 lock)
     VENV=build/lock
     check_machine
@@ -148,6 +154,6 @@ lock)
     step "[4/4] writing requirements/cpu.lock" write_lock || exit
     ;;
 *)
-    fail "usage: sh requirements/install.sh dependencies | package | beside | lock"
+    fail "usage: sh requirements/install.sh dependencies | package | beside | tools | lock"
     ;;
 esac
