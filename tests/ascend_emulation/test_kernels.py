@@ -91,7 +91,9 @@ def compare(
     for case in cases:
         batch = make_batch(**case)
         emulation.use(**{"product": product_of(case), **machine})
-        comparison.add(batch.clone().run("ascend"), batch.run("reference"), f"{case}, {machine}")
+        comparison.add(
+            batch.clone().compress("ascend"), batch.compress("reference"), f"{case}, {machine}"
+        )
     comparison.judge(codes, scales)
 
 
@@ -119,10 +121,10 @@ def test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference(
 def test_the_number_and_the_order_of_the_cores_change_no_byte(ascend_emulation, options):
     batch = make_batch(MIXED, k_page=32, padding=5, **options)
     ascend_emulation.use(product_of(options), cores=1)
-    one = batch.clone().run("ascend")
+    one = batch.clone().compress("ascend")
     for cores in range(2, 49):
         ascend_emulation.use(product_of(options), cores=cores, order=cores)
-        assert_identical(batch.clone().run("ascend"), one, f"{cores} cores")
+        assert_identical(batch.clone().compress("ascend"), one, f"{cores} cores")
 
 
 @pytest.mark.parametrize("vector_cores", (1, 7, 40, 48))
@@ -165,10 +167,10 @@ def test_a_prefix_that_the_call_fills_stores_what_it_would_one_after_the_other(
     for options in FORMATS[:1] if page < 8 else FORMATS:
         batch = shared_batch(name, page=page, padding=3, k_page=32, **options)
         ascend_emulation.use(product_of(options), cores=11, order=page)
-        together = batch.clone().run("ascend")
+        together = batch.clone().compress("ascend")
         assert_identical(together, one_after_the_other(batch.clone(), "ascend"), name)
         comparison = Comparison()
-        comparison.add(together, batch.run("reference"), name)
+        comparison.add(together, batch.compress("reference"), name)
         comparison.judge(0.05, 0.05)
 
 
@@ -185,7 +187,9 @@ def test_random_shared_prefixes_store_what_they_would_one_after_the_other(ascend
         }
         batch = make_batch(**random_op_case(pick) | fixed)
         ascend_emulation.use(cores=pick.randrange(1, 49), order=seed)
-        assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"), seed)
+        assert_identical(
+            batch.clone().compress("ascend"), one_after_the_other(batch, "ascend"), seed
+        )
 
 
 def test_a_prefix_in_pages_that_were_another_s_stores_what_it_would_one_after_the_other(
@@ -194,8 +198,8 @@ def test_a_prefix_in_pages_that_were_another_s_stores_what_it_would_one_after_th
     """Recycled: the pages that the call fills hold an earlier request's rows."""
     ascend_emulation.use(cores=7)
     batch = shared_batch("one sharer", page=8, k_page=32, **FORMATS[0])
-    replace(batch, kv_score=torch.randn_like(batch.kv_score)).run("ascend")
-    assert_identical(batch.clone().run("ascend"), one_after_the_other(batch, "ascend"))
+    replace(batch, kv_score=torch.randn_like(batch.kv_score)).compress("ascend")
+    assert_identical(batch.clone().compress("ascend"), one_after_the_other(batch, "ascend"))
 
 
 @pytest.mark.parametrize("options", FORMATS[1:], ids=str)
@@ -204,7 +208,7 @@ def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options,
     for seed, page in enumerate((2, 4, 8)):
         batch = make_batch(MIXED, seed=seed, page=page, k_page=32, **options)
         ascend_emulation.use(product_of(options), cores=7)
-        expected = batch.clone().run("ascend")
+        expected = batch.clone().compress("ascend")
         call = batch.call
         plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
         ascend.bind(call.layer, eps=1e-6, k_format=batch.k_format, algorithm=algorithm)(
@@ -216,7 +220,7 @@ def test_the_algorithms_for_comparison_store_the_same(ascend_emulation, options,
 def test_the_op_says_that_entries_on_a_device_are_not_counted(ascend_emulation):
     ascend_emulation.use()
     before = replace(ops.work)
-    make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
+    make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).compress("ascend")
     assert (ops.work.calls, ops.work.entries) == (before.calls + 1, before.entries)
     assert f"not counting {before.uncounted + 1} calls whose entries only the device knows" in str(
         ops.work
@@ -228,8 +232,8 @@ def test_chunks_of_a_prompt_store_the_same_bytes_as_the_whole(ascend_emulation):
     cut = whole.clone()
     ascend_emulation.use()
     for begin, end in ((0, 1), (1, 7), (7, 70), (70, 73), (73, 150)):
-        cut.take(slice(begin, end)).run("ascend")
-    assert_identical(cut, whole.run("ascend"))
+        cut.take(slice(begin, end)).compress("ascend")
+    assert_identical(cut, whole.compress("ascend"))
 
 
 def random_case(pick: random.Random) -> tuple[dict, dict]:
@@ -266,7 +270,7 @@ def test_random_batches_equal_the_reference(ascend_emulation, first):
         ascend_emulation.use(product_of(case), **machine)
         repeat = f"random_case(random.Random({seed})): {case}, {machine}"
         try:
-            comparison.add(batch.clone().run("ascend"), batch.run("reference"), repeat)
+            comparison.add(batch.clone().compress("ascend"), batch.compress("reference"), repeat)
         except ContractError as error:
             raise AssertionError(repeat) from error
     comparison.judge(0.01, 0.01)
@@ -288,7 +292,9 @@ def test_large_gates_and_zeros_equal_the_reference(ascend_emulation):
     batch.kv_score[:16] = 0
     batch.kv_score[20:40] *= 300
     batch.kv_score[41, :] = -0.0
-    comparison.add(batch.clone().run("ascend"), batch.run("reference"), "large gates and zeros")
+    comparison.add(
+        batch.clone().compress("ascend"), batch.compress("reference"), "large gates and zeros"
+    )
     comparison.judge(0.01, 0.01)
 
 
@@ -296,7 +302,7 @@ def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(as
     ascend_emulation.use(cores=3)
     batch = make_batch([(4, 12)], k_format="int8_hadamard", k_page=32)
     batch.inner_state_slot_mapping[[2, 6]] = -1
-    assert_close(batch.clone().run("ascend"), batch.run("reference"), scale_rtol=1e-2)
+    assert_close(batch.clone().compress("ascend"), batch.compress("reference"), scale_rtol=1e-2)
 
 
 def test_page_0_is_not_written_and_a_window_without_a_page_is_pooled_from_its_other_rows(
@@ -316,7 +322,7 @@ def test_page_0_is_not_written_and_a_window_without_a_page_is_pooled_from_its_ot
     batch.inner_state_block_table[0, 1] = 0  # the page of positions 4 to 7
     batch.inner_state_slot_mapping[:] = torch.arange(4)
     before = batch.inner_state_cache.view(torch.int32).clone()
-    assert batch.run("ascend").entries() == fresh.run("ascend").entries()
+    assert batch.compress("ascend").entries() == fresh.compress("ascend").entries()
     assert torch.equal(batch.inner_state_cache.view(torch.int32), before)
 
 
@@ -328,7 +334,7 @@ def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation)
     with pytest.raises(
         ContractError, match="^(conflict: core|order: two transfers of one core meet)"
     ):
-        batch.run("ascend")
+        batch.compress("ascend")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +360,7 @@ def test_what_is_not_supported_is_refused_by_name(ascend_emulation, options, mes
     batch = make_batch([(0, 8)], **options)
     before = batch.clone()
     with pytest.raises(ContractError, match=message):
-        batch.run("ascend")
+        batch.compress("ascend")
     assert_identical(batch, before)
 
 
@@ -378,7 +384,7 @@ def test_a_plan_for_other_caches_changes_nothing(ascend_emulation, other):
     run(call.kv_score, torch.full((plan_size(39),), 7))
     assert_identical(batch, before)
     run(call.kv_score, ascend.plan(call.step, Extents.of(call.layer)))
-    assert_identical(batch, before.run("ascend"))
+    assert_identical(batch, before.compress("ascend"))
 
 
 @pytest.mark.parametrize("launch", ("plan", "run"))
@@ -399,7 +405,7 @@ def test_a_format_without_a_kernel_is_refused_by_name(ascend_emulation):
     with pytest.raises(
         UserError, match="impl 'ascend' is not one for device 'cpu' and k_format 'fp8_pow2'"
     ):
-        make_batch([(0, 8)]).run("ascend")
+        make_batch([(0, 8)]).compress("ascend")
 
 
 @pytest.mark.parametrize("product, built_for", [("Ascend950", A2), ("Ascend910B", A5)])
@@ -409,7 +415,7 @@ def test_a_library_for_another_architecture_is_refused(ascend_emulation, product
         ContractError,
         match=f"{product}: a library built for architecture {built_for} is not supported",
     ):
-        make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).run("ascend")
+        make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).compress("ascend")
 
 
 def test_rows_that_lie_in_each_other_are_refused(ascend_emulation):
@@ -420,4 +426,4 @@ def test_rows_that_lie_in_each_other_are_refused(ascend_emulation):
         ContractError,
         match="a row stride of kv_score of 0 is not supported; supported: 512 to 2\\^20",
     ):
-        batch.run("ascend")
+        batch.compress("ascend")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batches import Batch, make_batch, random_case
-from steps import K_PAGE, PAGES, SHARED, by_requests, random_requests, shared_batch
+from steps import INT8, K_PAGE, PAGES, SHARED, random_requests, shared_batch
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import (
     EARLY,
@@ -24,7 +24,6 @@ from vllm_dsv4_indexer.ops import ascend, reference
 from vllm_dsv4_indexer.ops.requests import step_of
 
 CORES = (1, 7, 48)
-INT8 = {"k_format": "int8_hadamard", "k_page": K_PAGE}
 MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (31, 1), (99, 4)]
 
 
@@ -167,9 +166,9 @@ def test_more_requests_than_a_piece_are_planned_as_the_tokens_that_they_stand_fo
 ):
     pick = random.Random(count)
     told = [(7, 33), *((pick.randrange(40), 1) for _ in range(count - 3)), (0, 9), (8, 4)]
-    requests, extents = by_requests(told, {count - 1: (count - 2, 8)}, pick, 8)
-    tokens = int(requests.query_start_loc[-1])
-    plan = compare_requests(ascend_emulation, requests, tokens, extents, cores)
+    batch = make_batch(told, prefixes={count - 1: (count - 2, 8)}, page=8, **INT8)
+    tokens, extents = len(batch.positions), Extents.of(batch.call.layer)
+    plan = compare_requests(ascend_emulation, batch.requests, tokens, extents, cores)
     assert (plan.sources[plan.windows == EARLY] >= 0).any()
 
 
@@ -192,9 +191,9 @@ def test_a_token_that_the_slot_mapping_excludes_writes_nothing(ascend_emulation,
 def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
     """Live tables, as a data-parallel rank without work has them, and slots that are all -1."""
     ascend_emulation.use()
-    requests, extents = by_requests([(64, 8)], {}, random.Random(0), 4)
-    requests = requests._replace(slot_mapping=torch.full((8,), -1, dtype=torch.int32))
-    plan = Plan.of(ascend.plan_requests(requests, 8, extents, K_PAGE))
+    batch = make_batch([(64, 8)], **INT8)
+    requests = batch.requests._replace(slot_mapping=torch.full((8,), -1, dtype=torch.int32))
+    plan = Plan.of(ascend.plan_requests(requests, 8, Extents.of(batch.call.layer), K_PAGE))
     for section in (plan.state_slots, plan.k_slots):
         assert (section == -1).all()
     assert (plan.windows == NO_WINDOW).all()
@@ -202,7 +201,8 @@ def test_a_dummy_run_plans_to_write_nothing(ascend_emulation):
 
 def test_positions_outside_the_tables_are_planned_alike_by_both_kernels(ascend_emulation):
     ascend_emulation.use(cores=3)
-    requests, extents = by_requests([(0, 40), (20, 40), (9, 3)], {}, random.Random(0), 4)
+    batch = make_batch([(0, 40), (20, 40), (9, 3)], **INT8)
+    requests, extents = batch.requests, Extents.of(batch.call.layer)
     narrow = requests.state_block_table[:, :9].contiguous()
     before_0 = requests.start_pos - torch.tensor([5, 0, 0]).int()
     requests = requests._replace(state_block_table=narrow, start_pos=before_0)

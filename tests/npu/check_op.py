@@ -33,18 +33,18 @@ REPEATS = 50  # of a call that is expected to store the same bytes every time
 
 def stored(batch: Batch) -> Batch:
     """The batch after the op has run on the device."""
-    return on("cpu", on(DEVICE, batch).run(IMPL))
+    return on("cpu", on(DEVICE, batch).compress(IMPL))
 
 
 def assert_stores_the_reference(batch: Batch, case: object) -> None:
     """State rows bitwise; codes at most one apart, in at most 1 % of them; scales within a rounding
     of their type."""
-    actual, expected = stored(batch), batch.clone().run("reference")
+    actual, expected = stored(batch), batch.clone().compress("reference")
     differ, values = assert_close(actual, expected, case, scale_rtol=2**-10)
     assert differ <= 0.01 * values, f"{differ} of {values} codes differ: {case}"
 
 
-@pytest.mark.parametrize("layout", ["dense", "padded"])
+@pytest.mark.parametrize("layout", ["ascend", "padded"])
 @pytest.mark.parametrize("pages", PAGES)
 @pytest.mark.parametrize("start", STARTS)
 def test_every_start_and_length_stores_the_reference(start, pages, layout):
@@ -79,9 +79,9 @@ def test_the_same_call_stores_the_same_bytes_every_time(pages):
 def test_a_prompt_in_chunks_stores_the_bytes_of_the_whole(pages):
     batch = paged_batch([(0, 130)], pages, K_FORMAT)
     whole, chunked = on(DEVICE, batch), on(DEVICE, batch)
-    whole.run(IMPL)
+    whole.compress(IMPL)
     for chunk in torch.arange(130).split([1, 6, 3, 50, 2, 68]):
-        chunked.take(slice(int(chunk[0]), int(chunk[-1]) + 1)).run(IMPL)
+        chunked.take(slice(int(chunk[0]), int(chunk[-1]) + 1)).compress(IMPL)
     assert_identical(on("cpu", chunked), on("cpu", whole))
 
 

@@ -6,40 +6,18 @@ import torch
 from torch import Tensor
 
 from batches import Batch, make_batch
-from vllm_dsv4_indexer.contract import HEAD_DIM
 
-PAGES = (
-    (8, 128),
-    (4, 64),
-    (2, 32),
-)  # tokens of a state page, entries of a K page: block sizes 128, 64 and 32
-SCALE = {"int8_hadamard": torch.float16, "fp8_amax": torch.float32}
+# Tokens of a state page, entries of a K page: block sizes 128, 64 and 32.
+PAGES = ((8, 128), (4, 64), (2, 32))
 
 
 def paged_batch(
     requests: list[tuple[int, int]], pages: tuple[int, int], k_format: str, **options
 ) -> Batch:
-    """A batch with K pages as A2 and A3 have them (`int8_hadamard`), or A5 (`fp8_amax`): values,
-    then scales."""
+    """With pages as A2 and A3 have them (`int8_hadamard`), or A5 (`fp8_amax`)."""
     page, k_page = pages
-    batch = make_batch(requests, page=page, k_format="int8_hadamard", **options)
-    count = (
-        batch.k_cache.shape[0] * batch.k_cache.shape[1] // k_page + 2
-    )  # the batch's slots stay what they are
-    entry = HEAD_DIM + SCALE[k_format].itemsize
-    storage = torch.randint(0, 256, (count * k_page * entry,), dtype=torch.uint8)
-    if k_format == "int8_hadamard":
-        size, stride = (count, k_page), (k_page * entry, HEAD_DIM)
-        k_cache = storage.view(torch.int8).as_strided((*size, HEAD_DIM), (*stride, 1))
-        scales = storage.view(torch.float16).as_strided(
-            size, (stride[0] // 2, 1), k_page * HEAD_DIM // 2
-        )
-    else:
-        k_cache, scales = storage.view(count, k_page, entry), None
-    storages = (batch.storages[0], storage)
-    return replace(
-        batch, k_format=k_format, k_cache=k_cache, k_scale_cache=scales, storages=storages
-    )
+    options = {"layout": "ascend", "scale_dtype": torch.float16} | options
+    return make_batch(requests, page=page, k_page=k_page, k_format=k_format, **options)
 
 
 def on(device: str, batch: Batch) -> Batch:

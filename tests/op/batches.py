@@ -23,7 +23,7 @@ def one_after_the_other(batch: Batch, impl: str) -> Batch:
     """Each request in a call of its own, in their order: what is shared lies in the state when it
     is read."""
     for request in range(len(batch.inner_state_block_table)):
-        batch.take(tokens_of(batch, request)).run(impl)
+        batch.take(tokens_of(batch, request)).compress(impl)
     return batch
 
 

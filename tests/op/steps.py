@@ -4,11 +4,12 @@ import random
 
 import torch
 
-from batches import MAX_POSITION, Batch, Prefixes, make_batch, random_case
-from vllm_dsv4_indexer.contract import RATIO, WINDOW, Extents, Requests
+from batches import Batch, Prefixes, make_batch, random_case
+from vllm_dsv4_indexer.contract import Extents, Requests
 
 PAGES = (2, 4, 8)  # of the state, in tokens
 K_PAGE = 32  # entries
+INT8 = {"k_format": "int8_hadamard", "k_page": K_PAGE}
 
 # Requests, as (start, length), and the prefixes that some of them share.
 SHARED: dict[str, tuple[list[tuple[int, int]], Prefixes]] = {
@@ -34,26 +35,6 @@ def shared_batch(name: str, **options) -> Batch:
     return make_batch(requests, prefixes=prefixes, **options)
 
 
-def by_requests(
-    requests: list[tuple[int, int]], prefixes: Prefixes, pick: random.Random, page: int
-) -> tuple[Requests, Extents]:
-    """The requests in vLLM Ascend's form, with the pages that each needs and block 0 elsewhere."""
-    count, ends = len(requests), [start + length for start, length in requests]
-    columns, k_columns = max(ends) // page + 1, max(ends) // (RATIO * K_PAGE) + 1
-    blocks = pick.sample(range(1, count * columns + 3), count * columns)
-    keys = pick.sample(range(1, count * k_columns + 3), count * k_columns)
-    state = torch.zeros(count, columns, dtype=torch.int32)
-    for row, (start, _) in enumerate(requests):
-        owner, shared = prefixes.get(row, (row, 0))
-        for column in range(max(start - WINDOW, 0) // page, -(-ends[row] // page)):
-            state[row, column] = state[owner, column] if column * page < shared else blocks.pop()
-    starts = torch.tensor([0] + [length for _, length in requests]).cumsum(0).int()
-    start_pos = torch.tensor([start for start, _ in requests], dtype=torch.int32)
-    extents = Extents(count * columns + 3, page, (count * k_columns + 3) * K_PAGE, MAX_POSITION)
-    k_table = torch.tensor(keys, dtype=torch.int32).view(count, k_columns)
-    return Requests(starts, start_pos, state, k_table), extents
-
-
 def padded(requests: Requests, count: int) -> Requests:
     """With so many requests of a graph's padding, without tokens and with block 0."""
     starts, start_pos, state, keys, mapping = requests
@@ -65,8 +46,9 @@ def padded(requests: Requests, count: int) -> Requests:
 def random_requests(seed: int) -> tuple[Requests, int, Extents]:
     pick = random.Random(seed)
     case = random_case(pick)
-    requests, extents = by_requests(case["requests"], case["prefixes"], pick, case["page"])
-    tokens = int(requests.query_start_loc[-1]) + pick.choice((0, 0, 1, 9))
+    batch = make_batch(**case | INT8 | {"layout": "dense"})
+    tokens = len(batch.positions)
+    requests = batch.requests
     if pick.random() < 0.5:
         requests = padded(requests, pick.randrange(1, 4))
-    return requests, tokens, extents
+    return requests, tokens, Extents.of(batch.call.layer)

@@ -30,7 +30,7 @@ def test_where_rows_are_unique_every_byte_is_that_of_the_one_pass(impl, options)
         *([(start, n) for n in (1, 2, 3, 7, 128)] for start in (0, 1, 2, 3, 4, 5, 63, 64)),
     ):
         batch = make_batch(requests, **options)
-        assert_identical(batch.clone().run(impl), batch.clone().run("cpu"), requests)
+        assert_identical(batch.clone().compress(impl), batch.clone().compress("cpu"), requests)
 
 
 @pytest.mark.parametrize("impl", BASELINES)
@@ -40,12 +40,12 @@ def test_every_instruction_set_and_number_of_threads_stores_the_same_bytes(impl,
     if not algorithm:
         pytest.skip(f"this CPU or build lacks {isa}")
     batch, threads = make_batch(MIXED), torch.get_num_threads()
-    expected = batch.clone().run("cpu")
+    expected = batch.clone().compress("cpu")
     monkeypatch.setitem(cpu.native().algorithms, impl, algorithm)
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            assert_identical(batch.clone().run(impl), expected)
+            assert_identical(batch.clone().compress(impl), expected)
     finally:
         torch.set_num_threads(threads)
 
@@ -55,13 +55,18 @@ def test_overlay_scan_is_right_for_every_ring(seed):
     pick = random.Random(seed)
     requests = [(pick.randrange(140), pick.randrange(1, 60)) for _ in range(pick.randrange(1, 6))]
     batch = make_batch(requests, seed=seed, ring=pick.choice((8, 16, 64)), padding=3)
-    assert_identical(batch.clone().run("overlay_scan"), batch.clone().run("cpu"), f"seed {seed}")
+    assert_identical(
+        batch.clone().compress("overlay_scan"), batch.clone().compress("cpu"), f"seed {seed}"
+    )
 
 
 @pytest.mark.parametrize("length, ring, wrong", [(128, 134, [0]), (129, 136, [])])
 def test_scatter_pool_is_wrong_at_a_ring_of_n_plus_6_and_right_at_n_plus_7(length, ring, wrong):
     batch = make_batch([(11, length)], ring=ring, page=2)
-    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == wrong
+    assert (
+        differing_entries(batch.clone().compress("scatter_pool"), batch.clone().compress("cpu"))
+        == wrong
+    )
 
 
 def test_scatter_pool_is_wrong_in_both_windows_of_a_token_without_a_state_row():
@@ -69,17 +74,27 @@ def test_scatter_pool_is_wrong_in_both_windows_of_a_token_without_a_state_row():
     batch.inner_state_slot_mapping[
         2
     ] = -1  # position 6: in the group of entry 1, and the previous group of entry 2
-    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [0, 1]
-    assert differing_entries(batch.clone().run("overlay_scan"), batch.clone().run("cpu")) == []
+    assert differing_entries(
+        batch.clone().compress("scatter_pool"), batch.clone().compress("cpu")
+    ) == [0, 1]
+    assert (
+        differing_entries(batch.clone().compress("overlay_scan"), batch.clone().compress("cpu"))
+        == []
+    )
 
 
 def test_scatter_pool_leaves_out_a_row_without_a_page():
     """The contract asks for the pages of history alone; nothing is read outside the caches."""
     batch = make_batch([(8, 17)])
     batch.inner_state_block_table[:, 3:] = 10**6
-    assert differing_entries(batch.clone().run("scatter_pool"), batch.clone().run("cpu")) == [
+    assert differing_entries(
+        batch.clone().compress("scatter_pool"), batch.clone().compress("cpu")
+    ) == [
         1,
         2,
         3,
     ]
-    assert differing_entries(batch.clone().run("overlay_scan"), batch.clone().run("cpu")) == []
+    assert (
+        differing_entries(batch.clone().compress("overlay_scan"), batch.clone().compress("cpu"))
+        == []
+    )

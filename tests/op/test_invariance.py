@@ -35,7 +35,7 @@ def digest() -> str:
         batch = make_batch(**options)
         batch.kv_score[20:24, KV_WIDTH:] *= 300  # weights that underflow
         batch.kv_score[31, :] = torch.nan
-        for storage in batch.run("cpu").storages:
+        for storage in batch.compress("cpu").storages:
             fingerprint.update(storage.numpy().tobytes())
     return fingerprint.hexdigest()
 
@@ -65,23 +65,23 @@ def test_cutting_the_tokens_into_any_calls_changes_no_byte(options, seed):
     whole = make_batch(REQUESTS, **options)
     cut = whole.clone()
     for call in interleavings(REQUESTS, random.Random(seed)):
-        cut.take(call).run("cpu")
-    assert_identical(cut, whole.run("cpu"), f"seed {seed}, {options}")
+        cut.take(call).compress("cpu")
+    assert_identical(cut, whole.compress("cpu"), f"seed {seed}, {options}")
 
 
 def test_cutting_the_tokens_into_any_calls_changes_no_byte_of_the_reference():
     whole = make_batch(REQUESTS)
     cut = whole.clone()
     for call in interleavings(REQUESTS, random.Random(0)):
-        cut.take(call).run("reference")
-    assert_identical(cut, whole.run("reference"))
+        cut.take(call).compress("reference")
+    assert_identical(cut, whole.compress("reference"))
 
 
 @pytest.mark.parametrize("kv_dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("start", (1, 8, 11, 66))
 def test_a_batch_goes_on_from_its_history_as_from_an_earlier_call(start, kv_dtype):
-    whole = make_batch([(0, 90)], kv_dtype=kv_dtype).run("cpu")
-    rest = make_batch([(start, 90 - start)], kv_dtype=kv_dtype).run("cpu")
+    whole = make_batch([(0, 90)], kv_dtype=kv_dtype).compress("cpu")
+    rest = make_batch([(start, 90 - start)], kv_dtype=kv_dtype).compress("cpu")
     assert rest.entries() == whole.entries()[start // RATIO :]
 
 
@@ -89,14 +89,14 @@ def test_a_batch_goes_on_from_its_history_as_from_an_earlier_call(start, kv_dtyp
 def test_the_number_of_threads_changes_no_byte(threads):
     before = torch.get_num_threads()
     requests = [*REQUESTS, *((s, 1) for s in range(100, 400, 3))]
-    expected = make_batch(requests).run("reference")
+    expected = make_batch(requests).compress("reference")
     batch = make_batch(requests)
     one = batch.clone()
     try:
         torch.set_num_threads(1)
-        one.run("cpu")
+        one.compress("cpu")
         torch.set_num_threads(threads)
-        batch.run("cpu")
+        batch.compress("cpu")
     finally:
         torch.set_num_threads(before)
     assert_identical(batch, one)
@@ -111,7 +111,7 @@ def test_the_places_of_the_pages_change_no_entry(page_seed):
         make_batch(REQUESTS),
         make_batch(REQUESTS, page_seed=100 + page_seed, layout="engine"),
     )
-    assert batch.run("cpu").entries() == other.run("cpu").entries()
+    assert batch.compress("cpu").entries() == other.compress("cpu").entries()
 
 
 def test_strides_of_the_inputs_change_no_byte():
@@ -125,7 +125,7 @@ def test_strides_of_the_inputs_change_no_byte():
         kv_score=wide[:, 100 : 100 + batch.kv_score.shape[1]],
         inner_state_block_table=table[:, : batch.inner_state_block_table.shape[1]],
     )
-    assert_identical(strided.run("cpu"), batch.run("cpu"))
+    assert_identical(strided.compress("cpu"), batch.compress("cpu"))
 
 
 def test_a_window_from_the_state_equals_the_same_window_from_the_call():
@@ -135,8 +135,8 @@ def test_a_window_from_the_state_equals_the_same_window_from_the_call():
     batch.ape[:2] = -0.0
     decoded = batch.clone()
     for token in range(64):
-        decoded.take([token]).run("cpu")
-    assert_identical(decoded, batch.run("cpu"))
+        decoded.take([token]).compress("cpu")
+    assert_identical(decoded, batch.compress("cpu"))
     assert (batch.positions % RATIO == RATIO - 1).sum() == 16
 
 

@@ -22,6 +22,7 @@ from vllm_dsv4_indexer.contract import (
     Plan,
     PlanHeader,
     Requests,
+    Step,
 )
 from vllm_dsv4_indexer.ops import arguments, cpu
 
@@ -56,14 +57,14 @@ def test_one_plan_serves_every_layer(impl):
         impl, Extents(*map(min, *(Extents.of(layer.call.layer) for layer in layers)))
     )
     for layer in layers:
-        expected = layer.clone().run(impl)
+        expected = layer.clone().compress(impl)
         assert_identical(layer.run_planned(plan, impl), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_plan_outlives_the_tensors_that_it_was_made_from(impl):
     batch = make_batch(MIXED)
-    expected, plan = batch.clone().run(impl), batch.plan(impl)
+    expected, plan = batch.clone().compress(impl), batch.plan(impl)
     for tensor in batch.call.step:
         tensor.fill_(-7)
     assert_identical(batch.run_planned(plan, impl), expected)
@@ -79,7 +80,7 @@ def test_a_plan_is_replayed_from_a_buffer_that_is_refreshed_in_place(impl):
     buffer = first.plan(impl).clone()
     first.run_planned(buffer, impl)
     buffer.copy_(second.plan(impl))
-    assert_identical(second.clone().run_planned(buffer, impl), second.clone().run(impl))
+    assert_identical(second.clone().run_planned(buffer, impl), second.clone().compress(impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -146,9 +147,9 @@ def test_a_layer_whose_tensor_has_moved_is_followed():
     bound.run(batch.kv_score, plan)
     batch.ape.data = other.ape.clone()  # as weights that are loaded again may come
     bound.run(batch.kv_score, plan)
-    expected = make_batch(MIXED).run()
+    expected = make_batch(MIXED).compress()
     expected.ape.copy_(other.ape)
-    assert_identical(batch, expected.run())
+    assert_identical(batch, expected.compress())
 
 
 def test_without_memory_for_the_plan_the_native_code_says_so_and_the_process_goes_on():
@@ -172,7 +173,7 @@ def test_without_memory_for_the_plan_nothing_is_written(monkeypatch):
     with pytest.raises(
         MemoryError, match="no memory for the plan of 16 tokens; nothing was written"
     ):
-        batch.run("cpu")
+        batch.compress("cpu")
     assert_identical(batch, before)
 
 
@@ -260,9 +261,25 @@ def test_abi_h_has_the_fields_that_python_fills_in_the_same_order_and_width(stru
         assert "".join(codes) == re.sub(r"(\d+)(\w)", lambda m: int(m[1]) * m[2], packed.format)
 
 
+def test_abi_h_points_to_the_types_of_the_contract():
+    pointers = [kind for kind, _ in fields_of("cpu/abi.h", "StepArguments") if "*" in kind]
+    types = {torch.int32: "const int32_t* ", torch.int64: "const int64_t* "}
+    assert pointers == [types[dtype] for _, (dtype,), *_ in contract.arguments_of(Step).values()]
+
+
+@pytest.mark.parametrize("tokens", (0, 1, 9))
+def test_the_sections_of_a_plan_are_those_of_the_contract(tokens):
+    plan = Plan.of(make_batch([(7, 9)]).take(slice(tokens)).plan())
+    for name, (sizes, dtypes, *_) in contract.arguments_of(Plan).items():
+        section = getattr(plan, name)
+        assert section.shape == tuple(tokens if size == "T" else size for size in sizes), name
+        assert (section.dtype, section.is_contiguous()) == (*dtypes, True), name
+
+
 def test_plan_h_has_the_layout_of_the_contract():
     text = (CSRC / "plan.h").read_text()
     assert tuple(name for _, name in fields_of("plan.h", "PlanHeader")) == PlanHeader._fields
+    assert {kind for kind, _ in fields_of("plan.h", "PlanHeader")} == {"int64_t "}
     numbers = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", text))
     assert int(numbers["kPlanLayout"], 16) == contract.PLAN_LAYOUT == -contract.STATE_ONLY_LAYOUT
     assert eval(numbers["kPlanWidth"], {"kWindow": contract.WINDOW}) == contract.PLAN_WIDTH

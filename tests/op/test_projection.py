@@ -29,7 +29,7 @@ def in_float64(x: Tensor, weight: Tensor) -> Tensor:
 
 def codes(kv_score: Tensor) -> Tensor:
     """The fp8 codes that the reference stores for prompts of these projections."""
-    batch = replace(make_batch(REQUESTS), kv_score=kv_score.float()).run("reference")
+    batch = replace(make_batch(REQUESTS), kv_score=kv_score.float()).compress("reference")
     return torch.tensor([list(entry) for entry in batch.entries()])
 
 

@@ -27,7 +27,7 @@ WITH_SCATTER = (*IMPLS, "scatter_pool")  # right where rows are unique
 
 
 def assert_as_alone(batch: Batch, impl: str, case: object = "") -> None:
-    assert_identical(batch.clone().run(impl), one_after_the_other(batch.clone(), impl), case)
+    assert_identical(batch.clone().compress(impl), one_after_the_other(batch.clone(), impl), case)
 
 
 @pytest.mark.parametrize("impl", WITH_SCATTER)
@@ -69,9 +69,9 @@ def test_the_owner_may_fill_only_the_last_rows_of_the_prefix(impl, start):
 @pytest.mark.parametrize("order", ([1, 0, 2], [2, 1, 0], [1, 2, 0]))
 def test_the_place_of_the_owner_in_the_call_changes_nothing(impl, order):
     batch = make_batch([(0, 64), (64, 9), (64, 30)], prefixes={1: (0, 64), 2: (0, 64)})
-    expected = batch.clone().run(impl)
+    expected = batch.clone().compress(impl)
     turned = batch.take(torch.cat([tokens_of(batch, request) for request in order]))
-    assert_identical(turned.run(impl), expected)
+    assert_identical(turned.compress(impl), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -88,14 +88,14 @@ def test_a_row_at_the_same_slot_and_another_position_is_not_taken(impl):
     """A page is recycled within the call: one request reads what is in it, another overwrites
     it."""
     batch = make_batch([(40, 8), (0, 16)])
-    expected = batch.clone().run(impl).entries()[:2]
+    expected = batch.clone().compress(impl).entries()[:2]
     reader, writer = tokens_of(batch, 0), tokens_of(batch, 1)
     table = batch.inner_state_block_table
     table[1, :2] = table[0, 8:10]  # positions 32 .. 39 of the reader, 0 .. 7 of the writer
     batch.inner_state_slot_mapping[writer[:8]] = (
         table[1, :2, None].long() * 4 + torch.arange(4)
     ).flatten()
-    both = batch.take(torch.cat([writer, reader])).run(impl)
+    both = batch.take(torch.cat([writer, reader])).compress(impl)
     assert both.entries()[-2:] == expected
 
 
@@ -103,8 +103,8 @@ def test_a_row_at_the_same_slot_and_another_position_is_not_taken(impl):
 def test_a_row_at_the_same_position_and_another_slot_is_not_taken(impl):
     """Two prompts at the same positions which share nothing."""
     batch = make_batch([(64, 9), (0, 72)])
-    expected = batch.clone().take(tokens_of(batch, 0)).run(impl).entries()
-    assert batch.run(impl).entries()[: len(expected)] == expected
+    expected = batch.clone().take(tokens_of(batch, 0)).compress(impl).entries()
+    assert batch.compress(impl).entries()[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -117,7 +117,7 @@ def test_of_two_tokens_at_one_slot_and_position_the_last_is_taken(impl):
         if spoil:
             batch.inner_state_slot_mapping[70] = batch.inner_state_slot_mapping[60]
         assert (
-            batch.clone().run(impl).entries()[-1]
+            batch.clone().compress(impl).entries()[-1]
             == one_after_the_other(batch.clone(), impl).entries()[-1]
         )
 
@@ -153,7 +153,7 @@ def test_any_cut_into_calls_changes_no_byte(impl, seed):
     whole = make_batch(requests, page=pick.choice(PAGES), seed=seed, prefixes=prefixes)
     cut = whole.clone()
     for call in calls_of(requests, prefixes, pick):
-        cut.take(call).run(impl)
+        cut.take(call).compress(impl)
     assert_identical(cut, one_after_the_other(whole, impl), f"calls_of(..., Random({seed}))")
 
 
@@ -162,7 +162,7 @@ def test_the_native_kernel_stores_what_the_reference_stores(seed):
     batch = make_batch(
         [(0, 150), (64, 90), (128, 9)], seed=seed, prefixes={1: (0, 64), 2: (1, 128)}, padding=2
     )
-    assert_close(batch.clone().run("cpu"), batch.clone().run("reference"))
+    assert_close(batch.clone().compress("cpu"), batch.clone().compress("reference"))
 
 
 def test_only_the_rows_before_a_request_come_from_another():

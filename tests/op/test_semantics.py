@@ -42,7 +42,7 @@ def compare_with_reference(
     for case in cases:
         batch = make_batch(**case)
         d, n = assert_close(
-            batch.clone().run("cpu"), batch.clone().run("reference"), case, scale_rtol
+            batch.clone().compress("cpu"), batch.clone().compress("reference"), case, scale_rtol
         )
         different, total = different + d, total + n
     assert different <= differing * total, f"{different} of {total} values differ by one code"
@@ -72,7 +72,7 @@ def test_a_mixed_batch_with_padding_equals_the_reference(layout, kv_dtype, norm_
 @pytest.mark.parametrize("page", (2, 4, 8))
 def test_every_page_size_stores_the_same_entries_and_rows(page):
     compare_with_reference([{"requests": MIXED, "page": page, "layout": "padded"}])
-    batch, other = make_batch(MIXED, page=page).run(), make_batch(MIXED, page=4).run()
+    batch, other = make_batch(MIXED, page=page).compress(), make_batch(MIXED, page=4).compress()
     assert batch.entries() == other.entries()
     assert torch.equal(saved_rows(batch), saved_rows(other))
 
@@ -88,7 +88,7 @@ def test_int8_entries_equal_the_reference(options, kv_dtype):
 
 @pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
 def test_a_state_row_is_kv_and_gate_plus_bias_bit_for_bit(impl):
-    batch = make_batch(MIXED).run(impl)
+    batch = make_batch(MIXED).compress(impl)
     assert torch.equal(saved_rows(batch), rows_of(batch))
 
 
@@ -96,7 +96,7 @@ def test_a_state_row_is_kv_and_gate_plus_bias_bit_for_bit(impl):
 def test_a_call_without_tokens_or_with_padding_alone_writes_nothing(impl):
     batch = make_batch([(0, 8)], padding=5)
     for tokens in (slice(0, 0), slice(8, None)):
-        assert_identical(batch.clone().take(tokens).run(impl), batch)
+        assert_identical(batch.clone().take(tokens).compress(impl), batch)
 
 
 @pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
@@ -104,8 +104,8 @@ def test_a_k_slot_on_a_token_that_closes_no_window_is_ignored(impl):
     batch = make_batch([(0, 16)])
     stray = batch.clone()
     stray.k_slot_mapping[5] = batch.k_slot_mapping[7] + 1
-    expected = batch.clone().run(impl)
-    assert_identical(stray.run(impl), expected)
+    expected = batch.clone().compress(impl)
+    assert_identical(stray.compress(impl), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -113,8 +113,8 @@ def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(im
     batch = make_batch([(4, 12)])
     missing = batch.clone()
     missing.inner_state_slot_mapping[[2, 6]] = -1
-    expected = batch.clone().run(impl)
-    missing.run(impl)
+    expected = batch.clone().compress(impl)
+    missing.compress(impl)
     assert missing.entries() == expected.entries()
     page = batch.inner_state_cache.shape[1]
     for slot in batch.inner_state_slot_mapping[[2, 6]].tolist():
@@ -131,7 +131,7 @@ def test_a_padding_row_before_position_0_is_no_row_of_the_request(impl):
     batch.positions[8:] = torch.arange(-4, 0)
     batch.token_to_req[8:] = 0
     turned = batch.take([8, 9, 10, 11, *range(8)])  # right before the request's first token
-    assert turned.clone().run(impl).entries() == make_batch([(0, 8)]).run(impl).entries()
+    assert turned.clone().compress(impl).entries() == make_batch([(0, 8)]).compress(impl).entries()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -152,19 +152,19 @@ def test_of_two_tokens_with_one_slot_the_last_wins(impl, argument, first, last):
     unsaved = replace(expected, inner_state_slot_mapping=torch.full_like(slots, -1))
     for token in (k_slots >= 0).nonzero()[:, 0].tolist():
         only = torch.arange(len(slots)) == token
-        replace(unsaved, k_slot_mapping=torch.where(only, k_slots, -1)).run(impl)
+        replace(unsaved, k_slot_mapping=torch.where(only, k_slots, -1)).compress(impl)
     page = batch.inner_state_cache.shape[1]
     for token, slot in enumerate(slots.tolist()):
         expected.inner_state_cache[slot // page, slot % page] = rows_of(batch)[token]
-    assert_identical(batch.run(impl), expected)
+    assert_identical(batch.compress(impl), expected)
 
 
 def scatter_first(batch: Batch, impl: str) -> Batch:
     """The other order: save every row, then pool every window from the state."""
     none = torch.full_like(batch.k_slot_mapping, -1)
-    replace(batch, k_slot_mapping=none).run(impl)
+    replace(batch, k_slot_mapping=none).compress(impl)
     for token in (batch.k_slot_mapping >= 0).nonzero()[:, 0].tolist():
-        replace(batch, inner_state_slot_mapping=none).take([token]).run(impl)
+        replace(batch, inner_state_slot_mapping=none).take([token]).compress(impl)
     return batch
 
 
@@ -174,8 +174,8 @@ def scatter_first(batch: Batch, impl: str) -> Batch:
 )
 def test_a_ring_is_read_before_it_is_overwritten(impl, start, length, ring):
     batch = make_batch([(start, length)], ring=ring, page=2)
-    unique = make_batch([(start, length)], page=2).run(impl)
-    assert batch.clone().run(impl).entries() == unique.entries()
+    unique = make_batch([(start, length)], page=2).compress(impl)
+    assert batch.clone().compress(impl).entries() == unique.entries()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -183,7 +183,9 @@ def test_scatter_first_breaks_at_a_ring_of_n_plus_6_and_not_of_n_plus_7(impl):
     for length, ring, same in ((128, 134, False), (129, 136, True)):
         batch = make_batch([(11, length)], ring=ring, page=2)
         entries = scatter_first(batch.clone(), impl).entries()
-        assert (entries == batch.clone().run(impl).entries()) is same, f"n={length}, ring={ring}"
+        assert (entries == batch.clone().compress(impl).entries()) is same, (
+            f"n={length}, ring={ring}"
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
@@ -193,7 +195,7 @@ def test_pages_freed_by_one_call_may_be_recycled_by_the_next(impl):
         16,
         7,
     )  # seven pages of four hold a chunk and the window before it
-    expected = make_batch([(0, length)]).run(impl)
+    expected = make_batch([(0, length)]).compress(impl)
     batch = make_batch([(0, length)], ring=4 * recycled)
     table = batch.inner_state_block_table
     whole = table.clone()
@@ -202,7 +204,7 @@ def test_pages_freed_by_one_call_may_be_recycled_by_the_next(impl):
         table.zero_()
         live = slice(max(begin - WINDOW, 0) // 4, -(-end // 4))
         table[:, live] = whole[:, live]
-        batch.take(slice(begin, end)).run(impl)
+        batch.take(slice(begin, end)).compress(impl)
     assert batch.entries() == expected.entries()
 
 
@@ -210,11 +212,11 @@ def test_pages_freed_by_one_call_may_be_recycled_by_the_next(impl):
 @pytest.mark.parametrize("start, rejected", [(8, 1), (21, 3), (30, 6)])
 def test_rolling_back_and_running_again_leaves_no_trace(impl, start, rejected):
     batch = make_batch([(start, 12)])
-    expected = batch.clone().run(impl)
-    batch.take(slice(0, 6 - rejected)).run(impl)
+    expected = batch.clone().compress(impl)
+    batch.take(slice(0, 6 - rejected)).compress(impl)
     draft = batch.take(slice(6 - rejected, 6))
-    replace(draft, kv_score=torch.randn_like(draft.kv_score)).run(impl)
-    batch.take(slice(6 - rejected, None)).run(impl)
+    replace(draft, kv_score=torch.randn_like(draft.kv_score)).compress(impl)
+    batch.take(slice(6 - rejected, None)).compress(impl)
     assert_identical(batch, expected)
 
 
@@ -223,7 +225,7 @@ def test_a_nan_stays_in_the_windows_that_hold_it(impl):
     batch = make_batch([(0, 24), (0, 24)])
     poisoned = batch.clone()
     poisoned.kv_score[9] = torch.nan
-    clean, dirty = batch.run(impl).entries(), poisoned.run(impl).entries()
+    clean, dirty = batch.compress(impl).entries(), poisoned.compress(impl).entries()
     differing = {i for i, (a, b) in enumerate(zip(clean, dirty)) if a != b}
     assert differing == {
         2,
@@ -243,14 +245,14 @@ def test_extreme_values_equal_the_reference():
     kv[32:40, KV_WIDTH:] *= 300
     kv[41, KV_WIDTH:] = -torch.inf
     kv[48:56, :KV_WIDTH] *= 1e15
-    assert_close(batch.clone().run("cpu"), batch.clone().run("reference"))
+    assert_close(batch.clone().compress("cpu"), batch.clone().compress("reference"))
 
 
 @pytest.mark.parametrize("bits", (0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1))
 def test_a_nan_of_any_bits_counts_as_infinity(bits):
     batch = make_batch([(0, 64)])
     batch.kv_score.view(torch.int32)[9, :KV_WIDTH] = bits
-    assert_close(batch.clone().run("cpu"), batch.clone().run("reference"))
+    assert_close(batch.clone().compress("cpu"), batch.clone().compress("reference"))
 
 
 @pytest.mark.parametrize("magnitude", (1e-6, 1e6))
@@ -258,7 +260,9 @@ def test_int8_scales_of_tiny_and_huge_entries_equal_the_reference(magnitude):
     for options in INT8:
         batch = make_batch([(0, 64)], norm_dtype=torch.float32, **options)
         batch.norm_weight.mul_(magnitude)
-        assert_close(batch.clone().run("cpu"), batch.clone().run("reference"), scale_rtol=1e-2)
+        assert_close(
+            batch.clone().compress("cpu"), batch.clone().compress("reference"), scale_rtol=1e-2
+        )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -40,8 +40,8 @@ def test_the_tail_is_enough_for_any_calls_that_go_on_where_the_last_one_ended(im
     whole = make_batch(requests, **options)
     cut = whole.clone()
     for call in interleavings(requests, pick):
-        tail_of(cut.take(call)).run(impl)
-    assert cut.entries() == whole.run(impl).entries(), f"seed {seed}: {requests}, {options}"
+        tail_of(cut.take(call)).compress(impl)
+    assert cut.entries() == whole.compress(impl).entries(), f"seed {seed}: {requests}, {options}"
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -57,14 +57,14 @@ def test_of_each_request_the_last_whole_group_and_the_open_one_are_saved(start):
 def test_the_windows_to_come_read_every_row_of_the_tail(start):
     for length in LENGTHS:
         batch = make_batch([(start, length + 8)])
-        expected = batch.clone().run("cpu").entries()
+        expected = batch.clone().compress("cpu").entries()
         tail = tail_of(batch.take(slice(length)))
         for token in (tail.inner_state_slot_mapping >= 0).nonzero()[:, 0].tolist():
             cut = batch.clone()
             slots = tail.inner_state_slot_mapping.clone()
             slots[token] = -1
-            replace(cut.take(slice(length)), inner_state_slot_mapping=slots).run("cpu")
-            cut.take(slice(length, None)).run("cpu")
+            replace(cut.take(slice(length)), inner_state_slot_mapping=slots).compress("cpu")
+            cut.take(slice(length, None)).compress("cpu")
             assert cut.entries() != expected, (
                 f"length {length}, without the row of position {start + token}"
             )
@@ -85,8 +85,8 @@ def test_a_padding_row_that_looks_like_the_next_token_ends_no_tail():
 def test_who_goes_back_to_an_earlier_group_needs_full_saving(tail, back_to):
     """What a prefix-cache hit does, and a rejected draft that is longer than the open group."""
     batch = make_batch([(0, 24)])
-    expected = batch.clone().run("cpu").entries()
-    (tail_of(batch) if tail else batch).run("cpu")
-    batch.take(slice(back_to, None)).run("cpu")
+    expected = batch.clone().compress("cpu").entries()
+    (tail_of(batch) if tail else batch).compress("cpu")
+    batch.take(slice(back_to, None)).compress("cpu")
     right = [a == b for a, b in zip(batch.entries(), expected)]
     assert right == [not tail or entry != back_to // 4 for entry in range(6)]

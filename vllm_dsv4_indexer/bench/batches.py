@@ -25,6 +25,7 @@ from ..contract import (
     WINDOW,
     Call,
     Extents,
+    Requests,
 )
 
 MAX_POSITION = 512
@@ -79,8 +80,9 @@ class Batch:
     k_scale_cache: Tensor | None
     k_format: str
     storages: tuple[Tensor, ...]  # every byte behind the caches, each storage once
+    requests: Requests  # the same tokens, but for padding, as `ops.plan_requests` is told them
 
-    def run(self, impl: str | None = None) -> "Batch":
+    def compress(self, impl: str | None = None) -> "Batch":
         ops.compress(*self.call, k_format=self.k_format, impl=impl)
         return self
 
@@ -174,7 +176,7 @@ def make_batch(
 ) -> Batch:
     """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents. Pages
     lie anywhere in their caches, as in an engine that has run for a while; those before the last
-    eight positions are freed.
+    eight positions are freed, and have page 0 in the table.
 
     `ring`: positions p and p + ring share a state row, in every request that has no part in
     `prefixes`. `page_seed` permutes the pages without changing anything else. `k_page`: entries of
@@ -193,16 +195,9 @@ def make_batch(
         for number, (begin, (start, length)) in enumerate(zip(first, requests))
     ]
     k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
-    sharing = prefixes.keys() | {owner for owner, _ in prefixes.values()}
-    rings = [None if request in sharing else ring for request in range(len(requests))]
     table, k_table, state_pages, k_pages = _tables(
-        requests, page, k_page, rings, layout in _SHARED, pages
+        requests, page, k_page, ring, prefixes, layout in _SHARED, pages
     )
-    for request, (owner, length) in prefixes.items():
-        assert length % page == 0 and length <= requests[request][0], (
-            "prefixes are shared by whole pages"
-        )
-        table[request, : length // page] = table[owner, : length // page]
     state, k_cache, k_scale, storages = _caches(
         state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
     )
@@ -226,21 +221,31 @@ def make_batch(
         k_scale_cache=k_scale,
         k_format=k_format,
         storages=storages,
+        requests=_told_by_requests(requests, table, k_table),
     )
     return _padded(batch, padding)
+
+
+def _told_by_requests(requests: list[tuple[int, int]], table: Tensor, k_table: Tensor) -> Requests:
+    start, length = torch.tensor(requests, dtype=torch.int32).unbind(1)
+    query_start_loc = torch.cat([start.new_zeros(1), length.cumsum(0, dtype=torch.int32)])
+    return Requests(query_start_loc, start.contiguous(), table, k_table)
 
 
 def _tables(
     requests: list[tuple[int, int]],
     page: int,
     k_page: int,
-    rings: list[int | None],
+    ring: int | None,
+    prefixes: Prefixes,
     shared: bool,
     pages: torch.Generator,
 ) -> tuple[Tensor, Tensor, int, int]:
     """The block tables of the state and of the K cache, and how many pages each cache has: page 0
     and a few others are nobody's. In a shared storage the pages are as many as both need, and those
     of the K cache come last."""
+    sharing = prefixes.keys() | {owner for owner, _ in prefixes.values()}
+    rings = [None if request in sharing else ring for request in range(len(requests))]
     ends = [start + length for start, length in requests]
     # What lies before the last eight positions is freed.
     live = [
@@ -257,6 +262,10 @@ def _tables(
     free_k = first_k_page + torch.randperm(sum(k_held) + 1, generator=pages)
     free = 1 + torch.randperm(sum(held) + 2, generator=pages)
     table, k_table = _table(live, held, free), _table([range(n) for n in k_held], k_held, free_k)
+    for request, (owner, length) in prefixes.items():
+        assert length % page == 0, "prefixes are shared by whole pages"
+        assert length <= requests[request][0], "a shared prefix is computed"
+        table[request, : length // page] = table[owner, : length // page]
     return table, k_table, k_pages if shared else state_pages, k_pages
 
 
