@@ -10,7 +10,7 @@ repeats them for C++.
 """
 
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class ContractError(UserError):
 
 
 class Argument(NamedTuple):
-    """One row of the argument table. A size is a number or a symbol that must agree across
+    """What a tensor of the op must be. A size is a number, or a symbol that must agree across
     arguments.
 
     The last `dense` dimensions must be contiguous; the strides of the others are free, so that
@@ -48,27 +48,43 @@ class Argument(NamedTuple):
 
     sizes: tuple[int | str, ...]
     dtypes: tuple[torch.dtype, ...]
+    meaning: str = ""
     dense: int = 1
+
+
+FLOATS = (torch.float32, torch.bfloat16)
+_FP32, _INT32, _INT64 = (torch.float32,), (torch.int32,), (torch.int64,)
+
+
+def arguments_of(fields: type) -> dict[str, Argument]:
+    """The annotations of a NamedTuple's tensors."""
+    hints = get_type_hints(fields, include_extras=True).items()
+    return {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
 
 
 class Step(NamedTuple):
     """What a step's tokens are, and where their rows and entries go: the same for all layers of a
     cache group."""
 
-    positions: Tensor
-    token_to_req: Tensor
-    inner_state_slot_mapping: Tensor
-    inner_state_block_table: Tensor
-    k_slot_mapping: Tensor
+    positions: Annotated[Tensor, Argument(("T",), _INT64, "position of each token in its request")]
+    token_to_req: Annotated[Tensor, Argument(("T",), _INT32, "row of the block table")]
+    inner_state_slot_mapping: Annotated[Tensor, Argument(("T",), _INT64, "state row; -1: none")]
+    inner_state_block_table: Annotated[Tensor, Argument(("R", "M"), _INT32, "state pages; 0: none")]
+    k_slot_mapping: Annotated[
+        Tensor, Argument(("T",), _INT64, "entry, at a window's end; -1: none")
+    ]
 
 
 class Layer(NamedTuple):
-    """A layer's weights and caches: the same in every step."""
+    """A layer's weights and caches: the same in every step. The K caches depend on the format:
+    K_FORMATS."""
 
-    ape: Tensor
-    norm_weight: Tensor
-    cos_sin_cache: Tensor
-    inner_state_cache: Tensor
+    ape: Annotated[Tensor, Argument((RATIO, KV_WIDTH), _FP32, "added to the gate", dense=2)]
+    norm_weight: Annotated[Tensor, Argument((HEAD_DIM,), FLOATS, "of RMSNorm")]
+    cos_sin_cache: Annotated[Tensor, Argument(("max_pos", ROPE_DIM), _FP32, "32 cosines, 32 sines")]
+    inner_state_cache: Annotated[
+        Tensor, Argument(("pages", "page", ROW_WIDTH), _FP32, "rows [kv | gate + ape]")
+    ]
     k_cache: Tensor
     k_scale_cache: Tensor | None = None
 
@@ -77,10 +93,10 @@ class Extents(NamedTuple):
     """How far the values of a step may reach: those of the caches and tables that it is planned
     for."""
 
-    state_pages: int
-    state_page: int  # tokens per state page
-    k_entries: int  # pages times entries of a page
-    max_pos: int  # rows of cos_sin_cache
+    state_pages: Annotated[int, "pages of inner_state_cache"]
+    state_page: Annotated[int, "tokens of a state page, one of STATE_PAGES"]
+    k_entries: Annotated[int, "entries of k_cache: pages times entries of a page"]
+    max_pos: Annotated[int, "rows of cos_sin_cache"]
 
     @staticmethod
     def of(layer: Layer) -> "Extents":
@@ -92,15 +108,20 @@ class Requests(NamedTuple):
     """A step that is told by its requests, as vLLM Ascend's metadata have it, and the pages of each
     in two caches. Requests of a graph's padding have no tokens, or block 0 in their tables."""
 
-    query_start_loc: Tensor  # [R + 1] int32: the first token of each request, and their end
-    start_pos: Tensor  # [R] int32: the position of that token
-    state_block_table: Tensor  # [R, M] int32
-    k_block_table: Tensor  # [R, M'] int32
-    slot_mapping: Tensor | None = None  # [T], any stride: a token that has -1 writes nothing
+    query_start_loc: Annotated[
+        Tensor, Argument(("R + 1",), _INT32, "first token of each request, and their end")
+    ]
+    start_pos: Annotated[Tensor, Argument(("R",), _INT32, "position of a request's first token")]
+    state_block_table: Annotated[Tensor, Argument(("R", "M"), _INT32, "state pages; 0: none")]
+    k_block_table: Annotated[Tensor, Argument(("R", "K"), _INT32, "K pages; 0: none")]
+    slot_mapping: Annotated[
+        Tensor | None,
+        Argument(("slots",), _INT32 + _INT64, "at least T; -1: the token writes nothing", dense=0),
+    ] = None
 
 
 class Call(NamedTuple):
-    """The tensors of `compress`, in the order of its signature."""
+    """The tensors of `compress`, in the order of its signature: `kv_score`, a Layer and a Step."""
 
     kv_score: Tensor
     ape: Tensor
@@ -124,73 +145,81 @@ class Call(NamedTuple):
         return Layer(*(getattr(self, name) for name in Layer._fields))
 
 
-FLOATS = (torch.float32, torch.bfloat16)
-_COMMON = {
-    "kv_score": Argument(("T", ROW_WIDTH), FLOATS),
-    "ape": Argument((RATIO, KV_WIDTH), (torch.float32,), dense=2),
-    "norm_weight": Argument((HEAD_DIM,), FLOATS),
-    "cos_sin_cache": Argument(("max_pos", ROPE_DIM), (torch.float32,)),
-    "positions": Argument(("T",), (torch.int64,)),
-    "token_to_req": Argument(("T",), (torch.int32,)),
-    "inner_state_slot_mapping": Argument(("T",), (torch.int64,)),
-    "inner_state_block_table": Argument(("R", "M"), (torch.int32,)),
-    "inner_state_cache": Argument(("pages", "page", ROW_WIDTH), (torch.float32,)),
-    "k_slot_mapping": Argument(("T",), (torch.int64,)),
-}
-_REQUESTS = {
-    "query_start_loc": Argument(("starts",), (torch.int32,)),
-    "start_pos": Argument(("R",), (torch.int32,)),
-    "state_block_table": Argument(("R", "M"), (torch.int32,)),
-    "k_block_table": Argument(("R", "K"), (torch.int32,)),
-    "slot_mapping": Argument(("slots",), (torch.int32, torch.int64), dense=0),
-}
+_KV_SCORE = {"kv_score": Argument(("T", ROW_WIDTH), FLOATS, "[kv | gate], without ape")}
+_STEP, _REQUESTS = arguments_of(Step), arguments_of(Requests)
 K_FORMATS = {
-    "fp8_pow2": _COMMON
-    | {
-        "k_cache": Argument(("k_pages", FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES), (torch.uint8,), dense=2)
+    "fp8_pow2": {
+        "k_cache": Argument(
+            ("k_pages", FP8_PAGE_ENTRIES, FP8_ENTRY_BYTES),
+            (torch.uint8,),
+            "a page of bytes: 64 entries of 128 codes e4m3fn, then their fp32 scales",
+            dense=2,
+        )
     },
-    "int8_hadamard": _COMMON
-    | {
-        "k_cache": Argument(("k_pages", "bs", HEAD_DIM), (torch.int8,)),
-        "k_scale_cache": Argument(("k_pages", "bs"), (torch.float32, torch.float16), dense=0),
+    "int8_hadamard": {
+        "k_cache": Argument(("k_pages", "bs", HEAD_DIM), (torch.int8,), "codes"),
+        "k_scale_cache": Argument(
+            ("k_pages", "bs"), (torch.float32, torch.float16), "scales", dense=0
+        ),
     },
-    "fp8_amax": _COMMON
-    | {"k_cache": Argument(("k_pages", "bs", FP8_ENTRY_BYTES), (torch.uint8,), dense=2)},
+    "fp8_amax": {
+        "k_cache": Argument(
+            ("k_pages", "bs", FP8_ENTRY_BYTES),
+            (torch.uint8,),
+            "a page of bytes: bs entries of 128 codes e4m3fn, then their fp32 scales",
+            dense=2,
+        )
+    },
 }
+_LAYERS = {name: arguments_of(Layer) | caches for name, caches in K_FORMATS.items()}
 
 
 # ---- the plan ------------------------------------------------------------------------------------
 
 
+PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: another number for another arrangement
+STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
+PLAN_HEADER = 16  # numbers, of which PlanHeader names the first
+PLAN_WIDTH = 5 + WINDOW  # numbers per token
+# An EARLY window is pooled before any row is saved, a LATE one from rows of its own call alone.
+NO_WINDOW, EARLY, LATE = 0, 1, 2
+# A source is a token of the call, or MASKED, or `row_source(slot)`, a row of the state as it was
+# before the call.
+MASKED = -1
+
+
 class PlanHeader(NamedTuple):
     """The first numbers of a plan. csrc/plan.h repeats them."""
 
-    layout: int  # PLAN_LAYOUT
-    tokens: int  # T
-    entries: int  # windows that the step closes; -1 if only the device knows
-    early: int  # how many of them are EARLY; -1 if only the device knows
-    unique: int  # 1 if no slot occurs twice, so that tokens may be written in any order
-    state_pages: int  # the extents that the step was planned for
+    layout: Annotated[int, "PLAN_LAYOUT"]
+    tokens: Annotated[int, "T"]
+    entries: Annotated[int, "windows that the step closes; -1 if only the device knows"]
+    early: Annotated[int, "how many of them are EARLY; -1 if only the device knows"]
+    unique: Annotated[int, "1 if no slot occurs twice: tokens may be written in any order"]
+    state_pages: Annotated[int, "the extents that the step was planned for"]
     state_page: int
     k_entries: int
     max_pos: int
 
 
 class Plan(NamedTuple):
-    """The sections of a plan, which is one int64 tensor: PLAN_HEADER numbers, then these, as views.
+    """The sections of a plan, which is one int64 tensor, as views.
 
     One tensor, so that a graph replays a plan from one persistent buffer and a layer's call carries
     one argument.
     """
 
-    header: Tensor  # [PLAN_HEADER], a PlanHeader and zeros
-    positions: Tensor  # [T]; of a padding row anything
-    requests: Tensor  # [T]; of a padding row anything
-    state_slots: Tensor  # [T]: the row to save, -1 for none
-    k_slots: Tensor  # [T]: the entry of the window that the token closes, -1 for none
-    windows: Tensor  # [T]: NO_WINDOW, EARLY or LATE
-    # [T, 8]: of a token that closes an EARLY window, where its rows come from; else no matter
-    sources: Tensor
+    header: Annotated[Tensor, Argument((PLAN_HEADER,), _INT64, "a PlanHeader, then zeros")]
+    positions: Annotated[Tensor, Argument(("T",), _INT64, "of a padding row anything")]
+    requests: Annotated[Tensor, Argument(("T",), _INT64, "of a padding row anything")]
+    state_slots: Annotated[Tensor, Argument(("T",), _INT64, "the row to save, -1 for none")]
+    k_slots: Annotated[
+        Tensor, Argument(("T",), _INT64, "the entry of the window that the token closes, or -1")
+    ]
+    windows: Annotated[Tensor, Argument(("T",), _INT64, "NO_WINDOW, EARLY or LATE")]
+    sources: Annotated[
+        Tensor, Argument(("T", WINDOW), _INT64, "where an EARLY window's rows come from")
+    ]
 
     @staticmethod
     def of(tensor: Tensor) -> "Plan":
@@ -198,20 +227,6 @@ class Plan(NamedTuple):
         tokens = len(rest) // PLAN_WIDTH
         *sections, sources = rest.split([tokens] * (PLAN_WIDTH - WINDOW) + [tokens * WINDOW])
         return Plan(header, *sections, sources.view(tokens, WINDOW))
-
-
-PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: another number for another arrangement
-STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
-PLAN_HEADER = 16
-PLAN_WIDTH = 5 + WINDOW  # numbers per token
-NO_WINDOW, EARLY, LATE = (
-    0,
-    1,
-    2,
-)  # an EARLY window is pooled before any row is saved, a LATE one from its own call's rows
-# A source is a token of the call, or MASKED, or `row_source(slot)`, a row of the state as it was
-# before the call.
-MASKED = -1
 
 
 def row_source(slot: Any) -> Any:
@@ -268,9 +283,9 @@ def check_plan_header(
 # A number among the sizes is a symbol bound to itself.
 _NUMBERS = {
     n: n
-    for arguments in K_FORMATS.values()
-    for a in arguments.values()
-    for n in a.sizes
+    for arguments in (_KV_SCORE, *_LAYERS.values())
+    for argument in arguments.values()
+    for n in argument.sizes
     if isinstance(n, int)
 }
 
@@ -278,12 +293,12 @@ _NUMBERS = {
 def check_call(call: Call, k_format: str) -> None:
     """Checks the tensors of `compress` against the table of `k_format`; raises ContractError."""
     _check_scales(call.k_scale_cache, k_format)
-    _check(call._asdict(), K_FORMATS[k_format])
+    _check(call._asdict(), _KV_SCORE | _STEP | _LAYERS[k_format])
 
 
 def check_step(step: Step) -> None:
     """Checks the tensors of `plan`."""
-    _check(step._asdict(), _COMMON)
+    _check(step._asdict(), _STEP)
 
 
 def check_extents(extents: Extents) -> None:
@@ -315,12 +330,12 @@ def check_requests(requests: Requests, tokens: int) -> None:
 def check_layer(layer: Layer, k_format: str) -> None:
     """Checks a layer's tensors."""
     _check_scales(layer.k_scale_cache, k_format)
-    _check(layer._asdict(), K_FORMATS[k_format])
+    _check(layer._asdict(), _LAYERS[k_format])
 
 
 def check_kv_score(kv_score: Tensor, device: torch.device) -> None:
     """Checks a layer's projection."""
-    _check({"kv_score": kv_score}, _COMMON)
+    _check({"kv_score": kv_score}, _KV_SCORE)
     if kv_score.device != device:
         raise ContractError(
             f"kv_score is on {kv_score.device}; expected {device}, the device of the layer"
@@ -344,7 +359,7 @@ def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> Non
     for name, tensor in tensors.items():
         if name not in table:
             continue
-        sizes, dtypes, dense = table[name]
+        sizes, dtypes, _, dense = table[name]
         if tensor is None:
             raise ContractError(f"{name} is None, but the op and this k_format need it")
         if tensor.dtype not in dtypes:

@@ -49,7 +49,7 @@ def compiled(function):
 
 def test_torch_compile_sees_the_mutation():
     batch = make_batch([(5, 9)])
-    expected = batch.clone().run()
+    expected = batch.clone().compress()
 
     def doubled(*tensors):
         ops.compress(*tensors)
@@ -63,7 +63,7 @@ def test_torch_compile_sees_the_mutation():
 def test_torch_compile_takes_a_plan_and_two_layers_in_one_graph():
     layers = [make_batch([(5, 9)], seed=0), make_batch([(5, 9)], seed=0)]
     layers[1].kv_score.mul_(2)
-    expected = [layer.clone().run() for layer in layers]
+    expected = [layer.clone().compress() for layer in layers]
     bounds = [ops.BoundLayer(layer.call.layer) for layer in layers]
 
     def step(kv_scores, *tensors):
@@ -84,7 +84,7 @@ def test_one_graph_of_dynamic_shapes_plans_steps_of_any_length():
         ops.run(kv_score, *layer[:3], ops.plan(*tensors, **extents), *layer[3:])
 
     for batch in batches:
-        expected = batch.clone().run()
+        expected = batch.clone().compress()
         step(
             batch.kv_score,
             tuple(batch.call.layer),
@@ -96,7 +96,7 @@ def test_one_graph_of_dynamic_shapes_plans_steps_of_any_length():
 
 def test_the_default_on_a_cpu_is_the_native_kernel():
     batch = make_batch([(5, 90)])
-    assert_identical(batch.clone().run(), batch.run("cpu"))
+    assert_identical(batch.clone().compress(), batch.compress("cpu"))
 
 
 def test_importing_the_op_loads_no_native_library_and_no_vllm():
@@ -119,7 +119,7 @@ def test_a_missing_library_says_where_it_was_looked_for(monkeypatch, fresh_libra
     with pytest.raises(
         ImportError, match=r"looked for .*none\.so; install the package with `pip install \.`"
     ):
-        make_batch([(0, 4)]).run()
+        make_batch([(0, 4)]).compress()
 
 
 def test_a_library_from_other_sources_is_refused_by_its_path(monkeypatch, fresh_library):
@@ -128,7 +128,7 @@ def test_a_library_from_other_sources_is_refused_by_its_path(monkeypatch, fresh_
         ImportError,
         match=r"libdsv4_indexer_cpu\.so was built from other sources than csrc has now: install",
     ):
-        make_batch([(0, 4)]).run()
+        make_batch([(0, 4)]).compress()
 
 
 def test_an_old_copy_beside_the_package_does_not_hide_a_later_build(
@@ -142,7 +142,7 @@ def test_an_old_copy_beside_the_package_does_not_hide_a_later_build(
     cut_short = tmp_path / "cut.so"
     cut_short.write_bytes(built.read_bytes()[:100])
     monkeypatch.setattr(library, "_candidates", lambda _: [cut_short, old, built])
-    make_batch([(0, 4)]).run()
+    make_batch([(0, 4)]).compress()
     assert cpu.native().library._name == str(built)
 
 
@@ -151,7 +151,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch, fresh_library):
     with pytest.raises(
         ValueError, match="DSV4_INDEXER_ISA is 'sse9'; it names one of avx512, avx2, generic"
     ):
-        make_batch([(0, 4)]).run()
+        make_batch([(0, 4)]).compress()
 
 
 def test_prepare_says_what_is_wrong_before_the_first_call():
@@ -167,18 +167,18 @@ def test_the_schemas_have_the_fields_of_the_contract_in_its_order():
     def arguments(op) -> list[str]:
         return [argument.name for argument in op.default._schema.arguments]
 
+    def types(op) -> list[str]:
+        return [str(argument.type) for argument in op.default._schema.arguments]
+
     options = ["eps", "k_format", "impl"]
     ape, norm_weight, cos_sin_cache, *caches = Layer._fields
+    weights = [ape, norm_weight, cos_sin_cache]
     assert arguments(OPS.compress) == [*Call._fields, *options]
     assert arguments(OPS.plan) == [*Step._fields, *Extents._fields, "impl"]
-    assert arguments(OPS.run) == [
-        "kv_score",
-        ape,
-        norm_weight,
-        cos_sin_cache,
-        "plan",
-        *caches,
-        *options,
-    ]
+    assert arguments(OPS.run) == ["kv_score", *weights, "plan", *caches, *options]
+    optional = ["Optional[Tensor]", "float", "str", "Optional[str]"]
+    assert types(OPS.compress) == ["Tensor"] * (len(Call._fields) - 1) + optional
+    assert types(OPS.plan) == ["Tensor"] * 5 + ["int"] * 4 + ["Optional[str]"]
+    assert types(OPS.run) == ["Tensor"] * 7 + optional
     for function, op in ((ops.compress, OPS.compress), (ops.plan, OPS.plan), (ops.run, OPS.run)):
         assert list(inspect.signature(function).parameters) == arguments(op)

@@ -57,7 +57,7 @@ def test_every_byte_is_vllms(impl, layout, kv_dtype):
     different = total = 0
     for seed in range(4):
         batch = make_batch(REQUESTS, layout=layout, kv_dtype=kv_dtype, seed=seed)
-        d, n = assert_close(batch.clone().run(impl), run_vllm(batch.clone()), f"seed {seed}")
+        d, n = assert_close(batch.clone().compress(impl), run_vllm(batch.clone()), f"seed {seed}")
         different, total = different + d, total + n
     assert different <= 1e-4 * total
 
@@ -65,7 +65,7 @@ def test_every_byte_is_vllms(impl, layout, kv_dtype):
 @pytest.mark.parametrize("start", (0, 1, 2, 3, 4, 5, 63, 64, 127, 128))
 def test_every_start_stores_vllms_bytes(start):
     batch = make_batch([(start, 128)], seed=start)
-    different, _ = assert_close(batch.clone().run(), run_vllm(batch.clone()))
+    different, _ = assert_close(batch.clone().compress(), run_vllm(batch.clone()))
     assert different <= 1
 
 
@@ -119,7 +119,7 @@ def test_entries_are_those_of_the_transformers_indexer(impl, chunks, transformer
         x = hidden[tokens]
         indexer(x[None], torch.zeros(1, len(x), 16), tokens[None], caches, 0)
         batch.kv_score[tokens] = x @ weight.T
-        batch.take(tokens).run(impl)
+        batch.take(tokens).compress(impl)
     entries = caches.layers[0].compressed_kv["indexer"][0]
     codes, scales = fp8_page(entries)
     stored = torch.tensor([list(entry) for entry in batch.entries()], dtype=torch.uint8)
@@ -132,7 +132,7 @@ def test_scatter_first_agrees_with_the_pre_image_rule_when_slots_are_unique():
     """vLLM's order of work on our kernel, bit for bit."""
     batch = make_batch(REQUESTS)
     scattered = batch.clone()
-    replace(scattered, k_slot_mapping=torch.full_like(batch.k_slot_mapping, -1)).run()
+    replace(scattered, k_slot_mapping=torch.full_like(batch.k_slot_mapping, -1)).compress()
     for token in (batch.k_slot_mapping >= 0).nonzero()[:, 0].tolist():
-        scattered.take([token]).run()
-    assert_identical(scattered, batch.run())
+        scattered.take([token]).compress()
+    assert_identical(scattered, batch.compress())

@@ -15,7 +15,7 @@ To add one, write the module and its line in `IMPLEMENTATIONS`.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,26 +112,23 @@ class Work:
 
 work = Work()
 
-_STEP = (
-    "Tensor positions, Tensor token_to_req, Tensor inner_state_slot_mapping, "
-    "Tensor inner_state_block_table"
-)
+_WRITTEN = {"inner_state_cache": "(a!)", "k_cache": "(b!)", "k_scale_cache": "(c!)?"}
+
+
+def _schema(tensors: Sequence[str], options: str, result: str) -> str:
+    """Of a function of these tensors; only `k_scale_cache` may be left out."""
+    arguments = [f"Tensor{_WRITTEN.get(name, '')} {name}" for name in tensors]
+    listed = ", ".join(arguments).replace("k_scale_cache", "k_scale_cache=None")
+    return f"({listed}, *, {options}) -> {result}"
+
+
 _OPTIONS = "float eps=1e-6, str k_format='fp8_pow2', str? impl=None"
+_RUN = ("kv_score", *Layer._fields[:3], "plan", *Layer._fields[3:])
+_EXTENTS = ", ".join(f"SymInt {name}" for name in Extents._fields)
 _library = torch.library.Library("dsv4_indexer", "DEF")
-_library.define(
-    f"plan({_STEP}, Tensor k_slot_mapping, *, SymInt state_pages, SymInt state_page, SymInt "
-    "k_entries, SymInt max_pos, str? impl=None) -> Tensor"
-)
-_library.define(
-    "run(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, Tensor plan, "
-    "Tensor(a!) inner_state_cache, Tensor(b!) k_cache, Tensor(c!)? k_scale_cache=None, *, "
-    f"{_OPTIONS}) -> ()"
-)
-_library.define(
-    f"compress(Tensor kv_score, Tensor ape, Tensor norm_weight, Tensor cos_sin_cache, {_STEP}, "
-    "Tensor(a!) inner_state_cache, Tensor k_slot_mapping, Tensor(b!) k_cache, Tensor(c!)? "
-    f"k_scale_cache=None, *, {_OPTIONS}) -> ()"
-)
+_library.define("plan" + _schema(Step._fields, f"{_EXTENTS}, str? impl=None", "Tensor"))
+_library.define("run" + _schema(_RUN, _OPTIONS, "()"))
+_library.define("compress" + _schema(Call._fields, _OPTIONS, "()"))
 
 
 def plan(
@@ -199,7 +196,7 @@ def plan_requests(
         return plan(
             *step_of(requests, tokens, extents.state_page, k_page), **extents._asdict(), impl=impl
         )
-    return _timed_plan(kernel, requests, tokens, extents, k_page)
+    return _counted_plan(kernel, requests, tokens, extents, k_page)
 
 
 def run(
@@ -271,7 +268,6 @@ class BoundLayer:
             self._run_eagerly(kv_score, plan)
 
     def _run_eagerly(self, kv_score: Tensor, plan: Tensor) -> None:
-        start = time.perf_counter()
         tokens = kv_score.shape[0] if kv_score.dim() else 0
         # The conditions of the two checks, written out: called for every layer, these would cost as
         # much as all the rest.
@@ -289,14 +285,7 @@ class BoundLayer:
             and plan.is_contiguous()
         ):
             contract.check_plan_tensor(plan, tokens, self._device)
-        if not tokens:
-            return
-        entries = self._run(kv_score, plan)
-        work.entries += entries or 0
-        work.uncounted += entries is None
-        work.calls += 1
-        work.tokens += tokens
-        work.seconds += time.perf_counter() - start
+        _counted_run(self._run, kv_score, plan)
 
 
 def compress(
@@ -396,21 +385,8 @@ def prepare(impl: str | None, device: str, k_format: str) -> None:
 def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
     contract.check_step(Step(*step))
     contract.check_extents(Extents(**extents))
-    return _make_plan(Step(*step), Extents(**extents), impl)
-
-
-def _make_plan(
-    step: Step, extents: Extents, impl: str | None, k_format: str | None = None
-) -> Tensor:
-    return _timed_plan(_functions(impl, step.positions.device.type, k_format).plan, step, extents)
-
-
-def _timed_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
-    start = time.perf_counter()
-    made = plan(*arguments)
-    work.plans += 1
-    work.seconds += time.perf_counter() - start
-    return made
+    functions = _functions(impl, step[0].device.type)
+    return _counted_plan(functions.plan, Step(*step), Extents(**extents))
 
 
 def _run_op(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, **options) -> None:
@@ -424,8 +400,31 @@ def _compress_op(
 ) -> None:
     call = Call(*tensors)
     contract.check_call(call, k_format)
-    made = _make_plan(call.step, Extents.of(call.layer), impl, k_format)
-    BoundLayer(call.layer, eps=eps, k_format=k_format, impl=impl)._run_eagerly(call.kv_score, made)
+    functions = _functions(impl, call.kv_score.device.type, k_format)
+    made = _counted_plan(functions.plan, call.step, Extents.of(call.layer))
+    _counted_run(functions.bind(call.layer, eps=eps, k_format=k_format), call.kv_score, made)
+
+
+def _counted_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
+    start = time.perf_counter()
+    made = plan(*arguments)
+    work.plans += 1
+    work.seconds += time.perf_counter() - start
+    return made
+
+
+def _counted_run(
+    run: Callable[[Tensor, Tensor], int | None], kv_score: Tensor, plan: Tensor
+) -> None:
+    if not len(kv_score):
+        return
+    start = time.perf_counter()
+    entries = run(kv_score, plan)
+    work.entries += entries or 0
+    work.uncounted += entries is None
+    work.calls += 1
+    work.tokens += len(kv_score)
+    work.seconds += time.perf_counter() - start
 
 
 # The fakes are also what torch calls if only some of the tensors are on the meta device: an error,
