@@ -285,7 +285,7 @@ class BoundLayer:
             and plan.is_contiguous()
         ):
             contract.check_plan_tensor(plan, tokens, self._device)
-        _counted_run(self._run, kv_score, plan)
+        _counted_run(self._run, kv_score, plan, tokens)
 
 
 def compress(
@@ -402,7 +402,8 @@ def _compress_op(
     contract.check_call(call, k_format)
     functions = _functions(impl, call.kv_score.device.type, k_format)
     made = _counted_plan(functions.plan, call.step, Extents.of(call.layer))
-    _counted_run(functions.bind(call.layer, eps=eps, k_format=k_format), call.kv_score, made)
+    run = functions.bind(call.layer, eps=eps, k_format=k_format)
+    _counted_run(run, call.kv_score, made, len(call.kv_score))
 
 
 def _counted_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
@@ -414,16 +415,16 @@ def _counted_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
 
 
 def _counted_run(
-    run: Callable[[Tensor, Tensor], int | None], kv_score: Tensor, plan: Tensor
+    run: Callable[[Tensor, Tensor], int | None], kv_score: Tensor, plan: Tensor, tokens: int
 ) -> None:
-    if not len(kv_score):
+    if not tokens:
         return
     start = time.perf_counter()
     entries = run(kv_score, plan)
     work.entries += entries or 0
     work.uncounted += entries is None
     work.calls += 1
-    work.tokens += len(kv_score)
+    work.tokens += tokens
     work.seconds += time.perf_counter() - start
 
 
