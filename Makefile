@@ -3,7 +3,7 @@
 BIN = .venv/bin
 
 # Everything that the targets leave behind. `make clean` removes it and .gitignore names it.
-MADE = .venv .cache .pytest_cache build deepseek-v4 serve_and_chat.log vllm_dsv4_indexer/*.so
+MADE = .venv .cache .pytest_cache .ruff_cache .mypy_cache build deepseek-v4 serve_and_chat.log vllm_dsv4_indexer/*.so
 
 # As in an activated environment, with all caches inside the checkout, reporting and fetching nothing.
 RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
@@ -64,8 +64,9 @@ clean: ## undo everything that the targets made
 	@sh requirements/install.sh dependencies
 	@touch $@
 
-# The directories in csrc/ count too: they change when a file comes or goes.
-.venv/package.done: .venv/dependencies.done pyproject.toml $(shell find csrc)
+# Folders count too: they change when a file comes or goes, and an editable install lists the package's files.
+.venv/package.done: .venv/dependencies.done pyproject.toml $(shell find csrc) \
+		$(shell find vllm_dsv4_indexer -type d -not -name __pycache__)
 	@sh requirements/install.sh package
 	@touch $@
 

@@ -58,9 +58,7 @@ def register() -> None:
 def _logger():
     from vllm.logger import init_logger
 
-    return init_logger(
-        "vllm.dsv4_indexer"
-    )  # below `vllm`, so that vLLM's logging configuration applies
+    return init_logger("vllm.dsv4_indexer")  # below `vllm`, whose logging configuration applies
 
 
 # ---- the name ------------------------------------------------------------------------------------
@@ -71,7 +69,7 @@ def _name_backend():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if BACKEND not in AttentionBackendEnum.__members__:
-        path = f"{ENGINES['cpu']}.Dsv4IndexerBackend"
+        path = f"{ENGINES['cpu']}.compressor.Dsv4IndexerBackend"
         _add_member(AttentionBackendEnum, BACKEND, path)
     return AttentionBackendEnum[BACKEND]
 

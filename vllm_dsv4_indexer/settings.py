@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from vllm_dsv4_indexer.errors import UserError
@@ -30,11 +31,15 @@ class Settings:
     a matrix unit for bfloat16.
 
     state_save: which state rows a step writes: those of all its tokens, or the `tail` of each
-    request (ops/tail.py), where the engine is sure that nobody asks for the others."""
+    request (ops/tail.py), where the engine is sure that nobody asks for the others.
+
+    account: a file to which every worker adds a line of JSON, every ten seconds of work and at
+    shut-down: its `rank` and the numbers of `ops.Work` since it started."""
 
     impl: Literal["auto", "ascend", "cpu", "reference", "stock"] = "auto"
     projection: Literal["auto", "exact", "engine"] = "auto"
     state_save: Literal["full", "tail"] = "full"
+    account: str | None = None
 
     @staticmethod
     def read(additional_config: Mapping[str, Any] | Any) -> "Settings":
@@ -52,12 +57,14 @@ class Settings:
         given = additional_config[NAMESPACE] if keys else {}
         if not isinstance(given, Mapping):
             _refuse(f"{NAMESPACE} must be an object of settings, not {given!r}")
-        choices = {name: list(get_args(kind)) for name, kind in get_type_hints(Settings).items()}
+        kinds = get_type_hints(Settings)
         for key, value in given.items():
-            if key not in choices:
-                _refuse(f"unknown key {NAMESPACE}.{key}; known keys are {list(choices)}")
-            if value not in choices[key]:
-                _refuse(f"{NAMESPACE}.{key} is {value!r}; choose one of {choices[key]}")
+            if key not in kinds:
+                _refuse(f"unknown key {NAMESPACE}.{key}; known keys are {list(kinds)}")
+            if key == "account":
+                _check_account(value)
+            elif value not in (choices := list(get_args(kinds[key]))):
+                _refuse(f"{NAMESPACE}.{key} is {value!r}; choose one of {choices}")
         settings = Settings(**given)
         if settings.impl == "stock" and settings.state_save == "tail":
             _refuse(
@@ -70,6 +77,15 @@ class Settings:
         """The same on a device with the native implementation `native`, which takes the place of
         `auto`."""
         return replace(self, impl=native) if self.impl == "auto" else self
+
+
+def _check_account(file: Any) -> None:
+    """Every process that reads the settings asks, so nothing is made here."""
+    if not isinstance(file, str):
+        _refuse(f"{NAMESPACE}.account is {file!r}; it is the name of a file")
+    folder = Path(file).absolute().parent
+    if Path(file).is_dir() or not os.access(folder, os.W_OK):
+        _refuse(f"{NAMESPACE}.account is {file!r}; name a file in a folder that can be written")
 
 
 def keys_of_ours(additional_config: Mapping[str, Any] | Any) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ import numpy as np
 INDEXERS = 2  # layers of the demo checkpoint that have one
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
-SPAWNED = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1"
-}  # engine core and workers in processes of their own
+# Engine core and workers in processes of their own.
+SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
 
 
@@ -68,6 +66,7 @@ class Result:
     # whether the process loaded our native library; its workers, if it has any, are not asked
     native: bool
     saved: dict[str, np.ndarray]  # caches, entries and projections, if asked for
+    accounts: list[dict]
     log: str
 
     @property
@@ -90,9 +89,8 @@ class Result:
     def work(self, rank: int = 0) -> tuple[int, ...]:
         """Calls, tokens, entries and plans, as the worker of that rank counted them in its last
         account."""
-        called = rf"rank {rank}: compress was called (\d+) times on (\d+) tokens"
-        account = rf"{called} and wrote (\d+) entries .*; (\d+) plans"
-        return tuple(map(int, re.findall(account, self.log)[-1]))
+        account = next(one for one in reversed(self.accounts) if one["rank"] == rank)
+        return tuple(account[what] for what in ("calls", "tokens", "entries", "plans"))
 
 
 def run_engine(
@@ -114,12 +112,17 @@ def run_engine(
     In one process vLLM schedules all requests of a round at once, so that two engines see the same
     batches.
     """
+    account = folder / "account.jsonl"
+    ours = options.pop("additional_config", {}).get("dsv4_indexer", {})
+    options["additional_config"] = {"dsv4_indexer": ours | {"account": str(account)}}
     job = dict(options=complete(model, options), rounds=rounds)
     job |= dict(caches=caches, entries=entries, projections=projections, without=without)
     result_file = folder / "result.json"
     lines = launch("run_engine.py", folder, job, result_file, environment)
     saved = dict(np.load(result_file.with_suffix(".npz")))
-    return Result(**json.loads(result_file.read_text()), saved=saved, log=lines)
+    accounts = [json.loads(line) for line in account.read_text().splitlines()]
+    result = json.loads(result_file.read_text())
+    return Result(**result, saved=saved, accounts=accounts, log=lines)
 
 
 def complete(model: Path, options: dict) -> dict:

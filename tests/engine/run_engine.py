@@ -3,11 +3,11 @@
 JOB: {"options": arguments of LLM, "rounds": [{"prompts": [[token, ...], ...], "sampling": arguments
 of SamplingParams}], "caches", "entries", "projections": whether to save, beside RESULT, as .npz,
 the indexers' caches, what each call of the op stored, and what goes into and comes out of the
-projections in front of them, "without": functions of engines/vllm_cpu.py that do nothing in this
-process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters, "native": whether our
-native library is in this process}; an answer has the generated tokens, for each of them the
-log-probabilities of the most likely ones, the same for the prompt if asked for, and how many prompt
-tokens came from the prefix cache.
+projections in front of them, "without": functions of engines/vllm_cpu/configuration.py that do
+nothing in this process}. RESULT: {"rounds": [[answer, ...], ...], "metrics": vLLM's counters,
+"native": whether our native library is in this process}; an answer has the generated tokens, for
+each of them the log-probabilities of the most likely ones, the same for the prompt if asked for,
+and how many prompt tokens came from the prefix cache.
 """
 
 import json
@@ -23,13 +23,13 @@ from vllm.v1.metrics.reader import Counter
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, Plan
-from vllm_dsv4_indexer.engines import vllm_cpu
+from vllm_dsv4_indexer.engines.vllm_cpu import configuration
 
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     for function in job["without"]:
-        setattr(vllm_cpu, function, lambda *_: None)
+        setattr(configuration, function, lambda *_: None)
     llm = LLM(**job["options"])
     calls = record_calls() if job["entries"] else []
     projections = record_projections(llm) if job["projections"] else {}

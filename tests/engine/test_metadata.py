@@ -1,6 +1,8 @@
 """The metadata that vLLM has only as Triton kernels, against the plainest loops that say what it
 is."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from vllm.v1.attention.backends.mla import compressor_utils, indexer
 from vllm.v1.attention.ops import metadata
 
-from vllm_dsv4_indexer.engines import vllm_cpu, vllm_cpu_metadata
+from vllm_dsv4_indexer.engines.vllm_cpu import patches
+from vllm_dsv4_indexer.engines.vllm_cpu import worker as workers
 
 RATIO, PAGE, PAD = 4, 64, -1
 BATCHES = {
@@ -23,7 +26,7 @@ BATCHES = {
 
 @pytest.fixture
 def provided():
-    with vllm_cpu_metadata.metadata_on_cpu():
+    with patches.metadata_on_cpu():
         yield
 
 
@@ -142,26 +145,26 @@ def test_a_token_and_each_of_its_drafts_become_a_request_of_one_token(provided):
 
 
 def test_every_layer_type_has_a_schedule_of_none(provided):
-    builder = vllm_cpu_metadata.DeepseekV4CPUSparseSWAMetadataBuilder
+    builder = patches.DeepseekV4CPUSparseSWAMetadataBuilder
     kinds = {"swaonly", "c4a", "c128a", "c1a", "c2a"}
     assert builder.build_tile_scheduler(object.__new__(builder), 3) == dict.fromkeys(kinds)
 
 
-VLLMS_OWN = [vars(owner)[name] for owner, name, _ in vllm_cpu_metadata.REPLACED]
+VLLMS_OWN = [vars(owner)[name] for owner, name, _ in patches.REPLACED]
 
 
 def vllms_own() -> list[bool]:
     """Of each object that we replace, whether vLLM's own is in its place."""
-    replaced = vllm_cpu_metadata.REPLACED
+    replaced = patches.REPLACED
     return [vars(owner)[name] is own for (owner, name, _), own in zip(replaced, VLLMS_OWN)]
 
 
 @pytest.fixture
 def worker(monkeypatch):
     """Our worker, whose step is to say which objects of vLLM's it meets."""
-    monkeypatch.setattr(vllm_cpu.CPUWorker, "execute_model", lambda worker, step: step())
-    monkeypatch.setattr(vllm_cpu.Worker, "_log_account", lambda worker: None)
-    return object.__new__(vllm_cpu.Worker)
+    monkeypatch.setattr(workers.CPUWorker, "execute_model", lambda worker, step: step())
+    monkeypatch.setattr(workers.Worker, "_give_account", lambda worker: None)
+    return object.__new__(workers.Worker)
 
 
 def test_only_a_step_of_our_own_engine_meets_our_metadata(worker):
@@ -181,8 +184,8 @@ def test_vllms_own_objects_are_back_when_a_step_fails(worker):
 
 def test_vllms_own_objects_are_back_when_one_of_them_cannot_be_replaced(worker, monkeypatch):
     immutable = (int, "real", None)
-    replaced = (*vllm_cpu_metadata.REPLACED, immutable)
-    monkeypatch.setattr(vllm_cpu_metadata, "REPLACED", replaced)
+    replaced = (*patches.REPLACED, immutable)
+    monkeypatch.setattr(patches, "REPLACED", replaced)
     with pytest.raises(TypeError, match="immutable type 'int'"):
         worker.execute_model(vllms_own)
     assert all(vllms_own())
@@ -191,6 +194,13 @@ def test_vllms_own_objects_are_back_when_one_of_them_cannot_be_replaced(worker, 
 def test_what_was_replaced_last_comes_back_first(worker, monkeypatch):
     owner = SimpleNamespace(kernel="vLLM's own")
     replaced = [(owner, "kernel", value) for value in ("ours", "ours, again")]
-    monkeypatch.setattr(vllm_cpu_metadata, "REPLACED", replaced)
+    monkeypatch.setattr(patches, "REPLACED", replaced)
     assert worker.execute_model(lambda: owner.kernel) == "ours, again"
     assert owner.kernel == "vLLM's own"
+
+
+def test_the_functions_need_no_vllm():
+    code = (
+        "import sys; sys.modules['vllm'] = None; import vllm_dsv4_indexer.engines.vllm_cpu.metadata"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,8 @@ from vllm.forward_context import ForwardContext, override_forward_context
 
 from batches import make_batch
 from vllm_dsv4_indexer.contract import Extents
-from vllm_dsv4_indexer.engines import vllm_cpu
 from vllm_dsv4_indexer.engines.plans import once_a_step
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import IndexerCompressor
 
 EXTENTS = Extents(9, 4, 640, 100)
 
@@ -91,7 +91,7 @@ def compressor() -> SimpleNamespace:
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
 def test_a_layer_is_bound_once_and_again_when_the_engine_replaces_a_tensor(replace):
     fake = compressor()
-    bind = vllm_cpu.IndexerCompressor._bind
+    bind = IndexerCompressor._bind
     first = bind(fake, fake.cos_sin_cache)
     assert bind(fake, fake.cos_sin_cache) is first
     replace(fake)

@@ -89,7 +89,7 @@ def test_registering_loads_none_of_our_native_code():
 
 def test_the_engines_file_loads_none_of_our_native_code():
     out = run_python(
-        "import vllm_dsv4_indexer.engines.vllm_cpu as engine, vllm_dsv4_indexer.ops as ops;"
+        "import vllm_dsv4_indexer.engines.vllm_cpu.worker, vllm_dsv4_indexer.ops as ops;"
         "maps = lambda: 'libdsv4_indexer' in open('/proc/self/maps').read();"
         "print(maps()); ops.prepare('cpu', 'cpu', 'fp8_pow2'); print(maps())"
     )
@@ -237,7 +237,7 @@ def test_an_unsupported_vllm_is_named_when_the_backend_is_selected():
     out = run_python(
         "from vllm_dsv4_indexer import plugin; plugin.register()\n"
         "from vllm.platforms import current_platform\n"
-        "try: plugin._engine(current_platform)\n"
+        "try: plugin._engine(current_platform).configure(None, None)\n"
         "except ImportError as error: print(error)",
         PYTHONPATH=VLLM_0_26,
     )

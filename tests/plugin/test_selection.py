@@ -13,11 +13,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_dsv4_indexer import plugin, selection
-from vllm_dsv4_indexer.engines import vllm_cpu
+from vllm_dsv4_indexer.engines.vllm_cpu import compressor as compressors
+from vllm_dsv4_indexer.engines.vllm_cpu import projection
 from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.settings import Settings
 
-OURS = "vllm_dsv4_indexer.engines.vllm_cpu.Worker"
+OURS = "vllm_dsv4_indexer.engines.vllm_cpu.worker.Worker"
 
 
 def configure(model: Path, backend: str | None = "dsv4_indexer", **options):
@@ -270,6 +271,12 @@ def test_an_unknown_way_to_save_is_refused_by_name(checkpoint: Path):
     assert "'none'" in message and "['full', 'tail']" in message
 
 
+@pytest.mark.parametrize("file", [7, "", "no-such-folder/account", "/"])
+def test_an_account_that_cannot_be_written_is_refused_by_name(checkpoint: Path, file):
+    message = refusal(checkpoint, additional_config={"dsv4_indexer": {"account": file}})
+    assert f"dsv4_indexer.account is {file!r}" in message
+
+
 def test_an_unknown_platform_is_refused():
     with pytest.raises(UserError, match=r"the platform is 'cuda'; supported: cpu, npu"):
         plugin._engine(SimpleNamespace(device_type="cuda"))
@@ -279,7 +286,7 @@ def test_an_unknown_setting_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"implementation": "cpu"}})
     assert (
         "unknown key dsv4_indexer.implementation" in message
-        and "['impl', 'projection', 'state_save']" in message
+        and "['impl', 'projection', 'state_save', 'account']" in message
     )
 
 
@@ -308,9 +315,9 @@ def test_the_projection_is_exact_unless_the_cpu_has_a_matrix_unit_or_the_user_sa
     monkeypatch, capabilities: dict, exact: bool
 ):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
-    assert vllm_cpu.projects_exactly(Settings()) is exact
-    assert vllm_cpu.projects_exactly(Settings(projection="exact"))
-    assert not vllm_cpu.projects_exactly(Settings(projection="engine"))
+    assert projection.projects_exactly(Settings()) is exact
+    assert projection.projects_exactly(Settings(projection="exact"))
+    assert not projection.projects_exactly(Settings(projection="engine"))
 
 
 def test_an_unknown_environment_variable_of_ours_is_refused(checkpoint: Path, monkeypatch):
@@ -332,16 +339,16 @@ def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
     layer = SimpleNamespace(
         indexer=SimpleNamespace(compressor=SimpleNamespace(prefix="layers.1.compressor"))
     )
-    monkeypatch.setattr(vllm_cpu, "DeepseekV4CPUAttention", SimpleNamespace)
+    monkeypatch.setattr(compressors, "DeepseekV4CPUAttention", SimpleNamespace)
     with pytest.raises(UserError, match="layers.1.compressor is a SimpleNamespace"):
-        vllm_cpu.replace_compressors(
+        compressors.replace_compressors(
             SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1
         )
 
 
 def test_a_model_class_that_another_plugin_replaced_is_refused():
     with pytest.raises(UserError, match="the model has 0 layers .* its configuration asks for 2"):
-        vllm_cpu.replace_compressors(SimpleNamespace(modules=list), Settings(), indexers=2)
+        compressors.replace_compressors(SimpleNamespace(modules=list), Settings(), indexers=2)
 
 
 @pytest.fixture
@@ -354,7 +361,7 @@ def compressor() -> SimpleNamespace:
 
 def test_our_projection_keeps_one_copy_of_the_weight_and_takes_a_new_one(compressor):
     linear, x = compressor.fused_wkv_wgate, torch.rand(5, 64).bfloat16()
-    vllm_cpu.replace_projection(compressor)
+    projection.replace_projection(compressor)
     for _ in range(2):  # loaded, and reloaded
         weight = torch.randn(512, 64).bfloat16()
         linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
@@ -382,12 +389,12 @@ def test_a_projection_that_vllm_builds_otherwise_is_refused(compressor, change: 
     for name, value in change.items():
         setattr(compressor.fused_wkv_wgate, name, value)
     with pytest.raises(UserError, match=f"layers.1.compressor.fused_wkv_wgate .*{found}"):
-        vllm_cpu.replace_projection(compressor)
+        projection.replace_projection(compressor)
 
 
 def test_attention_is_built_as_before_once_a_model_is_loaded_or_could_not_be():
-    build = vllm_cpu.DeepseekV4CPUAttention.__init__
-    with pytest.raises(KeyError), vllm_cpu.exact_projections():
-        assert vllm_cpu.DeepseekV4CPUAttention.__init__ is not build
+    build = projection.DeepseekV4CPUAttention.__init__
+    with pytest.raises(KeyError), projection.exact_projections():
+        assert projection.DeepseekV4CPUAttention.__init__ is not build
         raise KeyError
-    assert vllm_cpu.DeepseekV4CPUAttention.__init__ is build
+    assert projection.DeepseekV4CPUAttention.__init__ is build

@@ -12,7 +12,7 @@ from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPMetadataBui
 from vllm_ascend.attention.dsa_v1 import AscendDSABackend
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
+from vllm_dsv4_indexer.engines.vllm_ascend.attention import ContextParallelAttention
 
 STEPS = 25
 
@@ -52,7 +52,7 @@ def test_context_parallel_steps_store_the_reference(config, seed, monkeypatch):
     monkeypatch.setattr(utils, "enable_dsa_cp", lambda: True)
     assert AscendDSABackend.get_builder_cls() is AscendDSACPMetadataBuilder
     layer = Layer(config, seed=seed)
-    assert type(layer.attention) is engine.ContextParallelAttention
+    assert type(layer.attention) is ContextParallelAttention
 
     schedule = Schedule(seed, layer.page, layer.k_page)
     assert_stores_the_reference(

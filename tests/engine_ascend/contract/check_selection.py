@@ -1,7 +1,6 @@
 """When our attention is chosen, what is refused by name, and what a change in vllm-ascend is
 told."""
 
-import importlib
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -20,7 +19,9 @@ from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
 from vllm_dsv4_indexer import ops, plugin
 from vllm_dsv4_indexer.engines import account, vllm_ascend
-from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
+from vllm_dsv4_indexer.engines.vllm_ascend import configuration, loading
+from vllm_dsv4_indexer.engines.vllm_ascend import worker as workers
+from vllm_dsv4_indexer.engines.vllm_ascend.attention import Attention
 from vllm_dsv4_indexer.errors import NotInstalled, UserError
 
 REFERENCE = dict(additional_config={"dsv4_indexer": {"impl": "reference"}}, enforce_eager=True)
@@ -36,7 +37,7 @@ def load(config, layers: int = 2, draft_layers: int = 0) -> torch.nn.Module:
             model.extend(make_attention(config, ours=False) for _ in range(count))
 
     runner = SimpleNamespace(load_model=load_model, get_model=lambda: made)
-    worker = engine.Worker.__new__(engine.Worker)
+    worker = workers.Worker.__new__(workers.Worker)
     worker.vllm_config, worker.model_runner = config, runner
     worker.load_model()
     return made
@@ -53,25 +54,25 @@ def test_the_platform_that_checks_the_configuration_is_the_one_we_have_an_engine
 def test_naming_the_backend_names_our_worker_though_the_platform_drops_the_name(configure):
     config = configure()
     assert (
-        config.parallel_config.worker_cls == "vllm_dsv4_indexer.engines.vllm_ascend_worker.Worker"
+        config.parallel_config.worker_cls == "vllm_dsv4_indexer.engines.vllm_ascend.worker.Worker"
     )
     assert config.attention_config.backend is None
 
 
 @pytest.mark.parametrize("backend", [None, "FLASH_ATTN", "CUSTOM"])
 def test_another_backend_gets_the_stock_worker(configure, backend):
-    assert configure(backend).parallel_config.worker_cls == vllm_ascend.STOCK_WORKER
+    assert configure(backend).parallel_config.worker_cls == configuration.STOCK_WORKER
 
 
 def test_a_configuration_that_is_checked_again_keeps_our_worker(configure):
     config = configure()
     current_platform.check_and_update_config(config)
-    assert config.parallel_config.worker_cls == vllm_ascend.WORKER
+    assert config.parallel_config.worker_cls == configuration.WORKER
 
 
 def test_our_worker_gives_every_indexer_our_attention_under_the_stock_backend(configure):
     model = load(configure(**REFERENCE))
-    assert implementations(model) == [engine.Attention, engine.Attention]
+    assert implementations(model) == [Attention, Attention]
     assert all(layer.dsa_attn.dsa_attn.get_attn_backend() is AscendDSABackend for layer in model)
 
 
@@ -84,14 +85,14 @@ def test_layers_made_before_and_after_are_stock(configure):
     )
     assert implementations([before, *ours, after]) == [
         AscendDSAImpl,
-        engine.Attention,
-        engine.Attention,
+        Attention,
+        Attention,
         AscendDSAImpl,
     ]
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_stock_backend(configure):
-    with pytest.raises(KeyError), engine.one_pass_indexers():
+    with pytest.raises(KeyError), loading.one_pass_indexers():
         raise KeyError
     assert AscendDSABackend.get_impl_cls.__qualname__ == "AscendDSABackend.get_impl_cls"
 
@@ -105,7 +106,7 @@ def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded
     configure, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(engine.ops, "prepare", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(workers.ops, "prepare", lambda *arguments: asked.append(arguments))
     model = load(configure())
     assert asked == [("ascend", "npu", {"A2": "int8_hadamard", "A5": "fp8_amax"}[npu.PRODUCT])]
     assert {layer.dsa_attn.dsa_attn.impl.impl for layer in model} == {"ascend"}
@@ -131,7 +132,7 @@ def test_a_model_with_another_number_of_indexers_is_refused(configure):
 def test_a_dummy_run_is_told_to_write_nothing_before_its_metadata_are_built(monkeypatch):
     """Where vllm-ascend does so too late, as 0.23.0 does, and whichever of the two ways the run
     comes."""
-    monkeypatch.setattr(engine, "SLOTS_ARE_VOIDED_LATE", True)
+    monkeypatch.setattr(workers, "SLOTS_ARE_VOIDED_LATE", True)
     tables = [
         SimpleNamespace(slot_mapping=SimpleNamespace(gpu=torch.arange(5, dtype=torch.int32)))
         for _ in range(2)
@@ -139,8 +140,8 @@ def test_a_dummy_run_is_told_to_write_nothing_before_its_metadata_are_built(monk
     seen = []
     for name in ("execute_model", "execute_dummy_batch"):
         look = lambda *_: seen.append([table.slot_mapping.gpu.tolist() for table in tables])  # noqa: E731
-        monkeypatch.setattr(engine.NPUWorker, name, look)
-    worker = engine.Worker.__new__(engine.Worker)
+        monkeypatch.setattr(workers.NPUWorker, name, look)
+    worker = workers.Worker.__new__(workers.Worker)
     worker._account_due = math.inf
     worker.model_runner = SimpleNamespace(
         input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=tables))
@@ -159,12 +160,12 @@ def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypa
         account.logger, "info", lambda message, *values: said.append(message % values)
     )
     monkeypatch.setattr(ops, "work", ops.Work(calls=2, tokens=26, uncounted=2))
-    monkeypatch.setattr(engine.NPUWorker, "execute_model", lambda worker, step: step)
+    monkeypatch.setattr(workers.NPUWorker, "execute_model", lambda worker, step: step)
     monkeypatch.setattr(
-        engine.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down")
+        workers.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down")
     )
-    worker = engine.Worker.__new__(engine.Worker)
-    worker.rank = 3
+    worker = workers.Worker.__new__(workers.Worker)
+    worker.rank, worker.vllm_config = 3, SimpleNamespace(additional_config={})
     steps = [SimpleNamespace(total_num_scheduled_tokens=tokens) for tokens in (20, 6)]
     assert [worker.execute_model(step) for step in steps] == steps
     worker.shutdown()
@@ -247,7 +248,7 @@ def test_a_quantised_projection_is_refused_by_its_name(configure, quantised):
 def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.27.0+empty")
     with pytest.raises(NotInstalled) as refused:
-        importlib.reload(vllm_ascend)
+        vllm_ascend.configure(None, None)
     message = str(refused.value)
     assert "with vLLM 0.27.0" in message
     assert (
@@ -259,7 +260,7 @@ CALLED = [
     (AscendDSAImpl, "_indexer_qkv_prepare"),
     (AscendDSAImpl, "cv_indexer_select_qli"),
     (AscendDSACPImpl, "_update_indexer_cache"),
-    (engine.DeviceOperator, "unpack_dsa_indexer_kv_cache"),
+    (loading.DeviceOperator, "unpack_dsa_indexer_kv_cache"),
     (dsa_v1, "rotate_activation"),
     (rope_dsv4, "get_full_cos_and_sin_dsa"),
 ]
@@ -272,7 +273,7 @@ def test_another_signature_is_named(monkeypatch, owner, name):
         UserError,
         match=rf"{owner.__name__}\.{name} of vllm-ascend takes \('more',\), where the supp",
     ):
-        engine.check_signatures()
+        loading.check_signatures()
 
 
 @pytest.mark.parametrize("owner, name", CALLED)
@@ -281,8 +282,8 @@ def test_what_is_gone_is_named(monkeypatch, owner, name):
     with pytest.raises(
         UserError, match=rf"{owner.__name__}\.{name} of vllm-ascend takes None, where the supported"
     ):
-        engine.check_signatures()
+        loading.check_signatures()
 
 
 def test_the_wheel_is_as_it_was_written_against():
-    engine.check_signatures()
+    loading.check_signatures()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import RATIO, Extents, Requests, Step
-from vllm_dsv4_indexer.engines.vllm_ascend_step import plan_requests, requests_of
+from vllm_dsv4_indexer.engines.vllm_ascend.step import plan_requests, requests_of
 from vllm_dsv4_indexer.ops import requests as told
 
 PAGE, K_PAGE, WIDTH = 4, 64, 128

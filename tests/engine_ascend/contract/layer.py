@@ -20,7 +20,7 @@ from vllm_ascend.attention.utils import AscendCommonAttentionMetadata
 from vllm_ascend.models import deepseek_v4
 
 from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, HEAD_DIM, ROW_WIDTH
-from vllm_dsv4_indexer.engines import vllm_ascend_worker as engine
+from vllm_dsv4_indexer.engines.vllm_ascend import loading
 
 INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
 POSITIONS = 128  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
@@ -51,7 +51,7 @@ def make_attention(
     """vllm-ascend's attention with an indexer, on the CPU. `ours`: made where our worker lets its
     model be made."""
     prefix = f"model{next(_models)}.layers.{INDEXER}.self_attn"  # vLLM wants every name once
-    classes = engine.one_pass_indexers() if ours else contextlib.nullcontext()
+    classes = loading.one_pass_indexers() if ours else contextlib.nullcontext()
     on_cpu = mock.patch.object(type(current_platform), "device_type", "cpu")
     with set_current_vllm_config(config), classes, on_cpu:
         return deepseek_v4.DeepseekV4Attention(
@@ -83,7 +83,7 @@ class Layer:
             None
         )  # its weights are nobody's concern here
         if ours:
-            engine.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
+            loading.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
         cache = config.cache_config
         with mock.patch.object(
             cache, "cache_dtype", cache.cache_dtype

@@ -1,31 +1,6 @@
-"""vllm-ascend's engine: what the backend accepts there, and the worker that it names.
+"""What the backend accepts with vllm-ascend, and the worker that it names."""
 
-Only configuration here. What subclasses vllm-ascend lies in vllm_ascend_worker.py, which only
-worker processes import: vllm-ascend's worker module loads its device library, and a process that
-does not own an NPU must not.
-"""
-
-from importlib.metadata import version
-
-import vllm
-
-from vllm_dsv4_indexer.errors import NotInstalled
-
-# What vllm_ascend_worker.py is written against: {vllm-ascend: the vLLM that it asks for}.
-SUPPORTED = {"0.26.0rc1": "0.26.0", "0.23.0": "0.23.0"}
-FOUND = (
-    version("vllm-ascend").split("+")[0],
-    vllm.__version__.split("+")[0],
-)  # "+empty": vLLM built without a device
-if FOUND not in SUPPORTED.items():
-    raise NotInstalled(
-        "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the "
-        "backend supports {}. "
-        "Install one of these pairs, or leave the option out.".format(
-            *FOUND,
-            " and ".join(f"vllm-ascend {ours} with vLLM {its}" for ours, its in SUPPORTED.items()),
-        )
-    )
+from collections.abc import Callable
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -35,14 +10,16 @@ from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.settings import Settings
 
 STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
-WORKER = f"{__name__}_worker.Worker"
+WORKER = "vllm_dsv4_indexer.engines.vllm_ascend.worker.Worker"
 # vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too
 NZ_FOR_BF16 = 2
 
 logger = init_logger("vllm.dsv4_indexer")
 
 
-def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
+def configure(
+    vllm_config: VllmConfig, check_and_update_config: Callable[[VllmConfig], None]
+) -> None:
     """Check that the backend can do what is asked, and have vLLM run our worker.
 
     vllm-ascend drops the name of the backend twice: its platform resets it to None, and ignores it
@@ -52,9 +29,7 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     check_and_update_config: the platform's own function, called in between.
     Raises ValueError that says what was found, what is supported and what to do.
     """
-    if (
-        vllm_config.model_config is None
-    ):  # vLLM also makes configurations without a model, for its own tools
+    if vllm_config.model_config is None:  # as vLLM's own tools have it
         return check_and_update_config(vllm_config)
     require_indexer(vllm_config)
     _check_settings(
@@ -64,10 +39,7 @@ def configure(vllm_config: VllmConfig, check_and_update_config) -> None:
     check_and_update_config(vllm_config)
 
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in (
-        STOCK_WORKER,
-        WORKER,
-    ):  # that of the 310P, of xlite, or the user's own
+    if parallel.worker_cls not in (STOCK_WORKER, WORKER):  # the 310P's, xlite's, the user's own
         refuse(
             f"the worker is {parallel.worker_cls!r}",
             f"{STOCK_WORKER!r} (A2, A3, A5)",

@@ -1,0 +1,47 @@
+"""vllm-ascend's engine, with our op in the place of its indexer's compressor.
+
+`configure` runs where vLLM checks its configuration and names our worker. What subclasses
+vllm-ascend is imported by worker processes alone: vllm-ascend's worker module loads its device
+library, and a process that does not own an NPU must not.
+
+    configuration.py   what is accepted, and what is refused with which remedy
+    worker.py          loads the model with our indexers, logs the account
+    loading.py         how the model gets our indexers, and what is checked of vllm-ascend
+    indexer.py         an indexer's keys: the projection and the op
+    attention.py       vllm-ascend's attention implementations, with those keys
+    step.py            a step's requests, from vllm-ascend's metadata
+"""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
+from vllm_dsv4_indexer.errors import NotInstalled
+
+
+def found() -> tuple[str, str]:
+    """The versions here of vllm-ascend and of vLLM; vLLM's own is "+empty" without a device."""
+    import vllm
+
+    return version("vllm-ascend").split("+")[0], vllm.__version__.split("+")[0]
+
+
+def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) -> None:
+    """Check that these versions and this configuration can be served, then name our worker.
+
+    vllm_config: the VllmConfig, complete but for what the platform sets.
+    check_and_update_config: the platform's own function, called in between.
+    Raises UserError that says what was found, what is supported and what to do.
+    """
+    if found() not in VLLM_ASCEND.items():
+        pairs = (f"vllm-ascend {ours} with vLLM {its}" for ours, its in VLLM_ASCEND.items())
+        raise NotInstalled(
+            "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the "
+            "backend supports {}. Install one of these pairs, or leave the option out.".format(
+                *found(), " and ".join(pairs)
+            )
+        )
+    from vllm_dsv4_indexer.engines.vllm_ascend import configuration
+
+    configuration.configure(vllm_config, check_and_update_config)

@@ -1,0 +1,37 @@
+"""vLLM's CPU engine, with our compressor in the place of the indexer's.
+
+`configure` runs where vLLM checks its configuration and names our worker. Everything else happens
+inside that worker, so an engine that uses another backend meets none of it:
+
+    configuration.py   what is accepted, and what is refused with which remedy
+    worker.py          loads the model, replaces what follows, logs the account
+    compressor.py      a layer's compressor: one call of the op with the step's plan
+    projection.py      the fp32 projection in front of it
+    metadata.py        a step's metadata, in plain torch
+    patches.py         where vLLM's own functions give way to those, during a step
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_dsv4_indexer.engines.versions import VLLM_CPU
+from vllm_dsv4_indexer.errors import NotInstalled
+
+
+def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) -> None:
+    """Check that this vLLM and its configuration can be served, then name our worker.
+
+    vllm_config: the VllmConfig, complete but for what the platform sets.
+    check_and_update_config: the platform's own function, called in between.
+    Raises UserError that says what was found, what is supported and what to do.
+    """
+    import vllm
+
+    if vllm.__version__.split("+")[0] != VLLM_CPU:  # "+cpu" if built for it
+        raise NotInstalled(
+            f"--attention-backend dsv4_indexer: this is vLLM {vllm.__version__}; on a CPU the "
+            f"backend supports vLLM {VLLM_CPU}. Install that version, or leave the option out."
+        )
+    from vllm_dsv4_indexer.engines.vllm_cpu import configuration
+
+    configuration.configure(vllm_config, check_and_update_config)

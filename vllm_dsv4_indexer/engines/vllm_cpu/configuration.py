@@ -1,0 +1,142 @@
+"""What the backend accepts on vLLM 0.32's CPU engine, and the worker that it names."""
+
+from collections.abc import Callable
+
+import torch
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+from vllm.logger import init_logger
+
+from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
+from vllm_dsv4_indexer.settings import Settings
+
+INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
+DRAFTS = ("ngram", "custom_class")  # the ways of speculative decoding that were tried with us
+WORKER = "vllm_dsv4_indexer.engines.vllm_cpu.worker.Worker"
+
+logger = init_logger("vllm.dsv4_indexer")
+
+
+def configure(
+    vllm_config: VllmConfig, check_and_update_config: Callable[[VllmConfig], None]
+) -> None:
+    """Check that the backend can do what is asked, then configure vLLM for it.
+
+    vllm_config: the configuration, complete but for what the platform sets.
+    check_and_update_config: the platform's own function, called in between.
+    Raises ValueError that says what was found, what is supported and what to do.
+    """
+    if vllm_config.model_config is None:  # as vLLM's own tools have it
+        return check_and_update_config(vllm_config)
+    _refuse_unsupported(vllm_config)
+    settings = Settings.read(vllm_config.additional_config).on("cpu")
+    require_impl(settings.impl, "cpu", "reference", "stock")
+    if settings.state_save == "tail":
+        _refuse_unsafe_tail(vllm_config)
+
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    chunked, caching = scheduler.enable_chunked_prefill, cache.enable_prefix_caching
+    tokens = scheduler.max_num_batched_tokens
+    check_and_update_config(vllm_config)
+    # Without AMX vLLM 0.32 turns these off for DeepSeek-V4, and says so, though its operators
+    # support them.
+    scheduler.enable_chunked_prefill, cache.enable_prefix_caching = chunked, caching
+    scheduler.max_num_batched_tokens = tokens
+    message = "DSV4_INDEXER: restored chunked prefill=%s, prefix caching=%s, %d tokens a step"
+    logger.info_once(message, chunked, caching, tokens)
+    vllm_config.parallel_config.worker_cls = WORKER
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    require_indexer(vllm_config)
+    topk = getattr(vllm_config.model_config.hf_config, "index_topk", None)
+    worker = vllm_config.parallel_config.worker_cls
+    _refuse_unsupported_model(vllm_config.model_config)
+    if topk != INDEX_TOPK:
+        refuse(
+            f"the model's index_topk is {topk}",
+            f"{INDEX_TOPK} on vLLM's CPU engine",
+            "serve Flash instead of Pro",
+        )
+    if worker not in ("auto", WORKER):
+        refuse(f"worker_cls is {worker!r}", "vLLM's own choice ('auto')", "leave --worker-cls out")
+    if vllm_config.speculative_config is not None:
+        _refuse_unsupported_drafts(vllm_config.speculative_config)
+    _refuse_unsupported_parallelism(vllm_config.parallel_config)
+
+
+def _refuse_unsupported_model(model: ModelConfig) -> None:
+    """What vLLM 0.32's CPU engine dies of later: it computes in bfloat16 alone, and DeepSeek-V4's
+    first layers choose their experts by the token."""
+    if model.dtype is not torch.bfloat16:
+        name = str(model.dtype).removeprefix("torch.")
+        refuse(f"dtype is {name!r}", "'bfloat16' on vLLM's CPU engine", "pass --dtype bfloat16")
+    if model.enable_prompt_embeds:
+        remedy = "leave --enable-prompt-embeds out"
+        refuse("prompt embeddings are on", "prompts of tokens for this model", remedy)
+    ratios, layers = len(model.hf_config.compress_ratios), model.hf_config.num_hidden_layers
+    if ratios < layers:
+        found = f"the model has {layers} layers, and compress_ratios for {ratios}"
+        refuse(found, "one for each layer", "mend the model's config.json")
+
+
+def _refuse_unsupported_parallelism(parallel: ParallelConfig) -> None:
+    """What vLLM 0.32's CPU engine does with no mixture of experts: its CpuCommunicator has no
+    all_gatherv, with which copies of the model exchange the tokens of their experts, and its CPU
+    experts ignore the expert map."""
+    if (copies := parallel.data_parallel_size) > 1:
+        refuse(
+            f"data_parallel_size is {copies}",
+            "1 on vLLM's CPU engine",
+            "run a server for each copy of the model",
+        )
+    if parallel.enable_expert_parallel and parallel.tensor_parallel_size > 1:
+        refuse(
+            "expert parallelism is on", "tensor parallelism on vLLM's CPU engine", "leave it out"
+        )
+
+
+def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
+    """With a single draft vLLM 0.32's indexer takes a path that its CPU engine does not have."""
+    method, tokens = speculative.method, speculative.num_speculative_tokens
+    if method not in DRAFTS:
+        refuse(
+            f"speculative decoding's method is {method!r}",
+            f"{' and '.join(DRAFTS)} on a CPU",
+            "name one of these",
+        )
+    if tokens < 2:
+        refuse(f"num_speculative_tokens is {tokens}", "2 or more on vLLM's CPU engine", "raise it")
+
+
+def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
+    """Tail-only saving is right where only the request itself reads its state, and each of its
+    steps starts where the last one ended. Preemption computes a request again from its start; a
+    session with streamed input goes back to the end of its last prompt at the furthest."""
+    cache = vllm_config.cache_config
+    for unsafe, found, remedy in (
+        (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
+        (
+            vllm_config.kv_transfer_config,
+            "a KV connector is configured",
+            "leave --kv-transfer-config out",
+        ),
+        (cache.kv_offloading_size, "KV offloading is on", "leave --kv-offloading-size out"),
+        (vllm_config.kv_events_config, "KV events are configured", "leave --kv-events-config out"),
+        (
+            vllm_config.scheduler_config.scheduler_cls,
+            "a scheduler is configured",
+            "leave --scheduler-cls out",
+        ),
+        (
+            vllm_config.speculative_config,
+            "rejected drafts go back",
+            "leave --speculative-config out",
+        ),
+    ):
+        if unsafe:
+            supported = "'tail' where nobody but the request itself can come back to its state"
+            refuse(
+                f"dsv4_indexer.state_save is 'tail', but {found}",
+                supported,
+                f"{remedy}, or leave state_save out",
+            )

@@ -1,0 +1,59 @@
+"""The worker of vLLM's CPU engine that runs our compressor.
+
+It loads the model, replaces the compressor of every indexer and the projection in front of it,
+supplies each step with metadata, and logs what the op did.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.engines import indexers_of_stage
+from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import K_FORMAT, replace_compressors
+from vllm_dsv4_indexer.engines.vllm_cpu.patches import metadata_on_cpu
+from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections, projects_exactly
+from vllm_dsv4_indexer.settings import Settings
+
+logger = init_logger("vllm.dsv4_indexer")
+
+
+class Worker(Accountable, CPUWorker):
+    """vLLM's CPU worker with our compressor in the model and our metadata under it."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        settings = Settings.read(self.vllm_config.additional_config).on("cpu")
+        exact = projects_exactly(settings)
+        impl = settings.impl
+        if impl != "stock":
+            ops.prepare(impl, "cpu", K_FORMAT)
+        with exact_projections() if exact else nullcontext():
+            super().load_model(**kwargs)
+        indexers = indexers_of_stage(self.vllm_config)
+        replace_compressors(self.get_model(), settings, indexers)
+        make_stage_input(self.model_runner)
+        who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
+        what = "exact" if exact else "the engine's own, rounded to bfloat16"
+        message = "DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s"
+        logger.info(message, who, indexers, what)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        with metadata_on_cpu():
+            return super().execute_model(*args, **kwargs)
+
+
+def make_stage_input(runner: CPUModelRunner) -> None:
+    """Make the buffer into which a pipeline stage receives what the stage before it sends.
+
+    vLLM 0.32 makes it in the dummy run that warms a compiled model up, and does not compile
+    DeepSeek-V4 on a CPU.
+    """
+    if not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            runner.max_num_tokens, runner.dtype, runner.device
+        )
