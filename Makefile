@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test accuracy test-aarch64 ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint accuracy test-aarch64 ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +26,22 @@ demo: deepseek-v4 ## serve the demo checkpoint with our backend, talk to it, sto
 serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001")
 	@$(RUN) vllm serve deepseek-v4 --attention-backend dsv4_indexer --max-model-len 8192 --kv-cache-memory-bytes 1G $(ARGS)
 
-test: venv .venv/beside.done ## run the tests (ARGS="tests/setup -k lock")
+test: lint .venv/beside.done ## check the sources, then run the tests (ARGS="tests/setup -k lock")
 	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+
+check: lint ## check the sources, then run the op's tests (under three minutes)
+	@$(RUN) pytest -q tests/op
+
+TOOLS = .venv/tools/bin
+NATIVE = $(shell git ls-files '*.cpp' '*.h' '*.asc')
+
+lint: venv .venv/tools.done ## check format, style, types, spelling and scripts, without running anything
+	@$(TOOLS)/ruff format --quiet --check . || { echo "Format them: $(TOOLS)/ruff format ." >&2; exit 1; }
+	@$(TOOLS)/ruff check --quiet .
+	@$(TOOLS)/clang-format --dry-run -Werror $(NATIVE) || { echo "Format them: $(TOOLS)/clang-format -i FILE" >&2; exit 1; }
+	@$(TOOLS)/mypy --python-executable $(BIN)/python
+	@$(TOOLS)/shellcheck .ci/run $(shell git ls-files '*.sh')
+	@$(TOOLS)/codespell
 
 accuracy: venv ## find needles by length and depth, then with faults planted (3 minutes; ARGS="--lengths 65280")
 	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle

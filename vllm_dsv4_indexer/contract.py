@@ -100,8 +100,9 @@ class Extents(NamedTuple):
 
     @staticmethod
     def of(layer: Layer) -> "Extents":
+        state_pages, state_page, _ = layer.inner_state_cache.shape
         k_entries = layer.k_cache.shape[0] * layer.k_cache.shape[1]
-        return Extents(*layer.inner_state_cache.shape[:2], k_entries, layer.cos_sin_cache.shape[0])
+        return Extents(state_pages, state_page, k_entries, layer.cos_sin_cache.shape[0])
 
 
 class Requests(NamedTuple):
@@ -226,7 +227,7 @@ class Plan(NamedTuple):
         header, rest = tensor[:PLAN_HEADER], tensor[PLAN_HEADER:]
         tokens = len(rest) // PLAN_WIDTH
         *sections, sources = rest.split([tokens] * (PLAN_WIDTH - WINDOW) + [tokens * WINDOW])
-        return Plan(header, *sections, sources.view(tokens, WINDOW))
+        return Plan._make((header, *sections, sources.view(tokens, WINDOW)))
 
 
 def row_source(slot: Any) -> Any:
@@ -281,7 +282,7 @@ def check_plan_header(
 
 
 # A number among the sizes is a symbol bound to itself.
-_NUMBERS = {
+_NUMBERS: dict[int | str, int] = {
     n: n
     for arguments in (_KV_SCORE, *_LAYERS.values())
     for argument in arguments.values()

@@ -55,7 +55,7 @@ def register() -> None:
         )
 
 
-def _logger():
+def _logger() -> Any:
     from vllm.logger import init_logger
 
     return init_logger("vllm.dsv4_indexer")  # below `vllm`, whose logging configuration applies
@@ -64,7 +64,7 @@ def _logger():
 # ---- the name ------------------------------------------------------------------------------------
 
 
-def _name_backend():
+def _name_backend() -> Any:
     """Make `AttentionBackendEnum.DSV4_INDEXER`, which the option's value is parsed into."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -74,13 +74,13 @@ def _name_backend():
     return AttentionBackendEnum[BACKEND]
 
 
-def _add_member(enum: type, name: str, value: str) -> None:
+def _add_member(enum: Any, name: str, value: str) -> None:
     if hasattr(enum, "register"):
         from vllm.v1.attention.backends.registry import register_backend
 
         register_backend(name, value)
     else:  # before vLLM 0.32 the enumeration has no `register`: do what that one does
-        member = object.__new__(enum)
+        member: Any = object.__new__(enum)
         member._name_, member._value_ = name, value
         setattr(enum, name, member)
         enum._member_map_[name] = enum._value2member_map_[value] = member
@@ -120,7 +120,7 @@ def _watch_configuration(if_it_fails: ExitStack) -> None:
     if getattr(original, "watched_by_dsv4_indexer", False):
         return
 
-    def check_and_update_config(vllm_config: Any, *others: Any, **named: Any) -> None:
+    def ours(vllm_config: Any, *others: Any, **named: Any) -> None:
         from vllm_dsv4_indexer import selection
 
         if selection.is_selected(vllm_config):
@@ -130,12 +130,12 @@ def _watch_configuration(if_it_fails: ExitStack) -> None:
                 _logger().warning_once(idle)
             original(vllm_config, *others, **named)
 
-    check_and_update_config.watched_by_dsv4_indexer = True
+    ours.watched_by_dsv4_indexer = True  # type: ignore[attr-defined]
     if_it_fails.callback(_restore, platform, vars(platform).get("check_and_update_config"))
-    platform.check_and_update_config = staticmethod(check_and_update_config)
+    platform.check_and_update_config = staticmethod(ours)
 
 
-def _restore(platform: type, method: Any) -> None:
+def _restore(platform: Any, method: Any) -> None:
     """method: what `platform` itself defined, None if it inherits."""
     if method is None:
         del platform.check_and_update_config

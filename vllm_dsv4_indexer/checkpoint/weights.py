@@ -6,6 +6,7 @@ would rename them.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ class Draw:
 class Zeros(Draw):
     """No effect: zero weights, and norms that only normalise."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         pass
 
     def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
@@ -79,7 +80,7 @@ class Zeros(Draw):
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
-def tensors(config: dict, draw: Draw) -> Tensors:
+def tensors(config: dict[str, Any], draw: Draw) -> Tensors:
     """Every tensor of the checkpoint that `config` describes, by name."""
     hidden = config["hidden_size"]
     yield "embed.weight", draw.normal(VOCABULARY, hidden).bfloat16()
@@ -109,7 +110,7 @@ def _mixing(draw: Draw, prefix: str, hidden: int, outputs: int, scales: int) -> 
     yield f"{prefix}scale", draw.normal(scales, mean=0.5, std=0.1)
 
 
-def _attention(draw: Draw, prefix: str, config: dict, ratio: int) -> Tensors:
+def _attention(draw: Draw, prefix: str, config: dict[str, Any], ratio: int) -> Tensors:
     hidden, heads, groups = (
         config[name] for name in ("hidden_size", "num_attention_heads", "o_groups")
     )
@@ -149,7 +150,7 @@ def _compressor(
     yield f"{prefix}norm.weight", draw.gamma(head_dim, gamma)
 
 
-def _experts(draw: Draw, prefix: str, config: dict, hashed: bool) -> Tensors:
+def _experts(draw: Draw, prefix: str, config: dict[str, Any], hashed: bool) -> Tensors:
     hidden, width = config["hidden_size"], config["moe_intermediate_size"]
     yield f"{prefix}gate.weight", draw.linear(EXPERTS, hidden)
     if hashed:

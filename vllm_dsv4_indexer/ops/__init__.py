@@ -17,7 +17,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -263,7 +263,9 @@ class BoundLayer:
         `impl`."""
         if torch.compiler.is_compiling():
             ape, norm_weight, cos_sin, *caches = self.layer
-            run(kv_score, ape, norm_weight, cos_sin, plan, *caches, **self._options)
+            torch.ops.dsv4_indexer.run(
+                kv_score, ape, norm_weight, cos_sin, plan, *caches, **self._options
+            )
         else:
             self._run_eagerly(kv_score, plan)
 
@@ -389,14 +391,22 @@ def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
     return _counted_plan(functions.plan, Step(*step), Extents(**extents))
 
 
-def _run_op(kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, **options) -> None:
+def _run_op(
+    kv_score: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    plan: Tensor,
+    *caches: Tensor,
+    **options: Any,
+) -> None:
     BoundLayer(Layer(ape, norm_weight, cos_sin_cache, *caches), **options)._run_eagerly(
         kv_score, plan
     )
 
 
 def _compress_op(
-    *tensors: Tensor | None, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None
+    *tensors: Tensor, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None
 ) -> None:
     call = Call(*tensors)
     contract.check_call(call, k_format)
@@ -406,7 +416,7 @@ def _compress_op(
     _counted_run(run, call.kv_score, made, len(call.kv_score))
 
 
-def _counted_plan(plan: Callable[..., Tensor], *arguments) -> Tensor:
+def _counted_plan(plan: Callable[..., Tensor], *arguments: Any) -> Tensor:
     start = time.perf_counter()
     made = plan(*arguments)
     work.plans += 1
@@ -439,14 +449,21 @@ def _plan_fake(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor
 
 
 def _run_fake(
-    kv_score, ape, norm_weight, cos_sin_cache, plan, *caches, k_format: str = "fp8_pow2", **_
+    kv_score: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    plan: Tensor,
+    *caches: Tensor,
+    k_format: str = "fp8_pow2",
+    **_: Any,
 ) -> None:
     contract.check_layer(Layer(ape, norm_weight, cos_sin_cache, *caches), k_format)
     contract.check_kv_score(kv_score, ape.device)
     contract.check_plan_tensor(plan, kv_score.shape[0], ape.device)
 
 
-def _compress_fake(*tensors: Tensor | None, k_format: str = "fp8_pow2", **_) -> None:
+def _compress_fake(*tensors: Tensor, k_format: str = "fp8_pow2", **_: Any) -> None:
     contract.check_call(Call(*tensors), k_format)
 
 

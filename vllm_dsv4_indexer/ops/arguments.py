@@ -70,6 +70,7 @@ def step_fields(step: Step, extents: Extents) -> tuple[int, ...]:
 def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, ...]:
     """The values of LAYER_FIELDS; `k_format` is the library's number for it."""
     ape, norm_weight, cos_sin, state, k_cache, k_scale = layer
+    scale: tuple[int, ...]
     if k_scale is None:  # an fp8 page is opaque
         k_entry_stride, scale = HEAD_DIM, (0, 0, 0, 0)
     else:

@@ -145,4 +145,4 @@ def _launch(function: Callable[..., int], device: torch.device, arguments: bytes
 
 
 def _stream(device: torch.device) -> int:
-    return torch.npu.current_stream(device).npu_stream
+    return torch.npu.current_stream(device).npu_stream  # type: ignore[attr-defined]

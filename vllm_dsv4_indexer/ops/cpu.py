@@ -32,11 +32,8 @@ from .arguments import (
 from .library import load_library
 
 ISAS = ("avx512", "avx2", "generic")  # best first
-ALGORITHMS = (
-    "one_pass",
-    "overlay_scan",
-    "scatter_pool",
-)  # the first is the op's, the others are in baselines.py
+# The first is the op's, the others are in baselines.py.
+ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")
 FLOORS = ("floor", "floor_past_cache")  # csrc/cpu/floor.cpp
 K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
@@ -79,7 +76,7 @@ def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
         )
     if windows == _VIOLATION:
         raise contract.violation_error(
-            **{name: getattr(violation, name) for name, _ in violation._fields_}
+            **{field[0]: getattr(violation, field[0]) for field in violation._fields_}
         )
     return made
 
@@ -89,12 +86,8 @@ class Bound:
     moved."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
-        self._layer, self._eps, self._k_format, self._algorithm = (
-            layer,
-            eps,
-            K_FORMATS[k_format],
-            algorithm,
-        )
+        self._layer, self._eps, self._k_format = layer, eps, K_FORMATS[k_format]
+        self._algorithm = algorithm
         self._run, self._parallel_for = native().algorithms[algorithm], native().parallel_for
         self._tensors = [tensor for tensor in layer if tensor is not None]
         self._addresses: list[int] = []
@@ -104,10 +97,8 @@ class Bound:
         """Runs the layer; returns the number of entries written."""
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
-            self._addresses, self._packed = (
-                addresses,
-                LAYER.pack(*layer_fields(self._layer, self._k_format, self._eps)),
-            )
+            fields = layer_fields(self._layer, self._k_format, self._eps)
+            self._addresses, self._packed = addresses, LAYER.pack(*fields)
         entries = self._run(
             self._packed,
             self._parallel_for,
@@ -146,8 +137,9 @@ def native() -> Native:
     if asked and asked not in ISAS:
         raise UserError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
     for isa in [asked] if asked else ISAS:
-        algorithms = {name: algorithm_for(library, name, isa) for name in (*ALGORITHMS, *FLOORS)}
-        if all(algorithms.values()):
+        named = {name: algorithm_for(library, name, isa) for name in (*ALGORITHMS, *FLOORS)}
+        algorithms = {name: function for name, function in named.items() if function}
+        if algorithms.keys() == named.keys():
             return Native(library, isa, algorithms, _torch_parallel_for())
     raise UserError(
         f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one"
@@ -162,16 +154,15 @@ def algorithm_for(library: ctypes.CDLL, name: str, isa: str) -> Callable[..., in
     function = ctypes.CFUNCTYPE(
         ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
     )
-    return address and function(address)
+    return function(address) if address else None
 
 
 def _torch_parallel_for() -> int:
     """The address of `torch_parallel_for`, a function of torch's stable C interface."""
-    torch_cpu = ctypes.CDLL(
-        str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
-    )  # loaded already
+    loaded_already = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    torch_cpu = ctypes.CDLL(str(loaded_already))
     try:
-        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
+        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value or 0
     except AttributeError:
         raise NotInstalled(
             f"torch {torch.__version__} has no torch_parallel_for; use torch 2.10 or later"

@@ -44,7 +44,7 @@ def _candidates(library: str) -> list[Path]:
     candidates = [PACKAGE.parent / library]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         ours = importlib.metadata.distribution("vllm-dsv4-indexer")
-        candidates.append(Path(ours.locate_file(library)))
+        candidates.append(Path(str(ours.locate_file(library))))
     return candidates
 
 

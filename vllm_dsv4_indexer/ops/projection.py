@@ -14,6 +14,7 @@ same time as with fp32 multiply-adds, Intel's half as many (measured on a core o
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def _bf16_dot(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 @functools.cache
-def _native_project():
+def _native_project() -> Callable[..., int]:
     function = cpu.native().library.dsv4_indexer_project
     function.argtypes = [
         ctypes.c_void_p,

@@ -152,6 +152,7 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
     elif k_format == "fp8_amax":
         _store_fp8_amax(entries[last], slots, layer.k_cache)
     else:
+        assert layer.k_scale_cache is not None, "the contract has checked it"
         _store_int8_hadamard(entries[last], slots, layer.k_cache, layer.k_scale_cache)
     return len(token)
 
@@ -272,8 +273,8 @@ def _check_tokens(step: Step, extents: Extents) -> _Valid:
     active = (state_slots >= 0) | (k_slots >= 0)
     state_rows = extents.state_pages * extents.state_page
     checks = {
-        Violation.STATE_SLOT: (state_slots, -1, state_rows, True),
-        Violation.K_SLOT: (k_slots, -1, extents.k_entries, True),
+        Violation.STATE_SLOT: (state_slots, -1, state_rows, torch.ones_like(active)),
+        Violation.K_SLOT: (k_slots, -1, extents.k_entries, torch.ones_like(active)),
         Violation.POSITION: (positions, 0, extents.max_pos, active),
         Violation.REQUEST: (token_to_req, 0, len(table), active),
     }

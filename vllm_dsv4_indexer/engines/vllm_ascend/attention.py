@@ -108,7 +108,8 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         bound = self.bind(kv_cache)
         plan = self.plan((state, keys), bound)
         kv_score = self.project(tokens)
-        main, beside = torch.npu.current_stream(), dsa_v1.dsv4_dsa_overlap_stream()
+        main = torch.npu.current_stream()  # type: ignore[attr-defined]
+        beside = dsa_v1.dsv4_dsa_overlap_stream()
         projected = main.record_event()
         with utils.npu_stream_switch(beside, enabled=True):
             beside.wait_event(projected)
@@ -125,7 +126,7 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         sin: Tensor,
         hadamard: Tensor,
         dtype: torch.dtype,
-    ):
+    ) -> Tensor:
         """The indexer's query [T, heads, 128], as vllm-ascend makes it; `scale` comes with a `qr`
         that is quantised."""
         wq_b = self.inderxer_wq_b

@@ -6,6 +6,7 @@ one matmul of torch_npu's for `wkv` and `wgate` joined, and the op with the step
 here waits for the device, so that a graph can be captured.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,8 @@ class OnePassIndexer:
     """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our
     op."""
 
+    indexer: Any  # vllm-ascend's, None in layers that have none
+    parts: Callable[..., list[Metadata]]  # of a step's metadata, in the order of their tokens
     made: ClassVar[list["OnePassIndexer"]]  # those with an indexer, while a model is loaded
     impl: str
     cos_sin: Tensor
@@ -49,6 +52,7 @@ class OnePassIndexer:
 
     def project(self, x: Tensor) -> Tensor:
         """[T, hidden] to kv_score [T, 512] in fp32, not rounded in between."""
+        assert self.wkv_wgate is not None, "finish_loading has run"
         return torch.mm(x, self.wkv_wgate.t(), out_dtype=torch.float32)
 
     def bind(self, kv_cache: tuple[Tensor, ...]) -> ops.BoundLayer:
@@ -75,7 +79,7 @@ class OnePassIndexer:
 
         # What was made before a capture began is not used in it: a graph makes its plan again in
         # every replay.
-        capturing = torch.npu.is_current_stream_capturing()
+        capturing = torch.npu.is_current_stream_capturing()  # type: ignore[attr-defined]
         return once_a_step((*metadata, capturing), bound.extents, make)
 
     def compress(self, x: Tensor, kv_cache: tuple[Tensor, ...], metadata: Metadata) -> None:
@@ -103,7 +107,7 @@ def _without_heads(
     return state.squeeze(2), k_cache.squeeze(2), scales[:, :, 0, 0]
 
 
-def refuse_quantised(compressor: torch.nn.Module) -> None:
+def refuse_quantised(compressor: Any) -> None:
     """The stock compressor takes wkv and wgate as they are loaded, and so do we: quantised ones
     mean nothing to it."""
     for layer in (compressor.wkv, compressor.wgate):

@@ -5,8 +5,9 @@ backend itself stays the stock one, since vllm-ascend compares it by identity.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import vllm_ascend.ops  # noqa: F401  before dsa_v1, which it imports in a circle
@@ -24,7 +25,7 @@ from vllm_dsv4_indexer.engines.vllm_ascend.indexer import OnePassIndexer
 from vllm_dsv4_indexer.errors import UserError
 
 OURS = {AscendDSAImpl: Attention, AscendDSACPImpl: ContextParallelAttention}
-OVERRIDDEN = {
+OVERRIDDEN: dict[Callable[..., Any], type] = {
     Attention.forward: AscendDSAImpl,
     Attention._indexer_qkv_prepare: AscendDSAImpl,
     Attention.cv_indexer_select_qli: AscendDSAImpl,
@@ -70,7 +71,7 @@ def one_pass_indexers() -> Iterator[list[OnePassIndexer]]:
         del OnePassIndexer.made
 
 
-def finish_loading(model: torch.nn.Module, impl: str, indexers: int, max_positions: int) -> None:
+def finish_loading(model: Any, impl: str, indexers: int, max_positions: int) -> None:
     """Give the indexers of a loaded model, which must be as many as `indexers`, what they share:
     the op's name and one table of 32 cosines and 32 sines for each of `max_positions`, where
     vllm-ascend has two with each value twice."""

@@ -24,9 +24,15 @@ def requests_of(*parts: Metadata) -> Requests:
     """
     first, *others = (_requests_of_part(state, keys) for state, keys in parts)
     for part in others:
-        starts = part.query_start_loc[1:] + len(first.slot_mapping)
-        first = Requests(*map(torch.cat, zip(first, part._replace(query_start_loc=starts))))
+        starts = part.query_start_loc[1:] + _tokens(first)
+        both = zip(first, part._replace(query_start_loc=starts))
+        first = Requests(*(torch.cat(tensors) for tensors in both))  # type: ignore[arg-type]
     return first
+
+
+def _tokens(requests: Requests) -> int:
+    assert requests.slot_mapping is not None, "vllm-ascend's metadata have one"
+    return len(requests.slot_mapping)
 
 
 def _requests_of_part(state: Any, keys: Any) -> Requests:
@@ -43,4 +49,4 @@ def _requests_of_part(state: Any, keys: Any) -> Requests:
 
 def plan_requests(requests: Requests, extents: Extents, k_page: int, impl: str) -> Tensor:
     """The plan of a step for caches of these extents, with `k_page` entries in a K page."""
-    return ops.plan_requests(requests, len(requests.slot_mapping), extents, k_page, impl=impl)
+    return ops.plan_requests(requests, _tokens(requests), extents, k_page, impl=impl)

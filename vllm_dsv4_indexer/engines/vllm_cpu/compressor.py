@@ -37,9 +37,7 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
     settings: Settings
     bound: ops.BoundLayer | None = None
 
-    def forward(
-        self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module
-    ) -> None:
+    def forward(self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: Any) -> None:
         """kv_score fp32 [T, 512], positions int64 [T]; everything else comes from the step's
         metadata."""
         metadata = get_forward_context().attn_metadata

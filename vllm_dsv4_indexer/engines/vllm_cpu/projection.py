@@ -36,14 +36,12 @@ class ExactProjection(UnquantizedLinearMethod):
     own layout, so it is the only copy, and vLLM's reload replaces it like any other.
     """
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         layer.weight = torch.nn.Parameter(
             projection.prepare_weight(layer.weight.detach()), requires_grad=False
         )
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return projection.project(x, layer.weight)
 
 
@@ -68,7 +66,7 @@ def exact_projections() -> Iterator[None]:
         DeepseekV4CPUAttention.__init__ = build
 
 
-def replace_projection(compressor: torch.nn.Module) -> None:
+def replace_projection(compressor: Any) -> None:
     """Raises UserError where the compressor's projection does not look as vLLM 0.32.0 builds it."""
     linear = compressor.fused_wkv_wgate
     method, shape = type(linear.quant_method).__name__, tuple(linear.weight.shape)
