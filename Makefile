@@ -27,10 +27,13 @@ serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001"
 	@$(RUN) vllm serve deepseek-v4 --attention-backend dsv4_indexer --max-model-len 8192 --kv-cache-memory-bytes 1G $(ARGS)
 
 test: lint .venv/beside.done ## check the sources, then run the tests (ARGS="tests/setup -k lock")
-	@$(RUN) pytest --durations=15 $(or $(ARGS),tests)
+	@$(RUN) pytest --durations=15 $(or $(ARGS),tests $(IN_TWO_PROCESSES))
 
 check: lint ## check the sources, then run the op's tests (under three minutes)
 	@$(RUN) pytest -q tests/op
+
+# Engines start on one core. tests/conftest.py says which tests stay together.
+IN_TWO_PROCESSES = -n 2 --dist loadgroup --no-loadscope-reorder
 
 TOOLS = .venv/tools/bin
 NATIVE = $(shell git ls-files '*.cpp' '*.h' '*.asc')

@@ -7,9 +7,32 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ["PATH"] = (
-    f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
-)
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as if activated
+
+TESTS = Path(__file__).parent
+# What shares engines or other things made once runs in one process (`make test` has two of them).
+# In this order, so that the long ones do not start last.
+GROUPS = {
+    "engine answers": ("engine/test_generation.py", "engine/test_state_save.py"),
+    "engine": ("engine",),
+    "engine_ascend": ("engine_ascend",),
+    "accuracy": ("accuracy",),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives every test a group: one of GROUPS, or else its folder's name."""
+    groups = {item: _group(item.path.relative_to(TESTS)) for item in items}
+    items.sort(key=lambda item: [*GROUPS, groups[item]].index(groups[item]))
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(path: Path) -> str:
+    for name, paths in GROUPS.items():
+        if any(path.is_relative_to(part) for part in paths):
+            return name
+    return path.parts[0]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 never notice."""
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,12 +130,16 @@ def test_other_backends_for_kinds_and_drafts_are_none_of_our_business(llama: Pat
 
 
 @pytest.fixture
-def warnings(caplog):
+def warnings(llama: Path, caplog, monkeypatch):
     """The warnings that our logger has given so far."""
+    configure(llama, None)  # in a process's first configuration, vLLM sets its loggers up again
+    ours = logging.getLogger("vllm.dsv4_indexer")
+    monkeypatch.setattr(ours, "handlers", [caplog.handler])
+    monkeypatch.setattr(ours, "propagate", False)
     return lambda: [
         record.message
         for record in caplog.records
-        if (record.name, record.levelname) == ("vllm.dsv4_indexer", "WARNING")
+        if (record.name, record.levelname) == (ours.name, "WARNING")
     ]
 
 
