@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from vllm.config import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
 
 from vllm_dsv4_indexer import plugin, selection
+from vllm_dsv4_indexer.engines import require_indexer
 from vllm_dsv4_indexer.engines.vllm_cpu import compressor as compressors
 from vllm_dsv4_indexer.engines.vllm_cpu import projection
 from vllm_dsv4_indexer.errors import UserError
@@ -172,6 +174,23 @@ def test_a_model_that_is_not_deepseek_v4_is_refused(llama: Path):
         and "supported: deepseek_v4" in message
         and "leave the option out" in message
     )
+
+
+def test_deepseek_v4_1_is_refused_with_what_serves_it():
+    config = SimpleNamespace(hf_config=SimpleNamespace(model_type="deepseek_v41"))
+    with pytest.raises(UserError, match="V4.1 has no indexer compressor .* vLLM's own attention"):
+        require_indexer(SimpleNamespace(model_config=config, parallel_config=None))
+
+
+def test_model_runner_v2_is_refused_with_the_variable_that_turns_it_off(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    message = refusal(checkpoint)
+    assert "Model Runner V2 is on" in message and "set VLLM_USE_V2_MODEL_RUNNER=0" in message
+
+
+def test_zentorch_is_refused_by_name(checkpoint, monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_zen_cpu", lambda _: True)
+    assert "zentorch is installed" in refusal(checkpoint)
 
 
 def test_an_index_topk_that_the_engine_cannot_do_is_refused(variant):

@@ -18,6 +18,12 @@ def require_indexer(vllm_config: Any) -> None:
     """Refuse a model that has no indexer, and the context parallelism that splits one request's
     pages over workers."""
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    if str(config.model_type).startswith("deepseek_v41"):
+        refuse(
+            "DeepSeek V4.1 has no indexer compressor (its ratios are 1 and 2)",
+            "DeepSeek V4 (Flash and Pro)",
+            "leave the option out: vLLM's own attention serves this model",
+        )
     if config.model_type != "deepseek_v4":
         refuse(
             f"the model is of type {config.model_type!r}",

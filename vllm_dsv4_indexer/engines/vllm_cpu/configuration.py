@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
 from vllm_dsv4_indexer.settings import Settings
@@ -51,6 +52,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     topk = getattr(vllm_config.model_config.hf_config, "index_topk", None)
     worker = vllm_config.parallel_config.worker_cls
     _refuse_unsupported_model(vllm_config.model_config)
+    if vllm_config.use_v2_model_runner:
+        refuse("Model Runner V2 is on", "Model Runner V1", "set VLLM_USE_V2_MODEL_RUNNER=0")
+    if current_platform.is_zen_cpu():
+        refuse("zentorch is installed", "vLLM's CpuPlatform", "uninstall zentorch")
     if topk != INDEX_TOPK:
         refuse(
             f"the model's index_topk is {topk}",
