@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint accuracy test-aarch64 ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint docs accuracy test-aarch64 ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ lint: venv .venv/tools.done ## check format, style, types, spelling and scripts,
 	@$(TOOLS)/mypy --python-executable $(BIN)/python
 	@$(TOOLS)/shellcheck .ci/run $(shell git ls-files '*.sh')
 	@$(TOOLS)/codespell
+
+docs: .venv/tools.done ## serve the documentation on port 8000, until Ctrl-C
+	@$(RUN) $(TOOLS)/mkdocs serve
 
 accuracy: venv ## find needles by length and depth, then with faults planted (3 minutes; ARGS="--lengths 65280")
 	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle

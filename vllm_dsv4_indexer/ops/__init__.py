@@ -144,30 +144,30 @@ def plan(
     max_pos: int,
     impl: str | None = None,
 ) -> Tensor:
-    """Checks a step and decides its windows, once for all layers whose caches have the same pages.
+    """Checks a step and decides its windows: once for all layers whose caches have the same pages.
 
     Args:
-        positions: [T] int64, the absolute position of each token.
+        positions: [T] int64, the position of each token in its request.
         token_to_req: [T] int32, each token's row of `inner_state_block_table`.
-        inner_state_slot_mapping: [T] int64, the state row of each token, `page * page_size + row`;
+        inner_state_slot_mapping: [T] int64, the state row of each token, `page * state_page + row`;
             -1 for none.
         inner_state_block_table: [R, M] int32, the state page of each `state_page` positions of a
-            request. Page 0 is the null page; the last 8 positions before a token that closes a
-            window need another one.
+            request. Page 0 is the null page. A token that closes a window needs other pages for its
+            own position and the seven before.
         k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
-        state_pages, state_page: how many pages `inner_state_cache` has, and of how many tokens (2,
-            4 or 8).
-        k_entries: how many entries `k_cache` has. max_pos: how many rows `cos_sin_cache` has.
-        impl: as of `compress`.
+        state_pages: how many pages `inner_state_cache` has.
+        state_page: how many tokens a state page has: 2, 4 or 8.
+        k_entries: how many entries `k_cache` has.
+        max_pos: how many rows `cos_sin_cache` has.
+        impl: see `compress`.
 
     Returns:
-        the plan, one int64 tensor on the same device; `contract.Plan.of` names its sections. It
-        holds nothing of the
-        arguments: it stays right when they are overwritten. A graph replays it from a persistent
-            buffer.
+        The plan: one int64 tensor on the same device. `contract.Plan.of` names its sections. It
+            copies what it needs, so it stays right when the arguments are overwritten. A graph can
+            replay it from a persistent buffer.
 
     Raises:
-        ContractError: as `compress`. Nothing of the step was written.
+        ContractError: see `compress`. Nothing of the step was written.
     """
     return torch.ops.dsv4_indexer.plan(
         positions,
@@ -186,9 +186,24 @@ def plan(
 def plan_requests(
     requests: Requests, tokens: int, extents: Extents, k_page: int, *, impl: str | None = None
 ) -> Tensor:
-    """`plan` for a step of so many tokens that is told by its requests, with `k_page` entries in a
-    K page. One launch where the implementation has a kernel for it; elsewhere tensor operations
-    make the step (requests.py)."""
+    """Makes the plan of a step from its requests, for an engine whose metadata do not list tokens.
+
+    It is one launch where the implementation has a kernel for it. Elsewhere tensor operations list
+    the tokens first.
+
+    Args:
+        requests: the requests of the step.
+        tokens: T, how many tokens the step has, padding included.
+        extents: those of the caches.
+        k_page: how many entries a K page has.
+        impl: see `compress`.
+
+    Returns:
+        The plan: see `plan`.
+
+    Raises:
+        ContractError: see `compress`. Nothing of the step was written.
+    """
     contract.check_requests(requests, tokens)
     contract.check_extents(extents)
     kernel = _functions(impl, requests.start_pos.device.type).plan_requests
@@ -213,11 +228,10 @@ def run(
     k_format: str = "fp8_pow2",
     impl: str | None = None,
 ) -> None:
-    """Runs one layer of a planned step: saves its state rows, stores its K entries. Arguments and
-    errors as of `compress`.
+    """Runs one layer of a planned step: saves its state rows and writes its K entries.
 
-    An engine that runs a layer step after step uses a `BoundLayer`, which checks the layer's
-    tensors once.
+    Arguments and errors are those of `compress`. An engine that runs a layer step after step uses a
+    `BoundLayer`, which checks the layer's tensors once.
     """
     torch.ops.dsv4_indexer.run(
         kv_score,
@@ -235,11 +249,10 @@ def run(
 
 
 class BoundLayer:
-    """`run` for one layer, whose tensors are checked once, when it is made, and must stay what they
-    are.
+    """`run` for one layer. It checks the layer's tensors once, when it is made.
 
-    Arguments and errors as of `compress`. Holds the tensors; if one of them gets another address,
-    it is followed.
+    Arguments and errors are those of `compress`. It holds the tensors, whose shapes must stay what
+    they are. If a tensor moves to another address, it is followed.
     """
 
     def __init__(
@@ -259,8 +272,12 @@ class BoundLayer:
         )
 
     def run(self, kv_score: Tensor, plan: Tensor) -> None:
-        """kv_score: [T, 512] fp32 or bf16. plan: that of the step, from `plan` with the same
-        `impl`."""
+        """Runs the layer.
+
+        Args:
+            kv_score: [T, 512] fp32 or bf16, the layer's projection.
+            plan: the step's plan, from `plan` with the same `impl`.
+        """
         if torch.compiler.is_compiling():
             ape, norm_weight, cos_sin, *caches = self.layer
             torch.ops.dsv4_indexer.run(
@@ -308,20 +325,28 @@ def compress(
     k_format: str = "fp8_pow2",
     impl: str | None = None,
 ) -> None:
-    """Saves the state rows of a batch and stores the K entries whose windows it closes: `plan` and
-    `run` in one call.
+    """Saves the state rows of a batch and writes the K entries of the windows that it closes.
+
+    It is `plan` and `run` in one call.
 
     A token at position p with a state slot saves the row `[kv | gate + ape[p % 4]]`. A token with
-    (p + 1) % 4 == 0 and a K slot also emits one entry: the rows of positions p-7 .. p are pooled by
-    a softmax per channel over their gates (front halves of the first four, back halves of the last
-    four), then RMSNorm, RoPE at position p-3, one rounding to bfloat16, quantisation.
+    (p + 1) % 4 == 0 and a K slot also writes one entry. The entry pools the rows of positions
+    p-7 .. p by a softmax per channel over their gates: front halves of the first four, back halves
+    of the last four. RMSNorm, RoPE at position p-3, one rounding to bfloat16 and quantisation
+    follow.
 
-    A window's row is the request's own token of this call; else the row of a token of this call, of
-    any request, with the same position and the state slot that this request's table gives it (a
-    prefix that is filled in the same call); else the state as it was before the call. So a token
-    without a state slot still counts in its own call. If a slot occurs twice, the last token wins.
-    A padding row has both slots -1; its position and request may be anything that no window of a
-    later token in this call asks for.
+    A window's row is the first of these that exists:
+
+    1. the row of the request's own token of this call at that position;
+    2. the row of a token of this call, of any request, with the same position and the state slot
+       that this request's table gives it (a prefix that is filled in the same call);
+    3. the state as it was before the call.
+
+    So a token without a state slot still counts in its own call. If a slot occurs twice, the last
+    token wins. A padding row has both slots -1. Its position and request may be anything that no
+    window of a later token in this call asks for.
+
+    The caches may be views of one storage with any page stride. Only their pages must not overlap.
 
     Args:
         kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the
@@ -329,25 +354,25 @@ def compress(
         ape: [4, 256] fp32, the gate's positional bias.
         norm_weight: [128] fp32 or bf16, the RMSNorm weight.
         cos_sin_cache: [max_pos, 64] fp32, 32 cosines then 32 sines of each position.
-        positions, token_to_req, inner_state_slot_mapping, inner_state_block_table, k_slot_mapping:
-            as of `plan`.
-        inner_state_cache: [pages, page_size, 512] fp32 rows; page_size is 2, 4 or 8. Read and
+        positions: see `plan`.
+        token_to_req: see `plan`.
+        inner_state_slot_mapping: see `plan`.
+        inner_state_block_table: see `plan`.
+        inner_state_cache: [pages, state_page, 512] fp32 rows; state_page is 2, 4 or 8. Read and
             written.
+        k_slot_mapping: see `plan`.
         k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry
             o's values at o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs,
             132], the same with bs entries a page. `int8_hadamard`: int8 [pages, bs, 128].
         k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8
             formats.
         eps: RMSNorm epsilon.
-        k_format: "fp8_pow2" (power-of-two scale, e4m3fn), "int8_hadamard" (Hadamard rotation, amax
-            / 127 scale) or "fp8_amax" (Hadamard rotation, amax / 448 scale, e4m3fn).
+        k_format: `fp8_pow2` (power-of-two scale, e4m3fn), `int8_hadamard` (Hadamard rotation, scale
+            amax / 127) or `fp8_amax` (Hadamard rotation, scale amax / 448, e4m3fn).
         impl: the name of an implementation; None for the default of the tensors' device.
 
-    The caches may be views of one storage with any page stride; only their pages must not overlap.
-
     Raises:
-        ContractError: (a ValueError) the arguments break the contract of contract.py; nothing was
-            written.
+        ContractError: (a ValueError) the arguments break the contract; nothing was written.
         UserError: `impl` is unknown, or there is none for the device and the format.
     """
     torch.ops.dsv4_indexer.compress(
@@ -370,12 +395,17 @@ def compress(
 
 
 def prepare(impl: str | None, device: str, k_format: str) -> None:
-    """Load an implementation and what it needs now, so that whatever is missing is known before the
-    first call.
+    """Loads an implementation now, so that whatever is missing is known before the first call.
 
-    Raises UserError (`impl` is unknown, or there is none for the device; a setting in the
-    environment is wrong) and NotInstalled (the native library, or something in torch that it needs,
-    is missing), which say what to do.
+    Args:
+        impl: see `compress`.
+        device: a device type, such as `cpu`.
+        k_format: see `compress`.
+
+    Raises:
+        UserError: `impl` is unknown, or there is none for the device and the format, or a setting
+            in the environment is wrong.
+        NotInstalled: the native library, or something in torch that it needs, is missing.
     """
     _functions(impl, device, k_format)
 
