@@ -144,6 +144,22 @@ def test_every_file_that_is_named_exists():
     assert [(page.name, path) for page, path in named if not exists(page, path)] == []
 
 
+def test_every_target_of_make_that_is_named_exists():
+    targets = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.M))
+    named = {word for _, words in commands("make") for word in words if "=" not in word}
+    assert len(named) > 5
+    assert named - targets == set()
+
+
+def test_every_command_of_ours_that_is_named_exists_and_takes_the_options():
+    wrong = []
+    for page, words in commands("vllm-dsv4-indexer"):
+        shown = help_of(command_in(words))
+        if "error:" in shown or options_in(words) - set(OPTION.findall(shown)):
+            wrong.append((page, " ".join(words)))
+    assert wrong == []
+
+
 def test_every_option_that_is_named_without_a_command_is_one_of_ours_or_of_vllm():
     ours = (help_of(command_in(words)) for _, words in commands("vllm-dsv4-indexer"))
     known = {*options_of_vllm(), *(option for shown in ours for option in OPTION.findall(shown))}
