@@ -1,12 +1,12 @@
-"""What the op `compress` accepts: geometry, argument table, checks and their messages.
+"""What the op accepts: geometry, argument tables, checks and their messages.
 
-Every implementation obeys this file. Metadata (dtype, shape, stride, device) is checked here for
-all of them and never reads a tensor. Values (slots, requests, positions, table entries) are checked
-by each implementation before it writes anything, in the order of `Violation`, token by token, and
-reported with the messages of this file.
+Every implementation obeys this file. It checks metadata (dtype, shape, stride, device) for all of
+them, without reading a tensor. Each implementation checks values (slots, requests, positions, table
+entries) itself, before it writes anything: in the order of `Violation`, token by token, with the
+messages of this file.
 
-Source of the numbers: DeepSeek-V4's configuration and vLLM 0.32's cache specs. csrc/layout.h
-repeats them for C++.
+The numbers come from DeepSeek-V4's configuration and vLLM 0.32's cache specs. csrc/layout.h repeats
+them for C++.
 """
 
 from enum import IntEnum
@@ -21,13 +21,11 @@ HEAD_DIM = 128  # channels of one K entry (index_head_dim)
 ROPE_DIM = 64  # its last channels, rotated in interleaved pairs
 RATIO = 4  # positions per entry
 WINDOW = 2 * RATIO  # positions pooled per entry: the previous group of four and the entry's own
-KV_WIDTH = 2 * HEAD_DIM  # one series for the next group's window, one for the row's own
+KV_WIDTH = 2 * HEAD_DIM  # front half for the next group's window, back half for the own group's
 ROW_WIDTH = 2 * KV_WIDTH  # a row is [kv 256 | gate 256]
 STATE_PAGES = (2, 4, 8)  # tokens per state page: vLLM has 4, vLLM Ascend 8, 4 or 2
 FP8_PAGE_ENTRIES = 64
-FP8_SCALE_OFFSET = (
-    FP8_PAGE_ENTRIES * HEAD_DIM
-)  # an fp8 page holds 64 x 128 values, then 64 fp32 scales
+FP8_SCALE_OFFSET = FP8_PAGE_ENTRIES * HEAD_DIM  # 64 x 128 values of a page, then 64 fp32 scales
 FP8_ENTRY_BYTES = HEAD_DIM + 4
 AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero entry finite
 FP8_MAX = 448.0
@@ -39,11 +37,11 @@ class ContractError(UserError):
 
 
 class Argument(NamedTuple):
-    """What a tensor of the op must be. A size is a number, or a symbol that must agree across
+    """What a tensor of the op must be. A size is a number, or a symbol that has one value in all
     arguments.
 
-    The last `dense` dimensions must be contiguous; the strides of the others are free, so that
-    caches may be views of an engine's shared storage.
+    The last `dense` dimensions must be contiguous. The others may have any stride, so that a cache
+    may be a view of an engine's shared storage.
     """
 
     sizes: tuple[int | str, ...]
@@ -63,7 +61,7 @@ def arguments_of(fields: type) -> dict[str, Argument]:
 
 
 class Step(NamedTuple):
-    """What a step's tokens are, and where their rows and entries go: the same for all layers of a
+    """A step's tokens, and where their rows and entries go. It is the same for all layers of a
     cache group."""
 
     positions: Annotated[Tensor, Argument(("T",), _INT64, "position of each token in its request")]
@@ -76,8 +74,8 @@ class Step(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer's weights and caches: the same in every step. The K caches depend on the format:
-    K_FORMATS."""
+    """A layer's weights and caches. They are the same in every step. The K caches depend on the
+    format: K_FORMATS."""
 
     ape: Annotated[Tensor, Argument((RATIO, KV_WIDTH), _FP32, "added to the gate", dense=2)]
     norm_weight: Annotated[Tensor, Argument((HEAD_DIM,), FLOATS, "of RMSNorm")]
@@ -90,8 +88,7 @@ class Layer(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """How far the values of a step may reach: those of the caches and tables that it is planned
-    for."""
+    """The sizes of the caches and tables that a step is planned for. They bound its values."""
 
     state_pages: Annotated[int, "pages of inner_state_cache"]
     state_page: Annotated[int, "tokens of a state page, one of STATE_PAGES"]
@@ -106,8 +103,10 @@ class Extents(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """A step that is told by its requests, as vLLM Ascend's metadata have it, and the pages of each
-    in two caches. Requests of a graph's padding have no tokens, or block 0 in their tables."""
+    """A step's requests and their pages in two caches, as vLLM Ascend's metadata have them.
+
+    Requests of a graph's padding have no tokens, or block 0 in their tables.
+    """
 
     query_start_loc: Annotated[
         Tensor, Argument(("R + 1",), _INT32, "first token of each request, and their end")
@@ -178,7 +177,7 @@ _LAYERS = {name: arguments_of(Layer) | caches for name, caches in K_FORMATS.item
 # ---- the plan ------------------------------------------------------------------------------------
 
 
-PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: another number for another arrangement
+PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: changes when the sections do
 STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
 PLAN_HEADER = 16  # numbers, of which PlanHeader names the first
 PLAN_WIDTH = 5 + WINDOW  # numbers per token
@@ -204,10 +203,10 @@ class PlanHeader(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The sections of a plan, which is one int64 tensor, as views.
+    """The sections of a plan, as views of it.
 
-    One tensor, so that a graph replays a plan from one persistent buffer and a layer's call carries
-    one argument.
+    A plan is one int64 tensor, so that a graph can replay it from one persistent buffer and a
+    layer's call has one argument for it.
     """
 
     header: Annotated[Tensor, Argument((PLAN_HEADER,), _INT64, "a PlanHeader, then zeros")]
@@ -231,17 +230,17 @@ class Plan(NamedTuple):
 
 
 def row_source(slot: Any) -> Any:
-    """The source that is the state row `slot`, and back."""
+    """The source that stands for the state row `slot`; and the slot of such a source."""
     return -2 - slot
 
 
 def plan_size(tokens: int) -> int:
-    """How many int64 a plan of that many tokens has."""
+    """How many int64 a plan for `tokens` has."""
     return PLAN_HEADER + PLAN_WIDTH * tokens
 
 
 def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
-    """Checks what can be told of a plan without reading it."""
+    """Checks a plan without reading it: its device, dtype and length. Raises ContractError."""
     if plan.device != device:
         raise ContractError(f"plan is on {plan.device}; expected {device}, the device of the layer")
     if plan.dtype is not torch.int64 or plan.dim() != 1 or not plan.is_contiguous():
@@ -250,38 +249,40 @@ def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
         )
     if len(plan) != plan_size(tokens):
         raise ContractError(
-            f"plan has {len(plan)} numbers, one for {tokens} tokens {plan_size(tokens)}: plan each "
-            "step"
+            f"plan has {len(plan)} numbers; expected {plan_size(tokens)} for {tokens} tokens: make "
+            "a plan for each step"
         )
 
 
 def check_plan_header(
     plan: Tensor, tokens: int, extents: Extents, layout: int = PLAN_LAYOUT
 ) -> None:
-    """Checks that a plan on the host was made for such an implementation, that many tokens, and no
-    larger caches."""
+    """Checks that a plan on the host fits: made for this implementation, for `tokens`, and for
+    caches that are no larger than `extents`. Raises ContractError."""
     header = PlanHeader(*plan[: len(PlanHeader._fields)].tolist())
     if header.layout != layout:
         raise ContractError(
-            "plan was not made by this version's `plan` for this implementation; plan the step "
+            "plan was not made for this implementation by this version's `plan`: make the plan "
             "again"
         )
     if header.tokens != tokens:
         raise ContractError(
-            f"plan is for {header.tokens} tokens, and kv_score has {tokens}: plan each step"
+            f"plan is for {header.tokens} tokens, and kv_score has {tokens}: make a plan for each "
+            "step"
         )
     for name, most in extents._asdict().items():
         planned = getattr(header, name)
         if planned > most or (name == "state_page" and planned != most):
             raise ContractError(
-                f"plan is for caches of {name} {planned}, and the layer's have {most}"
+                f"plan is for caches of {name} {planned}, but the layer's have {most}: plan with "
+                "the layer's extents"
             )
 
 
 # ---- metadata ------------------------------------------------------------------------------------
 
 
-# A number among the sizes is a symbol bound to itself.
+# A number among the sizes counts as a symbol that has its own value.
 _NUMBERS: dict[int | str, int] = {
     n: n
     for arguments in (_KV_SCORE, *_LAYERS.values())
@@ -292,7 +293,7 @@ _NUMBERS: dict[int | str, int] = {
 
 
 def check_call(call: Call, k_format: str) -> None:
-    """Checks the tensors of `compress` against the table of `k_format`; raises ContractError."""
+    """Checks the tensors of `compress`. Raises ContractError, as all checks here do."""
     _check_scales(call.k_scale_cache, k_format)
     _check(call._asdict(), _KV_SCORE | _STEP | _LAYERS[k_format])
 
@@ -397,8 +398,8 @@ def _is_dense(tensor: torch.Tensor, dims: int) -> bool:
 
 
 class Violation(IntEnum):
-    """What a value can break, in the order in which the checks of one token run. csrc/cpu/abi.h
-    repeats the codes."""
+    """What can be wrong with a value, in the order in which a token's values are checked.
+    csrc/cpu/abi.h repeats the codes."""
 
     STATE_SLOT = 1
     K_SLOT = 2
@@ -446,6 +447,6 @@ _MESSAGES = {
 def violation_error(
     code: int, *, token: int, request: int, position: int, value: int, bound: int, needed: int = 0
 ) -> ContractError:
-    """The error for one violation; `needed` is the window position that a table violation is
-    about."""
+    """The error for one violation. `needed`: the position of the window's row that the block table
+    does not have."""
     return ContractError(_MESSAGES[Violation(code)].format_map(locals()))

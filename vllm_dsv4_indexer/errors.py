@@ -1,14 +1,14 @@
-"""The errors that are meant for users."""
+"""The errors that a user can mend."""
 
 
 class UserError(ValueError):
-    """Something that the user asked for or set cannot be honoured: the message says what was found
-    and what to do.
+    """What the user asked for cannot be done. The message says what was found and what to do.
 
-    Every error that a user can mend is of this class, and our commands print it as one line. Any
-    other exception is a fault of ours or of a library, and keeps its traceback.
+    Every error that a user can mend is of this class. Our commands print it as one line. Any other
+    exception is a fault of ours or of a library, and keeps its traceback.
     """
 
 
 class NotInstalled(UserError, ImportError):
-    """What is needed is missing, or is not the one that fits: the message says how to get it."""
+    """Something that is needed is missing or has the wrong version. The message says how to get
+    it."""

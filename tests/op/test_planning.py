@@ -100,9 +100,12 @@ def test_the_sections_say_what_the_step_is(impl):
 
 
 WRONG = [
-    (lambda b, p: (b.take(slice(0, 12)), p), "plan has 224 numbers, one for 12 tokens 172"),
+    (lambda b, p: (b.take(slice(0, 12)), p), "plan has 224 numbers; expected 172 for 12 tokens"),
     (lambda b, p: (b, p.int()), "plan is torch.int32"),
-    (lambda b, p: (b, torch.zeros_like(p)), "plan was not made by this version's `plan`"),
+    (
+        lambda b, p: (b, torch.zeros_like(p)),
+        "plan was not made for this implementation by this version's `plan`",
+    ),
     (lambda b, p: (b, p.to("meta")), "plan is on meta; expected cpu"),
     (
         lambda b, p: (replace(b, cos_sin_cache=b.cos_sin_cache[:20]), p),

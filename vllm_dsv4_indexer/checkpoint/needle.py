@@ -1,26 +1,26 @@
 """A DeepSeek-V4 checkpoint that does one thing: it finds the value that follows a key, by the
 indexer alone.
 
-A document (`accuracy/document.py`) is full of pairs: a key token, and in the next position its
-value token. A question token, which has no key or value of its own, makes the model say the value
-of one pair:
+A document (`accuracy/document.py`) is full of pairs: a key token, and its value token in the next
+position. A question token, which has no key or value of its own, makes the model say the value of
+one pair:
 
-- `QUESTIONS[i]` asks for the pair of key i. To the indexer all keys look nine tenths alike, so
-every other pair of the
-  document is a near miss, and a needle whose score falls by a tenth is no longer among the 512 that
-  attention sees;
-- `DISTANCES[i]` asks for the pair whose entry starts 4 i positions before the question. The keys
-are then all the
-  same to the indexer, and RoPE decides.
+- `QUESTIONS[i]` asks for the pair of key i. To the indexer all keys look nine tenths alike. So
+  every other pair of the document is a near miss: a needle whose score falls by a tenth is no
+  longer among the 512 that attention sees.
+- `DISTANCES[i]` asks for the pair whose entry starts 4 i positions before the question. Then all
+  keys are the same to the indexer, and RoPE decides.
 
-How: each entry of the one layer of ratio 4 holds at most one pair, its key at the offsets -1 to 2
-of its group of four and the value one later. The gates open for key tokens in the channels of the
-key and for value tokens in those of the value; the positional bias shuts a key out of the second of
-the two windows that it lies in. So the entry of the indexer is the code of its key, that of the
-attention the code of its key and its value. The attention among the selected entries is sharp, and
-what it finds goes to the head. Decoys are pairs whose keys are the opposite of all others: one that
-leaks into the entry of a neighbour erases it. All else, experts, sliding window and ratio 128, adds
-nothing, and with zero weights the four residual streams ("hyper-connections") stay equal.
+How it works: one layer has ratio 4. Each of its entries has at most one pair: the key at the
+offsets -1 to 2 of its group of four, the value one later. The gates open for key tokens in the
+channels of the key, and for value tokens in those of the value. A key lies in two windows; the
+positional bias shuts it out of one. So an entry of the indexer is the code of its key, and an entry
+of the attention is the code of its key and its value. The attention among the selected entries is
+sharp, and what it finds goes to the head.
+
+Decoys are pairs whose keys are the opposite of all others. A decoy that leaks into a neighbour's
+entry erases it. Experts, sliding window and ratio 128 add nothing. With zero weights the four
+residual streams ("hyper-connections") stay equal.
 
 Tokens that are not named here are filler.
 """
@@ -40,9 +40,8 @@ from .config import (
 from .weights import Zeros, tensors
 
 LAYERS, HIDDEN = 3, 256  # of compress ratios 0, 4 and 128
-LEAST = dict(
-    num_attention_heads=2, o_groups=2, index_n_heads=2, moe_intermediate_size=32
-)  # for two workers, and fast
+# The least that two workers can share: fast.
+LEAST = dict(num_attention_heads=2, o_groups=2, index_n_heads=2, moe_intermediate_size=32)
 ATTENTION = "layers.1.attn."
 INDEXER = f"{ATTENTION}indexer."
 
@@ -55,9 +54,9 @@ DISTANCES = range(70_000, 70_000 + len(KEYS))
 
 ALIKE = 0.9  # the cosine of two keys, to the indexer
 CODE = 64  # numbers of a key's code
-# pairs of RoPE channels that YaRN (original length 65536, beta 32) leaves alone: theta^(-i / 32)
+# Pairs of RoPE channels that YaRN (original length 65536, beta 32) leaves alone: theta^(-i / 32).
 PHASES = 15
-# the significand of an entry's largest magnitude above which the exponent of its scale is one more
+# Above this significand of an entry's largest magnitude, the exponent of its scale is one more.
 CARRY = 1.75
 
 # Channels of the hidden state: what kind of token, which key, which value, what distance.
@@ -72,22 +71,17 @@ CODES, VALUE_CODES, PHASE_CODES = (
 # which hold a constant.
 ENTRY_VALUES, ROTATED = slice(CODE, CODE + len(VALUES)), ATTENTION_HEAD_DIM - ROPE_DIM
 
-LENGTH = (
-    HIDDEN / 2
-) ** 0.5  # of a token's kind and of its code: together such that RMSNorm changes no token
-OPEN, SHUT = (
-    16.0,
-    -48.0,
-)  # gate of a key in the channels of keys; positional bias where it must not come in
-KEY_SHARPNESS, DISTANCE_SHARPNESS = (
-    4.0,
-    8.0,
-)  # of attention: the needle stands 50 and 70 nats above nothing
-# Of the distance in the indexer's score, against the common part of the keys. With one pair of
-# channels, in 32K tokens 512 entries lie within fp8's error of the needle; with many, a rotation
-# wrong by a few positions leaves it among the top 512.
+# The length of a token's kind, and of its code: with both, RMSNorm changes no token.
+LENGTH = (HIDDEN / 2) ** 0.5
+# The gate of a key in the channels of keys; the positional bias where a key must stay out.
+OPEN, SHUT = 16.0, -48.0
+# Of attention: the needle's score is 50 and 70 nats above that of nothing.
+KEY_SHARPNESS, DISTANCE_SHARPNESS = 4.0, 8.0
+# The weight of the distance in the indexer's score, against the common part of the keys. With one
+# pair of channels, 512 entries of 32K tokens are within fp8's error of the needle. With many pairs,
+# a rotation that is wrong by a few positions leaves the needle among the top 512.
 NEAR_PAIRS, NEARNESS = 2, 3.0
-LOGIT = 2.0  # the value that was found stands 22 above all other tokens
+LOGIT = 2.0  # the logit of the value that was found is 22 above all others
 
 
 def needle_config() -> dict[str, Any]:
@@ -96,7 +90,7 @@ def needle_config() -> dict[str, Any]:
 
 
 def needle_tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint, by name; `seed` draws the codes of the keys."""
+    """The tensors of the checkpoint, by name. `seed` decides the codes of the keys."""
     weights = dict(tensors(config, Zeros()))
     codes = _codes(len(KEYS) + len(DECOYS), seed)
     _set_tokens(weights, codes)
@@ -106,8 +100,8 @@ def needle_tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
 
 
 def _codes(count: int, seed: int) -> torch.Tensor:
-    """[count, CODE]: random unit vectors, orthogonal to the common part of the keys, which is equal
-    in every channel."""
+    """[count, CODE]: random unit vectors. They are orthogonal to the common part of the keys, which
+    is equal in every channel."""
     codes = torch.randn(count, CODE, generator=torch.Generator().manual_seed(seed))
     codes -= codes.mean(dim=1, keepdim=True)
     return codes / codes.norm(dim=1, keepdim=True)
@@ -132,17 +126,17 @@ def _set_tokens(weights: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
 
 
 def _phases(count: int) -> torch.Tensor:
-    """[count, 2 PHASES] of length 1. RoPE turns a key at position s by s and a question at t by t,
-    in each pair of channels by its own unit of angle; one that asks for the distance d starts at
-    -d, and so has the angle of a key at t - d."""
+    """[count, 2 PHASES], of length 1. In each pair of channels RoPE turns a key at position s by s
+    units of angle, and a question at t by t. A question for the distance d starts at -d, so it has
+    the angle of a key at t - d."""
     frequencies = COMPRESS_ROPE_THETA ** (-2 * torch.arange(PHASES, dtype=torch.float64) / ROPE_DIM)
     angles = -4 * torch.arange(count)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1).float() / PHASES**0.5
 
 
 def _set_indexer(weights: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
-    """An entry: the common part and the code of its key, of length 1 together, and a constant in
-    the rotated channels, also of length 1. Only the first head is used."""
+    """An entry is the common part and the code of its key, together of length 1, and a constant in
+    the rotated channels, of length 1 too. Only the first head is used."""
     common, own, unit = (ALIKE / CODE) ** 0.5, (1 - ALIKE) ** 0.5 * torch.eye(CODE), 1 / LENGTH
     for half in weights["compressor.wkv.weight"].split(INDEX_HEAD_DIM):
         half[:CODE, KEY], half[:CODE, DECOY] = unit * common, -unit * common
@@ -165,9 +159,9 @@ def _set_indexer(weights: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
 
 
 def _set_attention(weights: dict[str, torch.Tensor]) -> None:
-    """An entry: the code of the key, the value, and a constant in the rotated channels, each of
-    length 1. Only the first head is used, and of the compressed entries alone: the keys of the
-    sliding window are zero."""
+    """An entry is the code of the key, the value, and a constant in the rotated channels, each of
+    length 1. Only the first head is used, and only for compressed entries: the keys of the sliding
+    window are zero."""
     unit = 1 / LENGTH
     for half in weights["compressor.wkv.weight"].split(ATTENTION_HEAD_DIM):
         half[:CODE, CODES] = unit * torch.eye(CODE)
@@ -194,7 +188,7 @@ def _set_attention(weights: dict[str, torch.Tensor]) -> None:
 
 
 def _shut_keys_out(bias: torch.Tensor) -> None:
-    """Of the two entries whose windows hold a key: the next one, if the key is the last of its
-    group, else its own."""
+    """A key lies in two windows. It stays in the next group's if it is the last of its group, else
+    in its own group's. The bias shuts it out of the other."""
     previous, own = bias.chunk(2, dim=1)
     previous[:3] = own[3] = SHUT

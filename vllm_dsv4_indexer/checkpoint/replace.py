@@ -1,9 +1,8 @@
-"""A directory that is written aside and then takes the place of an earlier one, which no
-interruption can lose.
+"""Replaces a directory by a new one, so that no interruption can lose the earlier one.
 
-A directory cannot be renamed onto one that is not empty, so the earlier one must step aside for a
-moment. It does so into a hidden directory beside it. Whatever ends the run in that moment, the
-earlier one is put back: by this run, or, if it was killed, by the next.
+A directory cannot be renamed onto one that is not empty. So for a moment the earlier one is moved
+into a hidden directory beside it. If the run ends in that moment, the earlier one is put back: by
+this run, or by the next one if this was killed.
 """
 
 import fcntl
@@ -18,7 +17,7 @@ from ..errors import UserError
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """An empty directory to write to, which becomes `target` unless an error leaves the context.
+    """Gives an empty directory to write to. It becomes `target`, unless the block raises.
 
     Raises UserError if another process is writing the same target.
     """
@@ -28,7 +27,7 @@ def replacing(target: Path) -> Iterator[Path]:
     lock = _lock(aside, target)
     try:
         _put_back(earlier, target)
-        for leftover in (new, earlier):  # of a run that was killed; what was replaced is not needed
+        for leftover in (new, earlier):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir()
         yield new
@@ -47,8 +46,7 @@ def _put_back(earlier: Path, target: Path) -> None:
 
 
 def _lock(directory: Path, target: Path) -> int:
-    """A descriptor that holds the directory until it is closed, at the latest when this process
-    ends."""
+    """Locks the directory. The lock ends when the descriptor is closed, or with this process."""
     lock = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

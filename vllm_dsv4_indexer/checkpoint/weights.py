@@ -21,29 +21,27 @@ from .config import (
     VOCABULARY,
 )
 
-# Scales. A linear layer of gain g has weights of deviation g / sqrt(inputs), so it turns unit-size
-# inputs into outputs of size g.
-KV_GAIN, GATE_GAIN = (
-    1.9,
-    3.3,
-)  # the real indexer compressor: deviations 0.0293 and 0.0512 of 4096 inputs (pypto-lib's
-APE_STD, POOL_GAMMA = 0.153, 0.685  # fixtures, which state them for layers 8 and 32 of Flash)
+# A linear layer of gain g has weights of deviation g / sqrt(inputs): it makes outputs of size g
+# from inputs of size 1.
+
+# The real indexer compressor's: deviations 0.0293 and 0.0512 of 4096 inputs. pypto-lib's fixtures
+# state these, and the next two, for layers 8 and 32 of Flash.
+KV_GAIN, GATE_GAIN = 1.9, 3.3
+APE_STD, POOL_GAMMA = 0.153, 0.685
 GAMMA_SPREAD = 0.26  # relative
-# key norm, thus the deviation of attention scores: with 1, hundreds of rows average to nothing
+# The norm of the keys, and so the deviation of attention scores: with 1, hundreds of rows would
+# average to nothing.
 ATTENTION_GAMMA = 2.0
-# of attention: fp8 keys move its output by 5 %, which with 1 would change every fifth greedy token
+# fp8 keys move the output of attention by 5 %. With 1 that would change every fifth greedy token.
 OUTPUT_GAIN = 0.3
-SHARED_GAIN, ROUTED_GAIN = (
-    0.5,
-    0.1,
-)  # rounding may pick another expert for a token: that should show but faintly
-LOGIT_GAIN = (
-    3.3  # deviation of the logits over the vocabulary: 0 is uniform, 4.8 would freeze on one token
-)
+# Rounding may pick another expert for a token. That should have a small effect.
+SHARED_GAIN, ROUTED_GAIN = 0.5, 0.1
+# The deviation of the logits over the vocabulary: 0 is uniform, 4.8 would repeat one token.
+LOGIT_GAIN = 3.3
 
 
 class Draw:
-    """Random tensors from one seeded stream: the order in which they are drawn decides their
+    """Random tensors from one seeded stream. The order in which they are drawn decides their
     values."""
 
     def __init__(self, seed: int):
@@ -65,7 +63,7 @@ class Draw:
 
 
 class Zeros(Draw):
-    """No effect: zero weights, and norms that only normalise."""
+    """Tensors without an effect: zero weights, and norms that only normalise."""
 
     def __init__(self) -> None:
         pass
@@ -81,7 +79,7 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def tensors(config: dict[str, Any], draw: Draw) -> Tensors:
-    """Every tensor of the checkpoint that `config` describes, by name."""
+    """The name and value of every tensor of the checkpoint that `config` describes."""
     hidden = config["hidden_size"]
     yield "embed.weight", draw.normal(VOCABULARY, hidden).bfloat16()
     for layer, ratio in enumerate(config["compress_ratios"]):
@@ -98,8 +96,7 @@ def tensors(config: dict[str, Any], draw: Draw) -> Tensors:
 
 
 def _hyper_connection(draw: Draw, prefix: str, hidden: int) -> Tensors:
-    """Weights of a block's input (one per stream), of its output (one per stream), and between the
-    streams."""
+    """The weights of a block's input and output, one per stream each, and those between streams."""
     return _mixing(draw, prefix, hidden, outputs=STREAMS + STREAMS + STREAMS**2, scales=3)
 
 
@@ -141,8 +138,7 @@ def _attention(draw: Draw, prefix: str, config: dict[str, Any], ratio: int) -> T
 def _compressor(
     draw: Draw, prefix: str, hidden: int, ratio: int, head_dim: int, gamma: float
 ) -> Tensors:
-    # Ratio 4 pools overlapping windows: each token has one row for the next entry and one for its
-    # own.
+    # Ratio 4 pools overlapping windows: a token has one half for the next entry, one for its own.
     width = 2 * head_dim if ratio == 4 else head_dim
     yield f"{prefix}wkv.weight", draw.linear(width, hidden, KV_GAIN)
     yield f"{prefix}wgate.weight", draw.linear(width, hidden, GATE_GAIN)

@@ -1,14 +1,14 @@
 """The ops `dsv4_indexer::plan`, `run` and `compress`: schemas, fake implementations and dispatch.
 
-`plan` once a step: check all values, decide which windows the step closes and where their rows come
-from. `run` once a layer, with the step's plan. `compress` is both in one call.
+`plan` runs once a step. It checks all values and decides which windows the step closes and where
+their rows come from. `run` runs once a layer, with the step's plan. `compress` is both in one call.
 
-An implementation is a module of this folder with two functions, which take checked metadata:
+An implementation is a module of this folder with two functions. Their tensors are checked already:
 
     plan(step, extents) -> Tensor             checks the values; writes nothing but the plan
-    bind(layer, eps=..., k_format=...)        a function of kv_score and a plan, which runs the
-                                              layer and returns how many entries it wrote, or None
-                                              if only the device knows
+    bind(layer, eps=..., k_format=...)        returns a function of kv_score and a plan, which runs
+                                              the layer and returns how many entries it wrote, or
+                                              None if only the device knows
 
 To add one, write the module and its line in `IMPLEMENTATIONS`.
 """
@@ -29,8 +29,8 @@ from .requests import step_of
 
 
 class Functions(NamedTuple):
-    """The functions of an implementation; the third is for engines whose metadata tell a step by
-    its requests."""
+    """The functions of an implementation. The third is for engines whose metadata list requests,
+    not tokens."""
 
     plan: Callable[[Step, Extents], Tensor]
     bind: Callable[..., Callable[[Tensor, Tensor], int | None]]
@@ -38,8 +38,8 @@ class Functions(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """How to load an implementation, its formats, and the device types that it serves: none named
-    means every one, if asked for. The default of a device is the first that names it."""
+    """How to load an implementation, its formats, and its device types. Without device types it
+    serves every device, but only by name. The default of a device is the first that names it."""
 
     load: Callable[[], Functions]
     k_formats: tuple[str, ...]
@@ -49,7 +49,7 @@ class Implementation(NamedTuple):
 def _cpu() -> Functions:
     from . import cpu
 
-    cpu.native()  # whatever is wrong with the library is known before the first call
+    cpu.native()  # finds now what is wrong with the library
     return Functions(cpu.plan, cpu.bind)
 
 
@@ -89,14 +89,14 @@ IMPLEMENTATIONS = {
 
 @dataclass
 class Work:
-    """What the op has done in this process: the proof that an engine really calls it. A call is one
-    layer's."""
+    """What the op has done in this process: the proof that an engine calls it. A call is one layer
+    of a step."""
 
     plans: int = 0
     calls: int = 0
     tokens: int = 0
     entries: int = 0
-    seconds: float = 0.0  # that plans and calls took; on a CPU until the last byte was written
+    seconds: float = 0.0  # in plans and calls; on a CPU until the last byte was written
     uncounted: int = 0  # calls whose entries only the device knows
 
     def __str__(self) -> str:

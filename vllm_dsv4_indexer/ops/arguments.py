@@ -1,8 +1,8 @@
-"""The fields of the native libraries' C structs, from tensors: csrc/cpu/abi.h and csrc/ascend/abi.h
-explain them.
+"""The fields of the native libraries' C structs, made from tensors. csrc/cpu/abi.h and
+csrc/ascend/abi.h explain them.
 
-Packed into bytes they cost less than a `ctypes.Structure`, which sets each field by its name. The
-addresses do not keep the tensors alive.
+Bytes are faster to pack than a `ctypes.Structure`, which sets each field by name. The addresses do
+not keep the tensors alive.
 """
 
 from torch import Tensor, bfloat16, float16
@@ -71,7 +71,7 @@ def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, 
     """The values of LAYER_FIELDS; `k_format` is the library's number for it."""
     ape, norm_weight, cos_sin, state, k_cache, k_scale = layer
     scale: tuple[int, ...]
-    if k_scale is None:  # an fp8 page is opaque
+    if k_scale is None:  # the scales are in the fp8 page
         k_entry_stride, scale = HEAD_DIM, (0, 0, 0, 0)
     else:
         k_entry_stride = k_cache.stride(1)

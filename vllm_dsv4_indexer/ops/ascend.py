@@ -1,11 +1,12 @@
-"""The op on Ascend NPUs: hands the tensors' addresses to the native library (csrc/ascend), on the
+"""The op on Ascend NPUs: gives the tensors' addresses to the native library (csrc/ascend), on the
 current stream.
 
-Nothing here waits for the device, so values are not checked: a row whose slot is out of range or in
-page 0 is not written, a window's row without a page counts for nothing, and a layer that a plan
-does not fit stays as it is. What the kernels cannot do is refused with the table of
-csrc/ascend/tiling.h. One condition beyond the op's own, kept by vLLM Ascend: the slots of a call
-are unique, and a slot has one position. csrc/ascend/README.md says why.
+Nothing here waits for the device, so values are not checked. A row whose slot is out of range or in
+page 0 is not written. A window's row without a page is left out. A plan that does not fit a layer
+does nothing. csrc/ascend/tiling.h lists what the kernels can do; anything else is refused.
+
+One condition is stricter than the op's own, and vLLM Ascend keeps it: the slots of a call are
+unique, and a slot has one position. csrc/ascend/README.md says why.
 """
 
 import ctypes
@@ -44,8 +45,8 @@ _REFUSED = 1
 
 
 def plan(step: Step, extents: Extents, *, algorithm: str = "one_pass") -> Tensor:
-    """See `vllm_dsv4_indexer.ops.plan`; one launch. The other algorithms are kept for comparison:
-    their plans have all rows in the state."""
+    """See `vllm_dsv4_indexer.ops.plan`. It is one launch. The plans of the other algorithms, which
+    are for comparison, take all rows from the state."""
     made = _empty_plan(step.positions.shape[0], step.positions.device)
     of_requests = (0,) * len(_OF_REQUESTS)
     arguments = _PLAN.pack(
@@ -56,8 +57,8 @@ def plan(step: Step, extents: Extents, *, algorithm: str = "one_pass") -> Tensor
 
 
 def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int) -> Tensor:
-    """The plan of a step of so many tokens that is told by its requests, as `requests.step_of`
-    says; one launch. `k_page`: entries of a K page."""
+    """See `vllm_dsv4_indexer.ops.plan_requests`. It is one launch, and gives the plan of the step
+    that `requests.step_of` lists."""
     starts, start_pos, table, k_table, slot_mapping = requests
     made = _empty_plan(tokens, start_pos.device)
     unlisted = dict.fromkeys(("positions", "token_to_req", "state_slots", "k_slots"), 0)
@@ -84,7 +85,7 @@ def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int
 
 
 class Bound:
-    """A layer's tensors as the library takes them: packed once, and again if one has moved."""
+    """A layer's tensors, packed for the library: once, and again if one has moved."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
         self._layer, self._eps, self._k_format = layer, eps, _K_FORMATS[k_format]
@@ -94,7 +95,7 @@ class Bound:
         self._packed = b""
 
     def __call__(self, kv_score: Tensor, plan: Tensor) -> None:
-        """Runs the layer. How many entries it writes only the device knows."""
+        """Runs the layer. Only the device knows how many entries it writes."""
         if kv_score.dtype is not torch.float32:
             raise contract.ContractError(
                 f"kv_score has dtype {kv_score.dtype}; on NPUs the projection gives torch.float32"
@@ -127,7 +128,8 @@ def _empty_plan(tokens: int, device: torch.device) -> Tensor:
 
 
 def _signs(slots: Tensor | None) -> dict[str, int]:
-    """The kernel looks at signs of int32 alone: an int64 is read as the second of its halves."""
+    """The fields for `slot_mapping`. The kernel reads signs of int32 alone: of an int64, those of
+    its second half."""
     if slots is None:
         return {"slot_mapping": 0, "slot_mapping_stride": 0}
     halves = slots.itemsize // 4
@@ -136,7 +138,8 @@ def _signs(slots: Tensor | None) -> dict[str, int]:
 
 
 def _launch(function: Callable[..., int], device: torch.device, arguments: bytes) -> None:
-    """Raises ContractError for what is refused, RuntimeError with what CANN says of the launch."""
+    """Raises ContractError if the kernels refuse the call, RuntimeError with CANN's message if the
+    launch fails."""
     message = ctypes.create_string_buffer(1000)
     outcome = function(arguments, _stream(device), message, len(message))
     if outcome:

@@ -1,9 +1,9 @@
-"""The op on CPUs: hands the tensors' addresses to the native library (csrc/cpu), on torch's own
-threads.
+"""The op on CPUs: gives the tensors' addresses to the native library (csrc/cpu), which runs on
+torch's threads.
 
 The library is loaded when the implementation is asked for. It has a C interface, so one binary
-serves every Python and every torch from 2.10. It is written for three instruction sets with bitwise
-equal results, and takes the best that the CPU has; the environment variable DSV4_INDEXER_ISA
+serves every Python and every torch from 2.10 on. It has code for three instruction sets, which give
+the same bits, and takes the best that the CPU has. The environment variable DSV4_INDEXER_ISA
 (avx512, avx2 or generic) names another.
 """
 
@@ -82,8 +82,7 @@ def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
 
 
 class Bound:
-    """A layer's tensors, as the library takes them: packed once, and again if one of them has
-    moved."""
+    """A layer's tensors, packed for the library: once, and again if one has moved."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
         self._layer, self._eps, self._k_format = layer, eps, K_FORMATS[k_format]
@@ -147,8 +146,8 @@ def native() -> Native:
 
 
 def algorithm_for(library: ctypes.CDLL, name: str, isa: str) -> Callable[..., int] | None:
-    """The library's function for an algorithm and an instruction set, None if it or the CPU has
-    none."""
+    """The library's function for an algorithm and an instruction set; None if the library or the
+    CPU lacks it."""
     library.dsv4_indexer_run_for.restype = ctypes.c_void_p
     address = library.dsv4_indexer_run_for(name.encode(), isa.encode())
     function = ctypes.CFUNCTYPE(

@@ -1,4 +1,4 @@
-"""Where the native libraries are, and whether they are those of this package."""
+"""Finds the native libraries, and refuses one that was built from other sources."""
 
 import contextlib
 import ctypes
@@ -18,11 +18,10 @@ _INSTALL = (
 
 
 def load_library(library: str, folder: str) -> ctypes.CDLL:
-    """The native library that was built from the sources of this package: beside it, or where the
-    installed distribution has it (an editable one).
+    """Loads the native library that was built from this package's sources.
 
-    folder: of its sources in csrc. Raises NotInstalled where there is none, or only one that was
-    built from others.
+    It is beside the package, or where an editable installation has it. `folder`: its sources in
+    csrc. Raises NotInstalled if there is none, or only one that was built from other sources.
     """
     unfit = []
     for path in filter(Path.exists, _candidates(library)):
@@ -59,8 +58,8 @@ def _built_from(library: ctypes.CDLL) -> str:
 
 @functools.cache
 def _sources(folder: str) -> str | None:
-    """The digest of this checkout's sources, as csrc/CMakeLists.txt makes it. None where the
-    package is installed without them: then the library came with it."""
+    """The digest of this checkout's sources, as csrc/CMakeLists.txt makes it. None if there are no
+    sources: then the package was installed with its library."""
     csrc = PACKAGE.parent / "csrc"
     if not (csrc / "CMakeLists.txt").exists():
         return None

@@ -1,15 +1,13 @@
-"""The projection in front of `compress`, `kv_score = x @ weight.T`, without a rounding to bfloat16:
-products of bfloat16 are exact in fp32 and are added up in fp32. The op `dsv4_indexer::project`, on
-CPUs.
+"""The op `dsv4_indexer::project` on CPUs: the projection `kv_score = x @ weight.T`, not rounded to
+bfloat16. Products of bfloat16 are exact in fp32, and are summed in fp32.
 
     bf16_dot   csrc/cpu/projection.cpp: instructions that multiply pairs of bfloat16 (AVX512_BF16).
-               A token's row has the same bits whatever the call. The weight takes the memory that
-               it had.
-    fp32       torch.mm, operands widened: the weight once, which doubles its memory, x in blocks.
+               A token's row has the same bits in any call. The weight takes the memory that it had.
+    fp32       torch.mm on widened operands: the weight once, which doubles its memory, x in blocks.
 
-Which is faster is a property of the core: with AVX512_BF16 AMD's do twice as many products in the
-same time as with fp32 multiply-adds, Intel's half as many (measured on a core of Zen 4: 232 against
-116 GFLOP/s, of Emerald Rapids: 86 against 177).
+Which is faster depends on the core. With AVX512_BF16, AMD's cores do twice as many products in the
+same time as with fp32 multiply-adds, and Intel's half as many (a core of Zen 4: 232 against 116
+GFLOP/s, of Emerald Rapids: 86 against 177).
 """
 
 import ctypes
@@ -30,27 +28,28 @@ _library.define("project(Tensor x, Tensor weight) -> Tensor")
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns kv_score [T, 512] in fp32, from hidden states x [T, hidden] and a weight made by
+    """Returns kv_score [T, 512] in fp32. `x`: hidden states [T, hidden]. `weight`: from
     `prepare_weight`.
 
-    Raises ValueError where x does not fit the weight.
+    Raises ValueError if x does not fit the weight.
     """
     return torch.ops.dsv4_indexer.project(x, weight)
 
 
 @functools.cache
 def methods() -> tuple[str, ...]:
-    """The methods that this CPU has, the fastest first."""
+    """The methods that this CPU has, fastest first."""
     native = cpu.native()
     rank = native.library.dsv4_indexer_bf16_dot() if native.isa == "avx512" else 0
     return {0: ("fp32",), 1: ("fp32", "bf16_dot"), 2: ("bf16_dot", "fp32")}[rank]
 
 
 def prepare_weight(weight: Tensor, method: str | None = None) -> Tensor:
-    """The weight [512, hidden], rows 0..255 wkv and 256..511 wgate, as `project` wants it.
+    """The weight in the layout of `project`.
 
-    method: one of `methods()`, by default the first. bf16_dot wants bfloat16 and an even hidden
-    size; any other weight is for fp32.
+    weight: [512, hidden], rows 0..255 wkv and 256..511 wgate.
+    method: one of `methods()`, by default the first. bf16_dot needs bfloat16 and an even hidden
+    size; any other weight is prepared for fp32.
     """
     rows, hidden = weight.shape
     if rows != ROW_WIDTH:

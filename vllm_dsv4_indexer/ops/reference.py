@@ -1,9 +1,7 @@
-"""The definition of `compress`, in eager torch: short and slow. Equations: section 2 of
-DeepSeek-V4's indexer compressor as vLLM 0.32, transformers 5.19 and DeepSeek's own model file agree
-on it.
+"""The definition of the op, in eager torch: short and slow. The equations are those on which vLLM
+0.32, transformers 5.19 and DeepSeek's own model file agree. docs/design.md has them in words.
 
-Runs on any device by name. It checks values and selects rows on the host's word, so it waits for
-the device.
+It runs on any device, by name. It reads values on the host, so it waits for the device.
 """
 
 import functools
@@ -71,8 +69,11 @@ def plan(step: Step, extents: Extents) -> Tensor:
 
 
 class _Windows(NamedTuple):
-    """The windows closed by `token` [E]: their positions `q` [E, 8], and the tokens `u` [E, 8] that
-    hold them if they are the request's `own`."""
+    """The windows that the tokens `token` [E] close.
+
+    q: [E, 8], their positions. u: [E, 8], the tokens that stand there. own: [E, 8], whether these
+    are the request's own tokens at these positions.
+    """
 
     token: Tensor
     q: Tensor
@@ -81,7 +82,7 @@ class _Windows(NamedTuple):
 
     @property
     def history(self) -> Tensor:
-        """[E, 8]: whether the row is none of the request's own tokens, and not before its start."""
+        """[E, 8]: whether the row is not an own token's, and not before the request's start."""
         return ~self.own & (self.q >= 0)
 
 
@@ -96,9 +97,9 @@ def _windows(token: Tensor, step: Step) -> _Windows:
 
 
 def _sources(windows: _Windows, step: Step, page: int) -> Tensor:
-    """[E, 8], the row rule: the request's own token; else any token of the call with this position
-    and the state slot that the request's table gives it, the last one; else that row of the state
-    as it was before the call."""
+    """[E, 8], by the row rule: the request's own token; else the last token of the call with this
+    position and the state slot that the request's table gives it; else that row of the state as it
+    was before the call."""
     request = step.token_to_req[windows.token, None].expand_as(windows.q)[windows.history].long()
     q = windows.q[windows.history]
     slot = step.inner_state_block_table[request, q // page].long() * page + q % page
@@ -119,8 +120,8 @@ def _unique(slots: Tensor) -> bool:
 
 
 def bind(layer: Layer, *, eps: float, k_format: str) -> Any:
-    """A function of kv_score and a plan, which runs the layer and returns the number of entries
-    written."""
+    """Returns a function of kv_score and a plan. It runs the layer and returns how many entries it
+    wrote."""
     return functools.partial(_run, layer, eps, k_format)
 
 
@@ -158,8 +159,8 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
 
 
 def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tensor:
-    """[E, 8, 512]: the rows of the windows that these tokens close; one that does not exist has kv
-    0 and gate -inf."""
+    """[E, 8, 512]: the rows of the windows that these tokens close. A row that does not exist has
+    kv 0 and gate -inf."""
     in_run = token[:, None] - torch.arange(WINDOW - 1, -1, -1, device=token.device)
     sources = torch.where(step.windows[token, None] == LATE, in_run, step.sources[token])
     gathered = rows.new_zeros(*sources.shape, 2 * KV_WIDTH)
@@ -194,8 +195,10 @@ def _rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def _store_fp8_pow2(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """The scale is the least power of two that brings the largest magnitude to 448 = 1.75 * 2^8 or
-    less, found from the bits of that magnitude, m * 2^t with 1 <= m < 2."""
+    """The scale is the least power of two that brings the largest magnitude to 448 or less.
+
+    448 = 1.75 * 2^8. The exponent follows from the bits of the magnitude, m * 2^t with 1 <= m < 2.
+    """
     bits = _amax(x).view(torch.int32)
     exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
     scale, inverse = (((127 + sign * exponent) << 23).view(torch.float32) for sign in (1, -1))
@@ -203,7 +206,8 @@ def _store_fp8_pow2(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
 
 
 def _store_fp8_amax(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """Rotated; the scale brings the largest magnitude to 448, and an entry of zeros has scale 0."""
+    """Rotates first. The scale brings the largest magnitude to 448; an entry of zeros has scale
+    0."""
     h = _hadamard(x)
     scale = h.abs().amax(dim=-1) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
     _store_fp8_page(
@@ -212,8 +216,8 @@ def _store_fp8_amax(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
 
 
 def _store_fp8_page(scaled: Tensor, scale: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """A page is opaque: its entries of 128 values, then their fp32 scales; only the stride between
-    pages is the tensor's own."""
+    """A page has its entries of 128 values, then their fp32 scales. Of the tensor's strides, only
+    that between pages counts."""
     codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     per_page = k_cache.shape[1]
 
@@ -238,8 +242,8 @@ def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cach
 
 
 def _amax(x: Tensor) -> Tensor:
-    """The largest magnitude of each entry; a NaN counts as infinity, so that it marks its entry
-    alone."""
+    """The largest magnitude of each entry. A NaN counts as infinity, so that it spoils its own
+    entry alone."""
     return x.abs().amax(dim=-1).clamp(min=AMAX_FLOOR).nan_to_num(torch.inf, torch.inf)
 
 
@@ -262,7 +266,7 @@ def _last_of_each_slot(slots: Tensor) -> Tensor:
 
 
 class _Valid(NamedTuple):
-    """The tokens before the first violation of `_check_tokens`, and its error."""
+    """How many tokens come before the first violation, and its error."""
 
     tokens: int
     error: ValueError | None

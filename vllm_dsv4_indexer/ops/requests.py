@@ -1,4 +1,4 @@
-"""A step that is told by its requests, as tensor operations."""
+"""The tokens of a step, listed from its requests by tensor operations."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from ..contract import RATIO, Requests, Step
 
 
 def step_of(requests: Requests, tokens: int, state_page: int, k_page: int) -> Step:
-    """What the requests say of each of `tokens` tokens, as tensor operations.
+    """The position, request and slots of each of `tokens` tokens.
 
-    A token beyond the last request, as a graph's padding has them, gets no slots; neither does one
-    before position 0, one that `slot_mapping` excludes, or one whose page is block 0 or not in the
-    table. State pages are of `state_page` positions, K pages of `k_page` entries.
+    A token gets no slots if it is beyond the last request (a graph's padding), before position 0,
+    excluded by `slot_mapping`, or if its page is block 0 or not in the table. A state page has
+    `state_page` positions, a K page `k_page` entries.
     """
     starts, count = requests.query_start_loc, len(requests.start_pos)
     token = torch.arange(tokens, dtype=torch.int32, device=starts.device)
@@ -20,7 +20,7 @@ def step_of(requests: Requests, tokens: int, state_page: int, k_page: int) -> St
     request = request.clamp(max=count - 1)
     position = requests.start_pos[request] + token - starts[request]
     real &= position >= 0
-    position = position.masked_fill(~real, 0)  # so that the look-ups below stay inside the tables
+    position = position.masked_fill(~real, 0)  # keeps the look-ups below inside the tables
     writes = real if requests.slot_mapping is None else real & (requests.slot_mapping[:tokens] >= 0)
     closes = writes & (position % RATIO == RATIO - 1)
 
