@@ -34,6 +34,10 @@ PATH = re.compile(rf"({'|'.join(FOLDERS)})/[\w./-]*|[\w./-]+\.(py|md|h|cpp|asc)"
 # ---- what a page says ----------------------------------------------------------------------------
 
 
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def prose(page: Path) -> str:
     return FENCED.sub("", page.read_text())
 
@@ -57,7 +61,7 @@ def commands(program: str) -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for line in lines_of_code(page):
             if f"{line} ".startswith(f"{program} "):
-                yield page.name, shlex.split(line.removeprefix(program), comments=True)
+                yield name_of(page), shlex.split(line.removeprefix(program), comments=True)
 
 
 def options_in(words: list[str]) -> set[str]:
@@ -135,13 +139,13 @@ def test_every_link_leads_to_a_file_and_to_a_heading_of_it():
     links = ((page, link) for page in PAGES for link in LINK.findall(prose(page)))
     here = [(page, link) for page, link in links if not link.startswith("http")]
     assert len(here) > 20
-    assert [(page.name, link) for page, link in here if not leads_somewhere(page, link)] == []
+    assert [(name_of(page), link) for page, link in here if not leads_somewhere(page, link)] == []
 
 
 def test_every_file_that_is_named_exists():
     named = [(page, code) for page in PAGES for code in inline_code(page) if PATH.fullmatch(code)]
     assert len(named) > 50
-    assert [(page.name, path) for page, path in named if not exists(page, path)] == []
+    assert [(name_of(page), path) for page, path in named if not exists(page, path)] == []
 
 
 def test_every_target_of_make_that_is_named_exists():
@@ -183,6 +187,7 @@ def test_the_readme_lists_every_setting_with_its_values_and_no_other():
     for named, values in re.findall(r"^\| (?:`(\w+)`)? ?\| (`.*?) \|", table, re.M):
         name = named or name  # stands in the first of its rows
         listed.setdefault(name, set()).update(INLINE.findall(values))
-    choices = {name: set(get_args(kind)) for name, kind in get_type_hints(Settings).items()}
-    assert set(listed) == {*choices, *ENVIRONMENT_VARIABLES}
+    kinds = get_type_hints(Settings)
+    assert set(listed) == {*kinds, *ENVIRONMENT_VARIABLES}
+    choices = {name: set(get_args(kind)) for name, kind in kinds.items() if kind != str | None}
     assert {name: listed[name] for name in choices} == choices
