@@ -22,7 +22,7 @@ venv: .venv/package.done ## set up .venv: CPU torch, vLLM, this package with its
 demo: deepseek-v4 ## serve the demo checkpoint with our backend, talk to it, stop
 	@$(RUN) python examples/serve_and_chat.py deepseek-v4
 
-# By default vLLM wants 92% of the machine's memory free at the start; a stated KV cache size does without.
+# vLLM wants 92% of the machine's memory free at the start, unless the size of the KV cache is given.
 serve: deepseek-v4 ## serve the demo checkpoint until Ctrl-C (ARGS="--port 8001")
 	@$(RUN) vllm serve deepseek-v4 --attention-backend dsv4_indexer --max-model-len 8192 --kv-cache-memory-bytes 1G $(ARGS)
 
@@ -49,13 +49,13 @@ lint: venv .venv/tools.done ## check format, style, types, spelling and scripts,
 docs: .venv/tools.done ## serve the documentation on port 8000, until Ctrl-C
 	@$(RUN) $(TOOLS)/mkdocs serve
 
-accuracy: venv ## find needles by length and depth, then with faults planted (3 minutes; ARGS="--lengths 65280")
+accuracy: venv ## find needles by length and depth, then with planted faults (3 minutes; ARGS="--lengths 65280")
 	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle
 	@$(RUN) vllm-dsv4-indexer accuracy build/needle $(ARGS)
 	@$(RUN) python tests/accuracy/run_faults.py build/needle build/accuracy/faults.json
 
-# With tools that the set-up does not install, and so not in `make test`.
-test-aarch64: ## run the native op, cross-built for aarch64, under emulation
+# It needs tools that the set-up does not install, so `make test` leaves it out.
+test-aarch64: ## build the native op for aarch64 and run it under emulation
 	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool >/dev/null || { echo \
 		"No $$tool found. On Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
 	@$(MAKE) --no-print-directory venv
@@ -66,10 +66,10 @@ test-aarch64: ## run the native op, cross-built for aarch64, under emulation
 		-Lbuild/aarch64 -l:libdsv4_indexer_cpu.so -Wl,-rpath,$(CURDIR)/build/aarch64
 	@$(RUN) pytest tests/op/aarch64.py
 
-ascend-test: ## on a machine with CANN and an NPU: the op and an engine there (PYTHON=..., MODEL=...)
+ascend-test: ## on a machine with CANN and an NPU: test the op and an engine (PYTHON=..., MODEL=...)
 	@PYTHON="$(or $(PYTHON),python3)" sh tests/npu/run.sh
 
-long-context: deepseek-v4 ## prefill 32K tokens through a server and say what the compressor took of it (ARGS="--tokens 65536")
+long-context: deepseek-v4 ## serve a prompt of 32K tokens and show the op's share of the time (ARGS="--tokens 65536")
 	@$(RUN) python tests/accuracy/long_context.py deepseek-v4 $(ARGS)
 
 lock: ## resolve requirements/cpu.in again into requirements/cpu.lock (PYTHON=python3.11)
@@ -79,7 +79,7 @@ clean: ## undo everything that the targets made
 	rm -rf $(MADE)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The stamps are written last, and lie in .venv: an interrupted set-up is never taken for a finished one.
+# The stamps are written last, inside .venv: an interrupted set-up never looks finished.
 .venv/dependencies.done: requirements/cpu.lock requirements/install.sh
 	@sh requirements/install.sh dependencies
 	@touch $@

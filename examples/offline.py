@@ -1,6 +1,6 @@
-"""Offline generation with the dsv4_indexer backend: `python examples/offline.py MODEL`.
+"""Generates text offline with the dsv4_indexer backend: `python examples/offline.py MODEL`.
 
-The backend is an ordinary vLLM option, so everything else is plain vLLM.
+The backend is an option of vLLM. Everything else is plain vLLM.
 """
 
 import sys

@@ -1,10 +1,9 @@
-"""Serve a model with the dsv4_indexer backend, ask it something through the OpenAI client, and stop
-it.
+"""Serves a model with the dsv4_indexer backend, asks it two things, and stops it.
 
     python examples/serve_and_chat.py MODEL
 
-What the server prints goes to serve_and_chat.log. At the end the account is shown in which the
-server's worker says what our op did: the setting `account` names a file for it.
+The server's output goes to serve_and_chat.log. The last line shows what our op did: the worker's
+account, from the file that the setting `account` names.
 """
 
 import json
@@ -65,8 +64,7 @@ SMALL = ("--max-model-len", "8192", "--kv-cache-memory-bytes", "1G")
 
 @contextmanager
 def server(model: str, options: tuple[str, ...] = SMALL, log: Path = LOG) -> Iterator[str]:
-    """Run `vllm serve` on a free port and yield its URL once it answers; it is stopped whatever
-    happens."""
+    """Runs `vllm serve` on a free port and gives its URL once it answers. It is always stopped."""
     port = free_port()
     command = ["vllm", "serve", model, "--attention-backend", "dsv4_indexer", "--port", str(port)]
     command += options

@@ -1,4 +1,4 @@
-"""The demo checkpoint: what is in the directory, and what becomes of one that already exists."""
+"""The checkpoints: what is in the directory, and what happens to one that exists."""
 
 import errno
 import hashlib
@@ -53,8 +53,7 @@ def test_config_has_every_kind_of_layer(checkpoint):
 def official_tensors(
     hidden, ratios, hash_layers, heads=8, groups=4, index_heads=16, expert_width=128
 ):
-    """Name to (dtype, shape), written down from the official release and not from the code under
-    test."""
+    """{name: (dtype, shape)}, from the official release and not from the code under test."""
     expected = {
         "embed.weight": ("BF16", [129280, hidden]),
         "head.weight": ("BF16", [129280, hidden]),
@@ -188,7 +187,7 @@ def test_interrupted_run_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path
 
 @pytest.fixture
 def earlier(tmp_path):
-    """What stands for an earlier checkpoint, and what is in it."""
+    """A directory that looks like an earlier checkpoint, and its contents."""
     path = tmp_path / "model"
     path.mkdir()
     (path / RECORD).write_text("{}")
@@ -201,7 +200,7 @@ def assert_only(path, contents):
 
 
 def refusal(capsys, path) -> str:
-    """The one line that the command says."""
+    """The one line that the command prints."""
     assert (
         cli.main(["make-checkpoint", str(path), "--layers", "3", "--hidden", "64", "--seed", "1"])
         == 2
@@ -213,7 +212,7 @@ def refusal(capsys, path) -> str:
 def test_a_disk_that_is_full_for_the_weights_is_one_line_and_leaves_the_earlier_checkpoint(
     earlier, capsys
 ):
-    """Files that must not grow fail as those of a full disk do."""
+    """A limit on the size of files fails as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:

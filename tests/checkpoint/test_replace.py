@@ -1,5 +1,4 @@
-"""An earlier checkpoint is replaced by a complete one, or stays: whatever ends the run, and
-wherever."""
+"""An earlier checkpoint is replaced by a complete one or stays, wherever the run is interrupted."""
 
 import fcntl
 import os

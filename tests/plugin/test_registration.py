@@ -1,4 +1,4 @@
-"""Registration with vLLM: the name, what it costs, and what happens when it is impossible."""
+"""Registration with vLLM: the name, what it loads, and what happens if it fails."""
 
 import os
 import pickle
@@ -64,8 +64,7 @@ def test_the_entry_point_is_the_one_that_vllm_loads():
     ],
 )
 def test_the_first_call_of_a_process_finds_the_backend(llama: Path, option: str):
-    """The refusal shows that the name was known, and watched, before anything else of vLLM's
-    ran."""
+    """Our refusal shows that vLLM knew the name and asked us."""
     out = run_python(
         "from vllm import LLM\nfrom vllm.config import AttentionConfig\n"
         f"try: LLM({str(llama)!r}, {option})\nexcept ValueError as error: print(error)"
@@ -156,8 +155,7 @@ def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
 
 
 def test_a_vllm_that_knows_no_such_option_serves_other_models_as_without_us(llama: Path):
-    """vLLM 0.12.0 has neither `attention_config` nor the registry of backends where we name
-    ours."""
+    """vLLM 0.12.0 has no `attention_config`, and no registry of backends for our name."""
     out = run_python(
         "from vllm.engine.arg_utils import EngineArgs;"
         "settings = {'dsv4_indexer': {'impl': 'cpu'}};"
@@ -172,7 +170,7 @@ def test_a_vllm_that_knows_no_such_option_serves_other_models_as_without_us(llam
 
 @pytest.fixture
 def platform(monkeypatch) -> type:
-    """A platform whose check records what it is given, in a process that has no name of ours
+    """A platform whose check records its arguments, in a process that does not know our name
     yet."""
 
     class Platform:

@@ -1,5 +1,5 @@
-"""What selecting the backend does to a configuration, when it is refused, and that other backends
-never notice."""
+"""What a selected backend changes in a configuration, when it is refused, and that other backends
+are not affected."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def test_deepseek_v4_without_our_backend_is_left_to_vllm(checkpoint: Path):
 
 
 def refusal(*arguments, **options) -> str:
-    """What our error says, which vLLM wraps in its own."""
+    """The message of our error, which vLLM wraps in its own."""
     with pytest.raises(ValidationError) as refused:
         configure(*arguments, **options)
     error = refused.value.errors()[0]["ctx"]["error"]

@@ -1,5 +1,4 @@
-"""`make venv` with a stand-in for Python: its pip downloads nothing and answers as each test
-says."""
+"""`make venv`, with a stand-in for Python whose pip downloads nothing and does what a test says."""
 
 import os
 import shutil
@@ -11,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Real Python, except for: creating an environment, pip, and questions about the machine that a test
-# wants denied. pip notes its arguments in pip.calls and does what the file `answers` says for them:
-# a shell `case` body.
+# Real Python, except that it makes an empty environment, fakes pip, and fails if its arguments have
+# {denied} in them. The fake pip writes its arguments to pip.calls, then does what {answers}, the body
+# of a shell `case`, says.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
 *"-m venv --clear"*) rm -rf .venv && mkdir -p .venv/bin .venv/lib/python3/site-packages && ln -s "{fake}" .venv/bin/python && exit ;;
