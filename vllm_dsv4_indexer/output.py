@@ -1,11 +1,56 @@
-"""The folder of `--output`: known to be writable before anything is measured, and written file by
-file, whole."""
+"""What our commands print and write: tables, pictures, and the folder of `--output`, which is known
+to be writable before anything is measured."""
 
+import io
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # of the extra `tools`
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+_AS_WIDE_AS_ITS_CELLS = 10_000  # columns of the console: a file has no edge to fold a table at
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]], names: int = 1) -> "Table":
+    """A table in Markdown; its first columns are names, and the others numbers, to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.MARKDOWN)
+    for number, title in enumerate(columns):
+        made.add_column(title, justify="left" if number < names else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def text(*parts: "Table | str") -> str:
+    """Tables and lines as they are printed, with an empty line between two of them."""
+    return "\n\n".join(map(_text, parts))
+
+
+def _text(part: "Table | str") -> str:
+    from rich.console import Console
+
+    page = io.StringIO()
+    plain = dict(markup=False, emoji=False, highlight=False)
+    Console(file=page, width=_AS_WIDE_AS_ITS_CELLS, **plain).print(part)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
+
+
+def svg(figure: "Figure") -> str:
+    """The picture as an SVG file, the same for the same figure, with text that can be searched."""
+    import matplotlib
+
+    page = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vllm-dsv4-indexer"}):
+        figure.savefig(page, format="svg", metadata={"Date": None})
+    return page.getvalue()
 
 
 def check(folder: Path, names: Iterable[str]) -> None:
@@ -25,10 +70,10 @@ def check(folder: Path, names: Iterable[str]) -> None:
 def write(folder: Path, texts: Mapping[str, str]) -> None:
     """Writes each text to the file of its name, which appears whole or stays as it was, and says
     so."""
-    for name, text in texts.items():
+    for name, content in texts.items():
         file, new = folder / name, folder / f".{name}.new"
         try:
-            new.write_text(text)
+            new.write_text(content)
             new.replace(file)
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error}") from None

@@ -119,7 +119,7 @@ def test_the_installed_torch_is_the_cpu_build():
     assert torch.version.cuda is None
 
 
-@pytest.mark.parametrize("extra", ["cpu", "lm-eval", "test"])
+@pytest.mark.parametrize("extra", ["cpu", "lm-eval", "tools", "test"])
 def test_the_extras_agree_with_the_lock(extra):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
