@@ -1,37 +1,66 @@
-"""Options of our commands: what is given and would be ignored is refused by name.
+"""Subcommands as tables of their options, and the types of the options' values.
 
-An option that not every mode uses has no default at its parser, so that one that was given can be
-told from one that was not, whatever its value. `fill_in` gives the others their defaults.
+A value that cannot be read is a UserError like any other: one line, and no usage text around it.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeAlias
 
 from .errors import UserError
 
-
-def refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    """Raises UserError if one of `names` was given."""
-    given = [
-        f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None
-    ]
-    if given:
-        raise UserError(f"{' and '.join(given)} {why}: leave it out, or see --help")
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+Options = Mapping[str, Mapping[str, Any]]  # by name, what `add_argument` takes
 
 
-def fill_in(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Gives the options that were not given their values."""
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
-def numbers(text: str) -> list[int]:
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    help: str,
+    options: Options,
+    **others: Any,
+) -> Parser:
+    """Adds the subcommand `name`, which calls `run` with its options. `others` go to its parser."""
+    parser = commands.add_parser(name, help=help, description=help, **others)
+    add_options(parser, options)
+    parser.set_defaults(run=run, prog=parser.prog)
+    return parser
+
+
+def add_options(group: argparse._ActionsContainer, options: Options) -> None:
+    for option, keywords in options.items():
+        group.add_argument(option, **keywords)
+
+
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option such as `--chunk 512`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if most is None and value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if most is not None and not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
+        return value
+
+    return read
+
+
+def numbers(least: int, most: int | None = None) -> Callable[[str], list[int]]:
     """The type of an option such as `--lengths 4096,8192`."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of numbers such as 4096,8192"
-        ) from None
+    one = number(least, most)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """The type of an option such as `--requests one,mixed`."""
+    return text.split(",")

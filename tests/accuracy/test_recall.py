@@ -5,13 +5,15 @@ import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 import torch
+from tables import rows
 from torch import Tensor
 
-from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer import ops, output
 from vllm_dsv4_indexer.accuracy import agreement, recall, report
 from vllm_dsv4_indexer.checkpoint.config import INDEX_TOPK
 from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, RATIO
@@ -114,23 +116,33 @@ def test_rounding_the_projection_to_bfloat16_loses_entries_where_gates_are_sharp
 STOCK = {"impl": "stock", "projection": "engine"}
 
 
-@pytest.fixture(scope="module")
-def measured(checkpoint, tmp_path_factory) -> tuple[dict, str]:
+def accuracy(command: str, folder: Path, *options: str) -> tuple[dict, str]:
     """What the command measured of our compressor, behind the engine's projection, and of stock;
     and what it printed."""
-    folder = tmp_path_factory.mktemp("recall")
-    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint)]
-    command += ["--settings", json.dumps({"projection": "engine"}), "--against", json.dumps(STOCK)]
-    command += ["--lengths", "2560,3072", "--schedules", str(TOKENS), "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    run = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", command, *options]
+    run += ["--settings", json.dumps({"projection": "engine"}), "--against", json.dumps(STOCK)]
+    run += ["--output", str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "accuracy.json").read_text()), done.stdout
+    return json.loads((folder / f"{command}.json").read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def recalled(checkpoint, tmp_path_factory) -> tuple[dict, str]:
+    folder = tmp_path_factory.mktemp("recall")
+    return accuracy("recall", folder, str(checkpoint), "--lengths", "3072,2560")
+
+
+@pytest.fixture(scope="module")
+def compared(checkpoint, tmp_path_factory) -> tuple[dict, str]:
+    folder = tmp_path_factory.mktemp("compare")
+    return accuracy("compare", folder, str(checkpoint), "--tokens", str(TOKENS))
 
 
 @pytest.mark.parametrize("whose", [0, 1], ids=["ours", "stock"])
-def test_an_engine_selects_nearly_all_of_the_exact_top_k(measured, whose):
+def test_an_engine_selects_nearly_all_of_the_exact_top_k(recalled, whose):
     """Seen: 99.3 % in the mean. A random selection would have 67 % at 3072 tokens."""
-    layers = measured[0]["recall"][whose]
+    layers = recalled[0]["recall"][whose]
     assert layers.keys() == {"1", "3"}
     for layer in layers.values():
         assert [entries for entries, _ in layer] == list(range(INDEX_TOPK + 1, 769))
@@ -138,25 +150,24 @@ def test_an_engine_selects_nearly_all_of_the_exact_top_k(measured, whose):
         assert fmean(share for _, share in layer) >= 0.99
 
 
-def test_our_recall_behind_the_same_projection_is_the_stock_compressors(measured):
+def test_our_recall_behind_the_same_projection_is_the_stock_compressors(recalled):
     """In the first layer with an indexer the two have the same inputs, and store the same but for
     ties of rounding."""
-    ours, stock = (recall["1"] for recall in measured[0]["recall"])
+    ours, stock = (recall["1"] for recall in recalled[0]["recall"])
     differences = [mine - theirs for (_, mine), (_, theirs) in zip(ours, stock, strict=True)]
     assert abs(fmean(differences)) <= 1e-4
 
 
-def test_recall_is_a_table_by_length_and_layer(measured):
-    assert (
-        "| tokens | layer 1 | layer 3 | the other's layer 1 | the other's layer 3 | difference |"
-        in measured[1]
-    )
-    assert "| to 2560 | " in measured[1] and "| to 3072 | " in measured[1]
+def test_recall_is_a_table_by_length_and_layer(recalled):
+    titles, *body = rows(recalled[1])
+    theirs = ["the other's layer 1", "the other's layer 3", "difference"]
+    assert titles == ["tokens", "layer 1", "layer 3", *theirs]
+    assert [row[0] for row in body] == ["to 2560", "to 3072"]
 
 
-def test_log_probabilities_are_those_of_the_stock_compressor_at_every_size_of_chunk(measured):
+def test_log_probabilities_are_those_of_the_stock_compressor_at_every_size_of_chunk(compared):
     """Bit for bit: there are fewer entries than the indexer selects."""
-    chunks = measured[0]["agreement"]["with the other"]
+    chunks = compared[0]["agreement"]["with the other"]
     assert [name for name, *_ in chunks] == [
         *(f"in chunks of {size}" for size in (512, 127, TOKENS)),
         "in chunks of 251, beside another prompt",
@@ -168,16 +179,16 @@ def test_log_probabilities_are_those_of_the_stock_compressor_at_every_size_of_ch
 
 
 @pytest.mark.parametrize("who", ["with itself", "the other with itself"])
-def test_log_probabilities_hardly_depend_on_the_schedule(measured, who):
+def test_log_probabilities_hardly_depend_on_the_schedule(compared, who):
     """A bfloat16 logit has steps of 1/16 here, and a step of one token takes other matrix
     products."""
-    schedules = measured[0]["agreement"][who]
+    schedules = compared[0]["agreement"][who]
     assert [positions for _, positions, *_ in schedules] == [TOKENS - 1] * 3 + [TOKENS // 8 - 1] + [
         TOKENS // 8
     ] * 2
-    for schedule, _, mean, largest, same in schedules:
+    for schedule, positions, mean, largest, same in schedules:
         assert mean <= 0.05 and largest <= 0.5 and same >= 0.9, schedule
-        assert f"| {schedule} | " in measured[1]
+        assert [schedule, str(positions)] in [row[:2] for row in rows(compared[1])]
 
 
 def test_a_difference_is_that_of_the_tokens_which_both_name():
@@ -188,14 +199,19 @@ def test_a_difference_is_that_of_the_tokens_which_both_name():
 
 def test_the_table_has_the_mean_of_each_range_of_lengths():
     recalls = [{1: [(520, 0.9), (700, 0.8), (1024, 0.7), (1025, 0.5)]}]
-    rows = report.recall_table(recalls, [2048, 4096, 8192]).splitlines()[2:]
-    assert rows == ["| to 4096 | 80.00 % |", "| to 8192 | 50.00 % |"]
+    table = output.text(report.recall_table(recalls, [2048, 4096, 8192]))
+    assert rows(table)[1:] == [["to 4096", "80.00 %"], ["to 8192", "50.00 %"]]
 
 
 def test_the_difference_of_two_comes_with_its_confidence_interval():
     good, worse = ([(600, share), (601, 0.9)] for share in (0.9, 0.8))
     recalls = [{1: good, 3: good}, {1: worse, 3: good}]
-    (row,) = report.recall_table(recalls, [2048, 4096]).splitlines()[2:]
-    assert (
-        row == "| to 4096 | 90.00 % | 90.00 % | 85.00 % | 90.00 % | +2.500 ± 4.900 |"
-    )  # 1.96 * 5 / sqrt(4)
+    _, row = rows(output.text(report.recall_table(recalls, [2048, 4096])))
+    means = ["90.00 %", "90.00 %", "85.00 %", "90.00 %"]
+    assert row == ["to 4096", *means, "+2.500 ± 7.956"]  # Student's 3.182 * 5 / sqrt(4)
+
+
+def test_two_that_select_the_same_differ_by_nothing():
+    recalls = [{1: [(600, 0.9), (601, 0.8)]}] * 2
+    _, row = rows(output.text(report.recall_table(recalls, [4096])))
+    assert row[-1] == "+0.000 ± 0.000"

@@ -1,4 +1,4 @@
-"""`vllm-dsv4-indexer accuracy --tasks`: lm-eval's scores of two servers, as pairs."""
+"""`vllm-dsv4-indexer accuracy compare --tasks`: lm-eval's scores of two servers, as pairs."""
 
 import json
 import os
@@ -12,10 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean
 
 import lm_eval
 import pytest
 import yaml
+from scipy import stats
+from tables import rows
 
 from vllm_dsv4_indexer import cli
 from vllm_dsv4_indexer.accuracy import tasks
@@ -92,10 +95,11 @@ def fake_server(answer: Callable[[list[int]], str], model: str = "fake") -> Iter
             server.shutdown()
 
 
-def accuracy(checkpoint: Path, folder: Path, *options: str) -> list[dict]:
-    """What the command wrote about tasks."""
-    assert cli.main(["accuracy", str(checkpoint), "--output", str(folder), *options]) == 0
-    return json.loads((folder / "accuracy.json").read_text())["scores"]
+def compare(checkpoint: Path, folder: Path, *options: str) -> list[dict]:
+    """What the command wrote about tasks alone."""
+    command = ["accuracy", "compare", str(checkpoint), "--output", str(folder), "--tokens", "0"]
+    assert cli.main([*command, *options]) == 0
+    return json.loads((folder / "compare.json").read_text())["scores"]
 
 
 def test_a_difference_is_found_by_metric_and_sample(checkpoint, sums, tmp_path, capsys):
@@ -123,8 +127,8 @@ def test_a_difference_is_found_by_metric_and_sample(checkpoint, sums, tmp_path, 
         return int(text.split()[2]), int(text.split()[6].strip("."))
 
     with fake_server(right) as first, fake_server(worse) as second:
-        strict, flexible = accuracy(
-            checkpoint, tmp_path, "--url", first, "--against-url", second, "--tasks", str(sums)
+        strict, flexible = compare(
+            checkpoint, tmp_path, "--servers", first, second, "--tasks", str(sums)
         )
     assert [strict["metric"], flexible["metric"]] == METRICS
     assert [sample["scores"] for sample in strict["samples"]] == [
@@ -136,10 +140,9 @@ def test_a_difference_is_found_by_metric_and_sample(checkpoint, sums, tmp_path, 
     assert strict["samples"][7]["answers"] == [[" 12 + 21 = 33\n#### 33"], [PLAINLY.format(33)]]
     assert (strict["difference"], flexible["difference"]) == pytest.approx((2 / 12, 1 / 12))
     assert strict["interval"] == list(tasks.interval([0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]))
-    assert (
-        "| sums | exact_match, flexible-extract | 12 | 100.0 % | 91.7 % | +8.3 | "
-        in capsys.readouterr().out
-    )
+    _, _, row = rows(capsys.readouterr().out)
+    assert row[:3] == ["sums", "exact_match, flexible-extract", "12"]
+    assert row[3:6] == ["100.0 %", "91.7 %", "+8.3"]
     assert sorted(prompts[0]) == sorted(prompts[1])
     for prompt in prompts[0]:
         assert tokenizer.decode(prompt).count("Question: ") == 5 + 1
@@ -176,6 +179,29 @@ def test_of_100_intervals_95_hold_the_true_difference(size, better, worse, sampl
     assert held >= 2000 * 0.935
 
 
+@pytest.mark.parametrize(
+    "of_scipy",
+    [
+        lambda scores: stats.ttest_1samp(scores, 0).confidence_interval(0.95),
+        lambda scores: (
+            stats.bootstrap(
+                (scores,), fmean, n_resamples=200, method="percentile", rng=0
+            ).confidence_interval
+        ),
+    ],
+    ids=["Student's", "bootstrap"],
+)
+@pytest.mark.filterwarnings("ignore")  # scipy's own, where all scores agree
+def test_of_100_intervals_of_scipy_fewer_than_60_hold_a_rare_difference(of_scipy):
+    """Why ours is used: 20 samples that agree are most likely where servers differ in one of 50,
+    and an interval without width does not hold that."""
+    generator = random.Random(0)
+    draws = [generator.choices([-1, 0], [0.02, 0.98], k=20) for _ in range(200)]
+    held = [low <= -0.02 <= high for low, high in map(of_scipy, draws)]
+    ours = [low <= -0.02 <= high for low, high in map(tasks.interval, draws)]
+    assert sum(held) < 120 and sum(ours) >= 190
+
+
 def sample(**metrics) -> dict:
     return {
         "doc_id": 0,
@@ -203,22 +229,18 @@ def test_rulers_scores_for_other_lengths_and_what_is_no_score_are_left_out():
 
 def refusal(capsys, checkpoint: Path, *options: str) -> str:
     capsys.readouterr()
-    assert cli.main(["accuracy", str(checkpoint), *options]) == 2
+    assert cli.main(["accuracy", "compare", str(checkpoint), "--tokens", "0", *options]) == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_tasks_need_two_servers_of_one_model(checkpoint, sums, capsys):
     def both(first: str, second: str) -> str:
-        return refusal(
-            capsys, checkpoint, "--tasks", str(sums), "--url", first, "--against-url", second
-        )
+        return refusal(capsys, checkpoint, "--tasks", str(sums), "--servers", first, second)
 
     nobody = f"http://127.0.0.1:{serve_and_chat.free_port()}"
     with fake_server(str) as one, fake_server(str, "another") as other:
-        assert "--against-url" in refusal(capsys, checkpoint, "--tasks", "gsm8k", "--url", one)
-        assert "--tasks" in refusal(capsys, checkpoint, "--url", one, "--against-url", other)
-        none = ("--samples", "0", "--tasks", "gsm8k", "--url", one, "--against-url", other)
-        assert "--samples is 0" in refusal(capsys, checkpoint, *none)
+        assert "--servers URL URL" in refusal(capsys, checkpoint, "--tasks", "gsm8k")
+        assert "--tasks" in refusal(capsys, checkpoint, "--servers", one, other)
         assert f"{one} serves fake, {other} serves another" in both(one, other)
         assert f"{nobody} does not answer" in both(one, nobody)
 
@@ -227,7 +249,7 @@ def test_a_task_that_cannot_be_had_is_named(checkpoint, tmp_path, capsys, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     of_the_hub = write_task(tmp_path / "hub.yaml", GSM8K)
     with fake_server(str) as url:
-        servers = ("--url", url, "--against-url", url)
+        servers = ("--servers", url, url)
         assert "no task 'nothing.yaml'" in refusal(
             capsys, checkpoint, "--tasks", "nothing.yaml", *servers
         )
@@ -242,7 +264,7 @@ def test_a_task_that_cannot_be_had_is_named(checkpoint, tmp_path, capsys, monkey
 def test_without_lm_eval_the_remedy_is_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with fake_server(str) as url:
-        line = refusal(capsys, checkpoint, "--tasks", "gsm8k", "--url", url, "--against-url", url)
+        line = refusal(capsys, checkpoint, "--tasks", "gsm8k", "--servers", url, url)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -255,9 +277,7 @@ def test_a_server_that_refuses_is_named_with_its_words(checkpoint, sums, capsys)
         raise ValueError(f"{len(prompt)} tokens are too many")
 
     with fake_server(str) as good, fake_server(refuse) as bad:
-        line = refusal(
-            capsys, checkpoint, "--tasks", str(sums), "--url", good, "--against-url", bad
-        )
+        line = refusal(capsys, checkpoint, "--tasks", str(sums), "--servers", good, bad)
     assert bad in line and "tokens are too many" in line
 
 
@@ -291,22 +311,14 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(
     niah = write_task(
         tmp_path / "niah.yaml", NIAH, generation_kwargs={"until": [], "temperature": 0.0, **SHORT}
     )
-    options = [
-        "--url",
-        served[0],
-        "--against-url",
-        served[1],
-        "--tasks",
-        f"{sums},{niah}",
-        "--samples",
-        "3",
-    ]
-    options += ["--lengths", "2048,2560", "--schedules", "64", "--output", str(tmp_path)]
     # In a process of its own: RULER's word list is half a GiB.
-    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", str(checkpoint), *options]
+    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", "compare"]
+    command += [str(checkpoint), "--tokens", "64", "--servers", *served]
+    command += ["--tasks", f"{sums},{niah}", "--samples", "3", "--context", "2560"]
+    command += ["--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads((tmp_path / "accuracy.json").read_text())
+    result = json.loads((tmp_path / "compare.json").read_text())
     agreements = result["agreement"]["two servers"]
     assert [positions for _, positions, *_ in agreements] == [63, 63, 8, 8]
     assert all(
@@ -322,4 +334,4 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(
         assert len(answers) == 3
         assert sum(len(ours) > 16 and ours[:16] == stock[:16] for (ours,), (stock,) in answers) >= 2
         assert row["interval"] == list(tasks.interval([ours - stock for ours, stock in scores]))
-        assert f"| {row['task']} | {row['metric']} | 3 | " in done.stdout
+        assert [row["task"], row["metric"], "3"] in [cells[:3] for cells in rows(done.stdout)]

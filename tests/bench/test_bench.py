@@ -1,14 +1,15 @@
 """`vllm-dsv4-indexer bench` on calls of a few tokens. Nothing here judges a time."""
 
 import json
+import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 import torch
 
-from vllm_dsv4_indexer import cli, ops
-from vllm_dsv4_indexer.bench import cases, contestants, measure, report
+from vllm_dsv4_indexer import cli, ops, output
+from vllm_dsv4_indexer.bench import cases, contestants, measure, plot, report
 from vllm_dsv4_indexer.contract import check_call
 from vllm_dsv4_indexer.ops.cpu import FLOORS
 
@@ -17,7 +18,17 @@ TINY = [cases.mix(kind, 13) for kind in cases.LENGTHS]
 
 
 def run(folder: Path, *options: str) -> dict:
-    command = ["bench", "--seconds", "0", "--threads", "1", "--output", str(folder), *options]
+    command = [
+        "bench",
+        "run",
+        "--seconds",
+        "0",
+        "--threads",
+        "1",
+        "--output",
+        str(folder),
+        *options,
+    ]
     assert cli.main(command) == 0
     return json.loads((folder / "bench.json").read_text())
 
@@ -58,24 +69,45 @@ def test_the_result_names_the_machine(result):
 
 
 def test_the_table_names_every_contestant_and_the_three_algorithms(result):
-    table = report.table(result)
+    table = output.text(*report.tables(result))
     for name in result["cells"][0]["nanoseconds"].keys() - {"floor_past_cache"}:
-        assert f"  {name} " in table
-    assert "A overlay_scan, B scatter_pool, C one_pass" in table and "bandwidth" in table
+        assert f" {name} " in table
+    for title in ("overlay scan", "scatter, then pool", "one pass saves of scatter, then pool"):
+        assert f" {title} |" in table
+    assert "bandwidth" in table
 
 
 def test_the_plot_is_xml_with_a_line_for_every_contestant(folder, result):
-    svg = xml.etree.ElementTree.parse(folder / "bench.svg")
-    lines = svg.findall("{*}polyline")
     names = result["cells"][0]["nanoseconds"].keys() - {"floor_past_cache"}
-    assert len(lines) == 2 * 2 * len(names)  # two panels, warm and cold
-    assert {e.text for e in svg.findall("{*}text")} >= names
+    panels = plot.figure(result).axes
+    assert len(panels) == 2 * 2  # two, warm and cold
+    for panel in panels:
+        of_the_floor = panel.get_title().startswith("% of the floor")
+        assert {line.get_label() for line in panel.lines} == names - (
+            {"plan"} if of_the_floor else set()
+        )
+    svg = xml.etree.ElementTree.parse(folder / "bench.svg")
+    assert {e.text for e in svg.findall(".//{*}text")} >= names
+
+
+def test_the_plot_of_traffic_has_a_point_for_every_chunk_of_a_document(result):
+    cells = [
+        cell | {"kind": "document", "context": 1000 * i} for i, cell in enumerate(result["cells"])
+    ]
+    for panel in plot.figure(result | {"cells": cells}).axes:
+        depths = panel.lines[0].get_xdata()
+        assert len(depths) == len(set(depths)) == len(cells) / 2  # warm or cold
+
+
+def test_a_result_without_one_request_alone_has_an_empty_plot(result):
+    cells = [cell | {"kind": "mixed"} for cell in result["cells"]]
+    assert not any(panel.lines for panel in plot.figure(result | {"cells": cells}).axes)
 
 
 def test_compare_marks_what_became_slower(folder, result, tmp_path, capsys):
     slower = json.loads(json.dumps(result))
     for cell in slower["cells"]:
-        cell["nanoseconds"]["cpu"] = [10 * max(cell["nanoseconds"]["cpu"])] * 3
+        cell["nanoseconds"]["ours"] = [10 * max(cell["nanoseconds"]["ours"])] * 3
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     capsys.readouterr()
     assert (
@@ -83,7 +115,7 @@ def test_compare_marks_what_became_slower(folder, result, tmp_path, capsys):
         == 0
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] == "slower" for line in lines if ": cpu " in line] == [True] * len(
+    assert [line.split()[-2] == "slower" for line in lines if ": ours " in line] == [True] * len(
         result["cells"]
     )
     assert all("+0.0%" in line for line in lines if ": scatter_pool " in line)
@@ -111,17 +143,14 @@ def test_compare_says_which_key_a_file_of_another_version_lacks(
     capsys.readouterr()
     assert cli.main(["bench", "compare", *files]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        f"{files[place]}, of another version, has no {key!r}; run `vllm-dsv4-indexer bench` again"
-        in line
-    )
+    assert f"{files[place]}, of another version, has no {key!r}; run" in line
 
 
 def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_are_told(
     tmp_path, capsys
 ):
     result = run(tmp_path, "--requests", "one", "--lengths", "8,40", "--hidden", "64,130")
-    names = {"cpu", "vllm"} & set(NAMES)
+    names = {"ours", "vllm"} & set(NAMES)
     assert {c["case"] for c in result["cells"]} == {
         f"one, T={n}, hidden {h}" for n in (8, 40) for h in (64, 130)
     }
@@ -132,10 +161,10 @@ def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_ar
             *FLOORS,
         }
         assert (
-            cell["codes_changed"].keys() == names and cell["codes_changed"]["cpu"] <= 0.01
+            cell["codes_changed"].keys() == names and cell["codes_changed"]["ours"] <= 0.01
         )  # a tie among 256
     table = capsys.readouterr().out
-    assert "GFLOP/s" in table and "cpu_projection" in table and "of floor" not in table
+    assert "GFLOP/s" in table and "ours_projection" in table and "of floor" not in table
 
 
 def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
@@ -143,7 +172,7 @@ def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
     call = cases.make_call(case, torch.float32)
     monkeypatch.setattr(contestants.projection, "project", lambda x, weight: (x @ weight.T).float())
     monkeypatch.setattr(contestants.projection, "prepare_weight", lambda weight: weight)
-    runs = contestants.projected(["cpu"], case, call)
+    runs = contestants.projected(["ours"], case, call)
     with pytest.raises(RuntimeError, match="our projection changes .*% of the codes"):
         measure.codes_changed(case, call, runs)
 
@@ -159,7 +188,7 @@ def test_a_step_runs_every_layer_on_caches_of_its_own(monkeypatch):
         == 6
     )
     before = [call.inner_state_cache.clone() for call in calls]
-    contestants.step(["cpu"], calls)["cpu"]()
+    contestants.contestants(["ours"], calls)["ours"]()
     assert not any(torch.equal(call.inner_state_cache, old) for call, old in zip(calls, before))
 
 
@@ -212,22 +241,22 @@ def test_the_floor_moves_every_row_and_entry_and_nothing_else(case, past_cache):
     entries[written // 64, written % 64] = (
         kv_score[k_slots >= 0, :64].contiguous().view(torch.uint8)
     )
-    contestants.contestants([], call)[past_cache]()
+    contestants.contestants([], [call])[past_cache]()
     assert torch.equal(state.view(torch.int32), expected.view(torch.int32))
     assert torch.equal(k_cache.flatten(1)[:, :8192].unflatten(1, (64, 128)), entries)
 
 
 def test_a_contestant_with_other_results_is_not_timed():
     call = cases.make_call(TINY[0], torch.bfloat16)
-    runs = contestants.contestants(["cpu"], call) | {"idle": lambda: None}
-    with pytest.raises(RuntimeError, match="idle and cpu store different results"):
+    runs = contestants.contestants(["ours"], [call]) | {"idle": lambda: None}
+    with pytest.raises(RuntimeError, match="idle and ours store different results"):
         measure.check_equal([call], runs)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--implementations", "gpu"], "'gpu' is not one of cpu, reference"),
+        (["--contestants", "gpu"], "'gpu' is not one of ours, reference"),
         (["--requests", "many"], "'many' is not one of one, mixed, short, decode"),
         (["--lengths", "8,0"], "--lengths: 0 is not from 1 to 1048576"),
         (["--lengths", "1048577"], "--lengths: 1048577 is not from 1 to 1048576"),
@@ -235,29 +264,32 @@ def test_a_contestant_with_other_results_is_not_timed():
         (["--threads", "1,99999"], "--threads: 99999 is not from 1 to"),
         (["--hidden", "-64"], "--hidden: -64 is not from 1 to 65536"),
         (["--hidden", "65537"], "--hidden: 65537 is not from 1 to 65536"),
-        (["--seconds", "-1"], "--seconds is -1; it is at least 0"),
-        (["--seconds", "nan"], "--seconds is nan; it is at least 0"),
-        (["--seconds", "inf"], "--seconds is inf; it is at least 0"),
-        (["--hidden", "64", "--implementations", "one_pass"], "'one_pass' is not one of cpu, vllm"),
+        (["--seconds", "-1"], "--seconds: -1 is not at least 0"),
+        (["--seconds", "nan"], "--seconds: nan is not at least 0"),
+        (["--seconds", "inf"], "--seconds: inf is not at least 0"),
+        (["--hidden", "64", "--contestants", "one_pass"], "'one_pass' is not one of ours, vllm"),
         (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
-        (
-            ["--model", "ascend", "--seconds", "120"],
-            "--seconds goes with measuring, and --model measures nothing",
-        ),
-        (
-            ["--kv-dtype", "bfloat16", "cost"],
-            "--kv-dtype goes with measuring, and `cost` measures nothing",
-        ),
-        (["--model", "ascend", "cost"], "--model goes with measuring, and `cost` measures nothing"),
-        (
-            ["--output", "anywhere", "compare", "a", "b"],
-            "--output goes with measuring, and `compare` measures nothing",
-        ),
-        (["compare", "nowhere.json", "nowhere.json"], "nowhere.json cannot be read: "),
+        (["--preset", "step", "--hidden", "64"], "leave --hidden out"),
+        (["--lengths", "4K"], "--lengths: '4K' is not a whole number"),
     ],
 )
 def test_a_mistaken_option_is_one_line_and_status_2(options, message, capsys):
-    assert cli.main(["bench", *options]) == 2
+    assert cli.main(["bench", "run", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vllm-dsv4-indexer") and message in line
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["compare", "nowhere.json", "nowhere.json"], "nowhere.json cannot be read: "),
+        (["compare", "a", "b", "--output", "anywhere"], "unrecognized arguments: --output"),
+        (["cost", "--kv-dtype", "bfloat16"], "unrecognized arguments: --kv-dtype"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_compare_and_cost_have_no_options_of_measuring(command, message, capsys):
+    assert cli.main(["bench", *command]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
@@ -278,12 +310,17 @@ def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured first"))
     (tmp_path / "bench.json").write_text("earlier")
     (tmp_path / "bench.svg").mkdir()
-    assert cli.main(["bench", "--seconds", "0", "--output", str(tmp_path)]) == 2
+    assert cli.main(["bench", "run", "--seconds", "0", "--output", str(tmp_path)]) == 2
     assert f"--output {tmp_path} cannot be written: " in capsys.readouterr().err
     assert (tmp_path / "bench.json").read_text() == "earlier"
 
 
-def test_a_number_that_is_none_is_refused_as_such(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "--lengths", "4K"])
-    assert "'4K' is no list of numbers" in capsys.readouterr().err
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_package_that_is_missing_is_named_before_anything_is_measured(
+    package, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["bench", "run", "--seconds", "0", "--output", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert f"needs {package}: pip install '{package}>=" in line and "extra `tools`" in line

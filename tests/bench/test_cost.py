@@ -124,7 +124,7 @@ def test_at_any_context_a_prompt_costs_the_same_bytes_a_token():
 def test_the_command_prints_the_same_numbers_on_paper_and_counted(capsys):
     assert cli.main(["bench", "cost"]) == 0
     text = capsys.readouterr().out
-    pairs = re.findall(r"(\d+) \| (\d+)", text)
+    pairs = re.findall(r"(\d+) = (\d+)", text)
     assert len(pairs) == 2 * len(cost.WAYS) * len(cost.Traffic._fields)
     assert all(paper == counted for paper, counted in pairs)
     assert "Flash, 21 layers" in text and "Pro, 30 layers" in text

@@ -3,9 +3,15 @@
 import argparse
 import errno
 import os
+import re
+import subprocess
 import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from vllm_dsv4_indexer import cli, options, output, packages
 from vllm_dsv4_indexer.contract import ContractError
@@ -50,13 +56,55 @@ def test_a_fault_keeps_its_traceback(monkeypatch, error):
     assert raised.value is error
 
 
-def test_what_is_given_is_refused_by_name_whatever_its_value():
-    given = argparse.Namespace(kv_dtype="bfloat16", seconds=0, hidden=None)
-    with pytest.raises(UserError, match="^--kv-dtype and --seconds go nowhere: leave"):
-        options.refuse(given, vars(given), "go nowhere")
-    options.refuse(given, ["hidden"], "is not given")
-    options.fill_in(given, {"seconds": 5, "hidden": 7})
-    assert given == argparse.Namespace(kv_dtype="bfloat16", seconds=0, hidden=7)
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bench"], "vllm-dsv4-indexer: the following arguments are required: COMMAND (see "),
+        (["bench", "run", "--seconds", "x"], "argument --seconds: invalid seconds value: 'x'"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_what_the_command_line_gets_wrong_is_one_line_and_status_2(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and "--help`)" in line
+
+
+def test_a_command_ends_with_the_status_that_it_returns(monkeypatch):
+    monkeypatch.setattr(cli, "_make_checkpoint", lambda arguments: 1)
+    assert cli.main(["make-checkpoint", "anywhere"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("4K", "'4K' is not a whole number"),
+        ("8,0", "0 is not from 1 to 9"),
+        ("10", "10 is not from 1 to 9"),
+        ("", "'' is not a whole number"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused_as_such(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{message}$"):
+        options.numbers(1, 9)(text)
+
+
+def test_numbers_without_a_most_have_a_least():
+    assert options.numbers(0)("0,5") == [0, 5]
+    with pytest.raises(argparse.ArgumentTypeError, match="^-1 is less than 0$"):
+        options.number(0)("-1")
+
+
+def test_a_table_is_printed_as_markdown_whatever_its_cells_mean_to_rich():
+    table = output.table(["name", "number"], [["[red]a[/red] :smile:", "1"], ["b", "100"]])
+    assert output.text("title", table).splitlines() == [
+        "title",
+        "",
+        "| name                 | number |",
+        "|----------------------|--------|",
+        "| [red]a[/red] :smile: |      1 |",
+        "| b                    |    100 |",
+    ]
 
 
 def test_a_folder_that_can_be_written_is_made_and_keeps_what_it_holds(tmp_path):
@@ -123,3 +171,29 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
         packages.need("lm_eval", "--tasks")
+
+
+@pytest.mark.parametrize("package", ["lm_eval", "matplotlib", "rich", "scipy"])
+def test_the_remedy_for_a_missing_package_is_the_requirement_of_an_extra(package):
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    known = {Requirement(line).name.replace("-", "_"): line for line in chain(*extras.values())}
+    assert f"pip install '{known[package]}'" in packages.REMEDIES[package]
+
+
+PACKAGE = Path(packages.__file__).parent
+
+
+def test_only_bench_and_accuracy_import_the_tools():
+    importing = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^\s*(from|import) (rich|matplotlib|scipy)\b", path.read_text(), re.M)
+    }
+    assert importing == {"bench", "accuracy", "output.py"}
+
+
+def test_the_command_line_is_read_without_torch_or_any_of_the_tools():
+    absent = "torch", "vllm", "rich", "matplotlib", "scipy"
+    program = f"import sys; sys.modules |= dict.fromkeys({absent}); import vllm_dsv4_indexer.cli"
+    subprocess.run([sys.executable, "-c", program], check=True)

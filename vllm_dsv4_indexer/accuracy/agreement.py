@@ -5,7 +5,7 @@ The compressor gives the same bits whatever the schedule; the engine's matrix pr
 what differs in one engine is rounding, and an entry, an expert or a token that was a toss-up.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .engines import Engine, Logprobs, VllmEngine
 from .recall import random_prompt
@@ -27,19 +27,20 @@ class Agreement(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """prefilled: the log-probabilities of one prompt, by schedule. agreement: of the engine with
-    itself."""
+    """prefilled: the log-probabilities of one prompt, by schedule. with_itself: how the engine
+    agrees with itself."""
 
     prefilled: dict[str, Logprobs]
-    agreement: list[Agreement]
+    with_itself: list[Agreement]
 
 
-def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
-    """A prompt of `length` random tokens in chunks of several sizes, beside another one, its first
-    eighth token by token, and the last one decoded, without the prefix cache and with it. The
-    engine was made for steps of `length` tokens."""
+def observe(settings: dict[str, Any], model: str, length: int, seed: int) -> Observed:
+    """An engine with these settings in this process computes a prompt of `length` random tokens:
+    in chunks of several sizes, beside another one, its first eighth token by token, and the last
+    one decoded, without the prefix cache and with it."""
+    engine = VllmEngine(model, settings, length, chunk=length)
     prompt, other = random_prompt(length, seed), random_prompt(length, seed + 1)
-    prefilled = {}
+    prefilled: dict[str, Logprobs] = {}
     for size in dict.fromkeys(min(size, length) for size in (USUAL, *SIZES)):
         engine.set_chunk(size)
         prefilled[f"in chunks of {size}"] = engine.prompt_logprobs([prompt])[0]
@@ -64,8 +65,19 @@ def observe(engine: VllmEngine, length: int, seed: int) -> Observed:
     return Observed(prefilled, agreement)
 
 
-def between(one: Engine, other: Engine, length: int, seed: int) -> list[Agreement]:
-    """Of two engines, such as servers, whose chunks are their own."""
+def between_engines(observed: list[Observed]) -> dict[str, list[Agreement]]:
+    """By title: each engine with itself and, if there are two, under the same schedules with each
+    other."""
+    titles = ("with itself", "the other with itself")
+    agreements = {title: one.with_itself for title, one in zip(titles, observed)}
+    if len(observed) == 2:
+        one, other = (engine.prefilled for engine in observed)
+        agreements["with the other"] = [compare(name, one[name], other[name]) for name in one]
+    return agreements
+
+
+def between_servers(one: Engine, other: Engine, length: int, seed: int) -> list[Agreement]:
+    """Their chunks are their own."""
     prompt, beside = random_prompt(length, seed), random_prompt(length, seed + 1)
     alone, batched = (
         compare(name, *(engine.prompt_logprobs(prompts)[-1] for engine in (one, other)))
@@ -101,4 +113,4 @@ def compare(schedule: str, one: Logprobs, other: Logprobs) -> Agreement:
 
 
 def _most_likely(position: dict[int, float]) -> int:
-    return max(position, key=position.get)
+    return max(position, key=position.__getitem__)

@@ -1,10 +1,5 @@
 """What is asked: vLLM in this process or a server for needles and log-probabilities, transformers
-for needles.
-
-Each has a method `found(document)`, which returns for each needle of the document whether the model
-says its value, asked for by its key and by its distance:
-{"key": [bool, ...], "distance": [bool, ...]}.
-"""
+for needles."""
 
 import http.client
 import json
@@ -15,6 +10,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol, TypedDict
 
 from ..errors import UserError
 from ..packages import need
@@ -22,8 +18,19 @@ from ..settings import NAMESPACE
 from .document import Document, Needle
 
 SECONDS = 3600  # that a server may take for one request
-Found = dict[str, list[bool]]
 Logprobs = list[dict[int, float]]  # by position, of the tokens that the engine names
+
+
+class Found(TypedDict):
+    """For each needle, whether the model says its value, asked for by its key and by its distance
+    from the question."""
+
+    key: list[bool]
+    distance: list[bool]
+
+
+class Finder(Protocol):
+    def found(self, document: Document) -> Found: ...
 
 
 @contextmanager
@@ -81,7 +88,7 @@ class Server(Engine):
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"{url!r} is no URL of a server: write http://HOST:PORT")
         try:
-            self.model = self._json("/v1/models")["data"][0]["id"]
+            self.model: str = self._json("/v1/models")["data"][0]["id"]
         except (TypeError, LookupError):
             raise UserError(f"{self.url} does not name its model as `vllm serve` does") from None
 
@@ -114,14 +121,13 @@ class Server(Engine):
             for position in said["logprobs"]["top_logprobs"]
         ]
 
-    def _complete(self, prompts: list[list[int]], **asked) -> list[dict]:
+    def _complete(self, prompts: list[list[int]], **asked: Any) -> list[dict[str, Any]]:
         """The answers to prompts that are asked at once."""
         asked |= {"model": self.model, "prompt": prompts, "temperature": 0}
-        return sorted(
-            self._json("/v1/completions", asked)["choices"], key=lambda choice: choice["index"]
-        )
+        choices = self._json("/v1/completions", asked)["choices"]
+        return sorted(choices, key=lambda choice: int(choice["index"]))
 
-    def _json(self, path: str, asked: dict | None = None) -> dict:
+    def _json(self, path: str, asked: dict[str, Any] | None = None) -> Any:
         data = None if asked is None else json.dumps(asked).encode()
         request = urllib.request.Request(
             self.url + path, data, {"Content-Type": "application/json"}
@@ -154,10 +160,12 @@ def _environment() -> Iterator[None]:
 class VllmEngine(Engine):
     """An engine in this process, with our backend."""
 
-    def __init__(self, model: str, settings: dict, longest: int, chunk: int, abreast: int = 1):
+    def __init__(
+        self, model: str, settings: dict[str, Any], longest: int, chunk: int, abreast: int = 1
+    ):
         """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a
         step takes of a prompt. abreast: how many prompts it takes so many tokens of."""
-        options = dict(
+        options: dict[str, Any] = dict(
             attention_backend="dsv4_indexer",
             additional_config={NAMESPACE: settings},
             max_model_len=longest + 2,  # with a question and its answer
@@ -178,7 +186,8 @@ class VllmEngine(Engine):
 
     def set_chunk(self, chunk: int, abreast: int = 1) -> None:
         """Both as above, from now on; not more tokens together than the engine was made for."""
-        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        client: Any = self.llm.llm_engine.engine_core  # the one of an engine in this process
+        scheduler = client.engine_core.scheduler
         # vLLM looks at the first if there are several prompts.
         scheduler.scheduler_config.long_prefill_token_threshold = chunk
         scheduler.max_num_scheduled_tokens = abreast * chunk
@@ -194,17 +203,19 @@ class VllmEngine(Engine):
         (said,) = output.outputs
         return list(said.token_ids), [_values(position) for position in said.logprobs]
 
-    def _generate(self, prompts: list[list[int]], **sampling) -> list:
+    def _generate(self, prompts: list[list[int]], **sampling: Any) -> list[Any]:
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         return self.llm.generate(
             requests, SamplingParams(temperature=0, **sampling), use_tqdm=False
         )
 
-    def indexed_layers(self) -> dict:
+    def indexed_layers(self) -> dict[int, Any]:
         """The attention modules that have an indexer, by the number of their layer."""
-        model = self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        executor: Any = self.llm.llm_engine.model_executor
+        model = executor.driver_worker.worker.get_model()
         attention = {
             name.split(".")[-2]: module
             for name, module in model.named_modules()
@@ -217,7 +228,7 @@ class VllmEngine(Engine):
         }
 
 
-def _values(position: dict) -> dict[int, float]:
+def _values(position: dict[int, Any]) -> dict[int, float]:
     return {token: entry.logprob for token, entry in position.items()}
 
 
@@ -226,12 +237,13 @@ class Transformers:
     once: about 4K tokens."""
 
     def __init__(self, model: str):
-        need("transformers", "--engine transformers")
+        need("transformers", "--transformers")
         import torch
         from transformers import DeepseekV4ForCausalLM
 
         with _starting("in transformers"):
-            self.model = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+            self.model: Any = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model.eval()
 
     def found(self, document: Document) -> Found:
         import torch
@@ -245,6 +257,5 @@ class Transformers:
                 .argmax(dim=-1)
             )
         values = torch.tensor([needle.value for needle in document.needles])
-        return {
-            how: (answers[i::4] == values).tolist() for i, how in enumerate(("distance", "key"))
-        }
+        distance, key = ((answers[i::4] == values).tolist() for i in (0, 1))
+        return {"key": key, "distance": distance}

@@ -1,14 +1,18 @@
 """A function in a process of its own, which takes what it leaves behind with it; and what a process
 died of."""
 
+import json
 import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeVar
 
 from ..errors import UserError
+
+T = TypeVar("T")
 
 _LOOK_AGAIN = 0.2  # seconds until a process that says nothing is asked whether it lives
 
@@ -21,7 +25,26 @@ class Died(Exception):
         super().__init__(_how(exitcode))
 
 
-def call(function: Callable, *arguments) -> Any:
+def with_settings(measure: Callable[..., T], settings: dict[str, Any], *arguments: Any) -> T:
+    """`measure(settings, *arguments)`, which makes an engine with these settings, in a process of
+    its own. Raises as `call`; but a death, which has no words of its own, as UserError."""
+    words = f"the engine with the settings {json.dumps(settings)}"
+    try:
+        return call(measure, settings, *arguments)
+    except Died as death:
+        why = f"{words} {death}"
+        if death.exitcode == -signal.SIGKILL:
+            why += (
+                ". Nothing in it sends that signal; the system does where memory ends (`dmesg` "
+                "tells). Try fewer tokens: `accuracy compare` takes about 1.4 MiB for each"
+            )
+        raise UserError(why) from None
+    except Exception as error:
+        error.add_note(words)
+        raise
+
+
+def call(function: Callable[..., T], *arguments: Any) -> T:
     """`function(*arguments)`, called in a new process.
 
     Raises its UserErrors; RuntimeError with the words of any other exception, whose trace it has
@@ -34,6 +57,7 @@ def call(function: Callable, *arguments) -> Any:
     process.start()
     theirs.close()
     try:
+        answer: T
         answer, error = _received(ours, process)
     except BaseException:
         process.kill()
@@ -45,8 +69,9 @@ def call(function: Callable, *arguments) -> Any:
     return answer
 
 
-def _answer(to: Connection, function: Callable, arguments: tuple) -> None:
-    answer, sent = None, None
+def _answer(to: Connection, function: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+    answer: T | None = None
+    sent: Exception | None = None
     try:
         answer = function(*arguments)
     except UserError as error:
@@ -57,18 +82,17 @@ def _answer(to: Connection, function: Callable, arguments: tuple) -> None:
     to.send((answer, sent))
 
 
-def _received(
-    answers: Connection, process: multiprocessing.Process
-) -> tuple[Any, Exception | None]:
+def _received(answers: Connection, process: SpawnProcess) -> tuple[Any, Exception | None]:
     while not answers.poll(_LOOK_AGAIN) and process.is_alive():
         pass  # the end of the pipe alone tells no death: a child of the process may hold it, too
     try:
         if answers.poll():
-            return answers.recv()
+            answer, error = answers.recv()
+            return answer, error
     except (EOFError, OSError):
         pass
     process.join()
-    raise Died(process.exitcode)
+    raise Died(process.exitcode or 0)
 
 
 def _how(exitcode: int) -> str:

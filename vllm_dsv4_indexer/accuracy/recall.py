@@ -9,7 +9,7 @@ its keys, and those of its queries.
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,19 +23,21 @@ from .weights import Indexers
 ALL_SELECTED = RATIO * INDEX_TOPK  # tokens up to which a selection cannot be wrong
 EVERY = 4  # every so many positions one selection is compared
 VOCABULARY = 120_000  # ordinary tokens; the special ones come after
-
-
 # By layer, pairs of the entries to choose from and the recall.
 Recall = dict[int, list[tuple[int, float]]]
 
 
-def recall(engine: VllmEngine, model: str, length: int, seeds: Iterable[int]) -> Recall:
-    """Recall in prompts of `length` random tokens.
+def measure(
+    settings: dict[str, Any], model: str, length: int, chunk: int, seeds: Iterable[int]
+) -> Recall:
+    """Recall in prompts of `length` random tokens, of an engine with these settings in this
+    process, which prefills `chunk` tokens a step.
 
-    The engine runs in this process. Positions with 512 entries or fewer are left out: there all
-    are selected. Raises UserError if the weights of `model` cannot be read as numbers.
+    Positions with 512 entries or fewer are left out: there all are selected. Raises UserError if
+    the weights of `model` cannot be read as numbers.
     """
     indexers = Indexers(model)
+    engine = VllmEngine(model, settings, length, chunk)
     by_prompt = [_recall_in_prompt(engine, indexers, random_prompt(length, seed)) for seed in seeds]
     return {
         number: [pair for layers in by_prompt for pair in layers[number]] for number in by_prompt[0]
@@ -77,12 +79,12 @@ class _Step(NamedTuple):
 
 
 @contextmanager
-def _recording(attention: torch.nn.Module) -> Iterator[list[_Step]]:
+def _recording(attention: Any) -> Iterator[list[_Step]]:
     """The steps of one layer, in a list that fills as the engine runs."""
-    steps = []
+    steps: list[_Step] = []
     compute = attention._prepare_and_attn_fn
 
-    def record(hidden: Tensor, low_rank_query: Tensor, *others) -> None:
+    def record(hidden: Tensor, low_rank_query: Tensor, *others: Any) -> None:
         compute(hidden, low_rank_query, *others)
         positions = others[-2]
         seldom = positions % EVERY == EVERY - 1
@@ -103,9 +105,8 @@ def _recall_of_layer(
 ) -> list[tuple[int, float]]:
     """step: all steps in one."""
     keys = _keys(step.hidden.double(), weights, cos_sin)
-    queries = (step.low_rank_query.double() @ weights["wq_b.weight"].T).unflatten(
-        1, (-1, INDEX_HEAD_DIM)
-    )
+    flat = step.low_rank_query.double() @ weights["wq_b.weight"].T
+    queries = flat.view(len(flat), -1, INDEX_HEAD_DIM)
     head_weights = step.hidden[step.positions].double() @ weights["weights_proj.weight"].T
     result = []
     for position, query, of_head, chosen in zip(

@@ -1,7 +1,7 @@
 """lm-eval's tasks, put to two servers: how far their scores differ, and how well that is known.
 
-Both answer the same samples: each gives a pair of scores, and how hard it is drops out of their
-difference.
+Both answer the same samples. Each sample gives a pair of scores, and how hard it is drops out of
+their difference.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import Any, TypedDict
 
 from ..errors import UserError
 from ..packages import need
@@ -22,28 +23,45 @@ NO_LIMIT = 1 << 30
 NOT_ASKED = -1  # RULER's score for lengths that a sample does not have
 
 
+class Sample(TypedDict):
+    """scores, answers: of the first server and of the second."""
+
+    id: int
+    scores: list[float]
+    answers: list[list[str]]
+
+
+class Scores(TypedDict):
+    """Of two servers by one metric of one task. difference: the mean over the samples, first server
+    less second. interval: where it lies with 95 % confidence."""
+
+    task: str
+    metric: str
+    difference: float
+    interval: tuple[float, float]
+    samples: list[Sample]
+
+
 def compare(
     model: str,
-    servers: tuple[Server, Server],
+    servers: list[Server],
     names: list[str],
-    length: int,
+    context: int,
     samples: int | None,
     seed: int,
-) -> list[dict]:
+) -> list[Scores]:
     """The scores of two servers of one model in lm-eval's tasks, by task and metric.
 
     model: directory of the checkpoint that both serve, for its tokenizer. names: of tasks, or YAML
-    files. length: tokens of RULER's contexts. samples: how many of each task, from its first on;
+    files. context: tokens of RULER's contexts. samples: how many of each task, from its first on;
     None: all. seed: of the samples that a task makes itself, and of the examples in prompts.
 
-    Returns dictionaries: `task`; `metric`; `difference`, the mean over the samples, first server
-    less second; `interval`, in which it lies with 95 % confidence; `samples`, each with `id`,
-    `scores` and `answers`, both as (first, second). Left out are metrics that do not give each
-    sample a score from 0 to 1. Raises UserError, which names the remedy.
+    Left out are metrics that do not give each sample a score from 0 to 1. Raises UserError, which
+    names the remedy.
     """
     need("lm_eval", "--tasks")
     random.seed(seed)
-    tasks = _load(names, {"tokenizer": model, "max_seq_lengths": [length]})
+    tasks = _load(names, {"tokenizer": model, "max_seq_lengths": [context]})
     first, second = (_answers(server, model, tasks, samples, seed) for server in servers)
     comparisons = [
         comparison for task in first for comparison in _pairs(task, first[task], second[task])
@@ -70,16 +88,15 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
-def _load(names: list[str], metadata: dict) -> dict:
+def _load(names: list[str], metadata: dict[str, Any]) -> dict[str, Any]:
     """The tasks by name, once for both servers: RULER makes other samples each time."""
     import yaml
     from lm_eval.tasks import TaskManager
 
-    only_files = all(
-        name.endswith(".yaml") for name in names
-    )  # lm-eval takes seconds to read through its own tasks
+    # lm-eval takes seconds to read through its own tasks.
+    only_files = all(name.endswith(".yaml") for name in names)
     manager = TaskManager(metadata=metadata, include_defaults=not only_files)
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
             raise UserError(
@@ -98,8 +115,8 @@ def _load(names: list[str], metadata: dict) -> dict:
 
 
 def _answers(
-    server: Server, model: str, tasks: dict, samples: int | None, seed: int
-) -> dict[str, list[dict]]:
+    server: Server, model: str, tasks: dict[str, Any], samples: int | None, seed: int
+) -> dict[str, list[dict[str, Any]]]:
     """By task, lm-eval's account of each sample."""
     import requests
     from lm_eval import evaluate
@@ -118,15 +135,18 @@ def _answers(
     for task in tasks.values():
         task.set_fewshot_seed(seed)
     try:
-        return evaluate(api, {"tasks": tasks}, limit=samples, bootstrap_iters=0)["samples"]
+        done = evaluate(api, {"tasks": tasks}, limit=samples, bootstrap_iters=0)
+        return dict(done["samples"])
     except requests.RequestException as error:
         words = error if error.response is None else error.response.text
         raise UserError(f"{server.url}: {words}") from error
 
 
-def _pairs(task: str, first: list[dict], second: list[dict]) -> Iterator[dict]:
-    """By metric, what `compare` returns."""
-    by_metric = defaultdict(list)
+def _pairs(
+    task: str, first: list[dict[str, Any]], second: list[dict[str, Any]]
+) -> Iterator[Scores]:
+    """One for each metric."""
+    by_metric: dict[str, list[Sample]] = defaultdict(list)
     for a, b in zip(first, second, strict=True):
         answers = [list(chain(*sample["resps"])) for sample in (a, b)]
         for metric in a["metrics"]:
@@ -138,13 +158,14 @@ def _pairs(task: str, first: list[dict], second: list[dict]) -> Iterator[dict]:
         asked = [sample for sample in samples if NOT_ASKED not in sample["scores"]]
         if asked and all(_is_score(score) for sample in asked for score in sample["scores"]):
             differences = [one - other for one, other in (sample["scores"] for sample in asked)]
-            result = {
+            yield {
+                "task": task,
+                "metric": metric,
                 "difference": fmean(differences),
                 "interval": interval(differences),
                 "samples": asked,
             }
-            yield {"task": task, "metric": metric} | result
 
 
-def _is_score(value) -> bool:
+def _is_score(value: object) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1

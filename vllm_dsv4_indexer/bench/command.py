@@ -1,227 +1,223 @@
-"""The command `vllm-dsv4-indexer bench`."""
+"""The command `vllm-dsv4-indexer bench`: run, compare, cost."""
 
 import argparse
 import json
 import math
 import os
-import sys
-import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import output
 from ..errors import UserError
-from ..options import fill_in, numbers, refuse
+from ..options import Commands, add_command, names, numbers
+from ..packages import need
 
-# Of the options of measuring; None where it depends on others, or on the machine.
-DEFAULTS = {
-    "preset": "standard",
-    "requests": None,
-    "lengths": None,
-    "threads": None,
-    "implementations": None,
-    "hidden": None,
-    "kv_dtype": "bfloat16",
-    "seconds": 120.0,
-    "output": Path("build/bench"),
-}
-_MOST_TOKENS = 1 << 20  # DeepSeek-V4's longest context
-_MOST_HIDDEN = 1 << 16  # several times DeepSeek-V4 Pro's
-
-
-def add_to(commands) -> None:
-    """Adds `bench`, `bench compare` and `bench cost` to the subcommands."""
-    bench = commands.add_parser(
-        "bench",
-        help="measure every implementation, vLLM's own code and the floor; two minutes by default",
-    )
-    listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
-    counts = {"type": numbers, "metavar": "N,M"}
-    add = bench.add_argument
-    add(
-        "--preset",
-        choices=("standard", "step", "traffic"),
-        help="standard (the default): calls of several lengths and mixes; step: whole steps of "
-        "Flash's 21 layers; traffic: chunks of chats and long documents",
-    )
-    add("--requests", **listed, help="mixes: one, mixed, short, decode (default: all)")
-    add("--lengths", **counts, help="tokens of a call (default: some for each mix)")
-    add("--threads", **counts, help="at most the number of cores (default: 1 and that number)")
-    add(
-        "--implementations",
-        **listed,
-        help="default: all but reference, tail; for traffic and step: cpu, vLLM",
-    )
-    add(
-        "--hidden",
-        **counts,
-        help="measure calls that project hidden states of these sizes first, as 4096 (Flash) and "
-        "7168 (Pro) do; implementations cpu and vllm",
-    )
-    add(
-        "--kv-dtype",
-        choices=("bfloat16", "float32"),
-        help="of kv_score; vLLM's CPU engine projects to bfloat16 "
-        f"(default: {DEFAULTS['kv_dtype']})",
-    )
-    add(
-        "--seconds",
-        type=float,
-        help=f"about how long to measure (default: {DEFAULTS['seconds']:g})",
-    )
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"for bench.json and bench.svg (default: {DEFAULTS['output']})",
-    )
-    add(
-        "--model",
-        choices=("ascend",),
-        help="measure nothing; print what the kernels for Ascend NPUs would cost, from counts of "
-        "an emulation",
-    )
-    bench.set_defaults(run=_bench)
-    others = bench.add_subparsers(metavar="[compare A.json B.json | cost]")
-    compare = others.add_parser("compare", help="what changed between two runs")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
-    compare.set_defaults(run=_compare)
-    cost = others.add_parser(
-        "cost", help="bytes moved and held, on paper and counted on the op; takes seconds"
-    )
-    cost.set_defaults(run=_cost)
-
-
-def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.model is not None:
-        from . import ascend_model
-
-        refuse(arguments, DEFAULTS, "goes with measuring, and --model measures nothing")
-        return print(ascend_model.report())
-    fill_in(arguments, DEFAULTS)
+if TYPE_CHECKING:  # they import torch, which takes longer than an error should
     import torch
 
-    from ..ops.cpu import ALGORITHMS
-    from . import contestants, machine, measure, plot, report
+    from .cases import Case
+    from .result import Result
 
-    _check(arguments)
-    cases = _cases(arguments)
-    special = [
-        "reference",
-        *contestants.TAILS,
-        *(ALGORITHMS if arguments.preset == "traffic" else ()),
-    ]
+CORES = len(os.sched_getaffinity(0))
+
+
+def seconds(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:  # nor NaN
+        raise argparse.ArgumentTypeError(
+            f"{value:g} is not at least 0, for the fewest rounds, and finite"
+        )
+    return value
+
+
+RUN = {
+    "--preset": dict(
+        choices=("standard", "step", "traffic"),
+        default="standard",
+        help="standard: calls of several lengths and mixes; step: whole steps of Flash's 21 "
+        "layers; traffic: chunks of chats and long documents (default: %(default)s)",
+    ),
+    "--requests": dict(
+        type=names,
+        metavar="A,B",
+        help="of standard, its mixes: one, mixed, short, decode (default: all)",
+    ),
+    "--lengths": dict(
+        type=numbers(1, 1 << 20),  # DeepSeek-V4's longest context
+        metavar="N,M",
+        help="of standard, tokens of a call (default: some for each mix)",
+    ),
+    "--threads": dict(
+        type=numbers(1, CORES),
+        metavar="N,M",
+        default=sorted({1, CORES}),
+        help="at most the number of cores (default: 1 and that number)",
+    ),
+    "--contestants": dict(
+        type=names,
+        metavar="A,B",
+        help="who is measured, beside the floor: ours, layer, plan, reference, tail, tail_first, "
+        "one_pass, overlay_scan, scatter_pool, vllm, vllm_ops (default: all but reference and "
+        "tail; for step and --hidden: ours, vllm)",
+    ),
+    "--hidden": dict(
+        type=numbers(1, 1 << 16),  # several times DeepSeek-V4 Pro's
+        metavar="N,M",
+        help="measure calls that project hidden states of these sizes first, as 4096 (Flash) and "
+        "7168 (Pro) do",
+    ),
+    "--kv-dtype": dict(
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of kv_score; vLLM's CPU engine projects to bfloat16 (default: %(default)s)",
+    ),
+    "--seconds": dict(
+        type=seconds,
+        default=120.0,
+        help="about how long to measure (default: %(default)g)",
+    ),
+    "--output": dict(
+        type=Path,
+        default=Path("build/bench"),
+        metavar="DIR",
+        help="for bench.json and bench.svg (default: %(default)s)",
+    ),
+}
+COMPARE = {
+    "before": dict(type=Path, metavar="A.json"),
+    "after": dict(type=Path, metavar="B.json"),
+}
+
+
+def add_to(commands: Commands) -> None:
+    """Adds `bench` to the subcommands."""
+    about = "measure the op, vLLM's own code and the floor; compare two runs; count bytes"
+    bench = commands.add_parser("bench", help=about, description=about)
+    subcommands = bench.add_subparsers(required=True, metavar="COMMAND")
+    add_command(subcommands, "run", _run, "measure; two minutes by default", RUN)
+    add_command(subcommands, "compare", _compare, "say what changed between two runs", COMPARE)
+    about = "count the bytes moved and held, on paper and on the op; takes seconds"
+    add_command(subcommands, "cost", _cost, about, {})
+
+
+def _run(arguments: argparse.Namespace) -> None:
     whole = arguments.hidden or arguments.preset == "step"
-    available = [n for n in contestants.available() if n in contestants.WHOLE or not whole]
-    names = _chosen(arguments.implementations, available, special)
-    threads = arguments.threads or sorted({1, _cores()})
     files = ["bench.json"] if whole else ["bench.json", "bench.svg"]  # the plot's subject is the op
+    need("rich", "bench")
+    if "bench.svg" in files:
+        need("matplotlib", "bench.svg")
+    import torch
+
+    from . import report
+
+    cases, contestants = _cases(arguments), _contestants(arguments)
     output.check(arguments.output, files)
+    result = _measure(arguments, cases, contestants, getattr(torch, arguments.kv_dtype))
+    print(output.text(*report.tables(result)))
+    output.write(arguments.output, {name: _file(name, result) for name in files})
+
+
+def _file(name: str, result: "Result") -> str:
+    if name == "bench.json":
+        return json.dumps(result)
+    from . import plot
+
+    return output.svg(plot.figure(result))
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    cases: list["Case"],
+    contestants: list[str],
+    kv_dtype: "torch.dtype",
+) -> "Result":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import machine, measure
+
     options = {
         name: getattr(arguments, name) for name in ("preset", "hidden", "kv_dtype", "seconds")
     }
-    result = {"machine": machine.describe(), "options": options, "cells": []}
-    steps = len(cases) * len(threads)
-    start = time.monotonic()
-    _progress(0, steps, start, "starting")
-    kv_dtype = getattr(torch, arguments.kv_dtype)
-    for done, cells in enumerate(
-        measure.measure(cases, names, threads, kv_dtype, arguments.seconds), 1
-    ):
-        result["cells"] += cells
-        _progress(done, steps, start, f"{cells[0]['case']}, threads: {cells[0]['threads']}")
-    print(file=sys.stderr)
-
-    print(report.table(result))
-    texts = {"bench.json": json.dumps, "bench.svg": plot.svg}
-    output.write(arguments.output, {name: texts[name](result) for name in files})
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for option, most in {
-        "lengths": _MOST_TOKENS,
-        "threads": _cores(),
-        "hidden": _MOST_HIDDEN,
-    }.items():
-        for number in getattr(arguments, option) or ():
-            if not 1 <= number <= most:
-                raise UserError(f"--{option}: {number} is not from 1 to {most}")
-    if not 0 <= arguments.seconds < math.inf:  # nor NaN
-        raise UserError(
-            f"--seconds is {arguments.seconds:g}; it is at least 0, for the fewest rounds, and "
-            "finite"
-        )
+    result: Result = {"machine": machine.describe(), "options": options, "cells": []}
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("starting", total=len(cases) * len(arguments.threads))
+        for cells in measure.measure(
+            cases, contestants, arguments.threads, kv_dtype, arguments.seconds
+        ):
+            result["cells"] += cells
+            what = f"{cells[0]['case']}, threads: {cells[0]['threads']}"
+            progress.update(bar, advance=1, description=what)
+    return result
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _cases(arguments: argparse.Namespace) -> list:
+def _cases(arguments: argparse.Namespace) -> list["Case"]:
     from . import cases
 
-    if arguments.preset != "standard":
-        if arguments.lengths or arguments.requests:
-            raise UserError(
-                f"--preset {arguments.preset} has its own lengths and requests; leave --lengths "
-                "and --requests out"
-            )
-        found = cases.traffic() if arguments.preset == "traffic" else cases.steps()
-    else:
-        mixes = _chosen(arguments.requests, list(cases.LENGTHS))
-        found = [
-            cases.mix(mix, length)
-            for mix in mixes
-            for length in arguments.lengths or cases.LENGTHS[mix]
-        ]
-    if arguments.hidden and arguments.preset == "step":
-        raise UserError("--preset step gives the layers their kv_score; leave --hidden out")
+    if arguments.preset != "standard" and (arguments.lengths or arguments.requests):
+        raise UserError(
+            f"--preset {arguments.preset} has its own lengths and requests: leave --lengths and "
+            "--requests out"
+        )
+    if arguments.preset == "step":
+        if arguments.hidden:
+            raise UserError("--preset step gives the layers their kv_score: leave --hidden out")
+        return cases.steps()
+    found = cases.traffic() if arguments.preset == "traffic" else _standard(arguments)
     if arguments.hidden:
         return [cases.projected(case, hidden) for hidden in arguments.hidden for case in found]
     return found
 
 
-def _chosen(asked: list[str] | None, known: list[str], not_by_default: list[str] = ()) -> list[str]:
-    """What was asked for, or everything; a name that is not known is an error."""
+def _standard(arguments: argparse.Namespace) -> list["Case"]:
+    from . import cases
+
+    return [
+        cases.mix(mix, length)
+        for mix in _chosen(arguments.requests, list(cases.LENGTHS))
+        for length in arguments.lengths or cases.LENGTHS[mix]
+    ]
+
+
+def _contestants(arguments: argparse.Namespace) -> list[str]:
+    from ..ops.cpu import ALGORITHMS
+    from . import contestants
+
+    available = contestants.available()
+    if arguments.hidden or arguments.preset == "step":
+        available = [name for name in available if name in contestants.WHOLE]
+    if_asked = {"reference", *contestants.TAILS}
+    if arguments.preset == "traffic":
+        if_asked |= {*ALGORITHMS}
+    return _chosen(arguments.contestants, available, if_asked)
+
+
+def _chosen(
+    asked: list[str] | None, known: Sequence[str], if_asked: Collection[str] = ()
+) -> list[str]:
+    """What was asked for, or all that is known but `if_asked`; an unknown name is an error."""
     for name in asked or ():
         if name not in known:
             raise UserError(f"{name!r} is not one of {', '.join(known)}")
-    return asked or [name for name in known if name not in not_by_default]
-
-
-def _progress(done: int, steps: int, start: float, what: str) -> None:
-    bar = ("#" * (30 * done // steps)).ljust(30, ".")
-    line = f"\r\033[K[{bar}] {done}/{steps} {time.monotonic() - start:4.0f} s  {what}"
-    print(line, end="", file=sys.stderr, flush=True)
+    return asked or [name for name in known if name not in if_asked]
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from . import report
+    need("rich", "bench compare")
+    from . import report, result
 
-    refuse(arguments, (*DEFAULTS, "model"), "goes with measuring, and `compare` measures nothing")
-    print(report.compare(_read(arguments.before), _read(arguments.after)))
-
-
-def _read(path: Path) -> dict:
-    """The result in a file, which may be of another version."""
-    from . import report
-
-    try:
-        result = json.loads(path.read_text())
-        report.table(result)  # looks at everything
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except (TypeError, ValueError, AttributeError, IndexError):  # ValueError: no text, or no JSON
-        raise UserError(f"{path} was not written by `vllm-dsv4-indexer bench`") from None
-    except KeyError as key:
-        raise UserError(
-            f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench` again"
-        ) from None
-    return result
+    before, after = result.read(arguments.before), result.read(arguments.after)
+    print(output.text(*report.compare(before, after)))
 
 
 def _cost(arguments: argparse.Namespace) -> None:
+    need("rich", "bench cost")
     from . import cost
 
-    refuse(arguments, (*DEFAULTS, "model"), "goes with measuring, and `cost` measures nothing")
-    print(cost.report())
+    print(output.text(*cost.tables()))

@@ -1,31 +1,30 @@
 """Who is measured: the op and its algorithms, vLLM's own code for the same step, and the floor.
 
-Each is a function without arguments over the same inputs, which writes to the same caches.
+A contestant is a function without arguments. All of a case have the same inputs and write to the
+same caches.
 
-    cpu, reference            `ops.compress(..., impl=NAME)`: plan and run in one call. Of a step of
-                              several layers: a plan, and a `BoundLayer.run` for each of them, as an
-                              engine calls them
-    layer                     a `BoundLayer.run` with the step's plan: everything that a layer costs
-                              an engine
-    plan                      `ops.plan`: what it costs once a step
-    tail, tail_first          `ops.compress` with tail-only saving, in a layer that finds the slots
-                              to save worked out, and in the step's first, which works them out
-    vllm                      all that vLLM 0.32's CPU engine does in each layer after the
-                              projection: widen kv_score, save the rows, find the eight slots of
-                              every token, store the entries
-    one_pass, overlay_scan,   the native code of impl="cpu" and of the baselines alone, on a plan
-    scatter_pool
+    ours                      everything of ours from Python: a plan, and a run of each layer
+    layer, plan               its two halves: `BoundLayer.run` with the step's plan, which is what
+                              a layer costs an engine; `ops.plan`, which it costs once a step
+    reference                 the same as ours, by the reference
+    tail, tail_first          ours with tail-only saving: in a layer that finds the slots to save
+                              worked out, and in a step's first layer, which works them out
+    one_pass, overlay_scan,   the native code of an algorithm alone, on a plan: ours, and the two
+    scatter_pool              that it replaces (ops/baselines.py)
+    vllm                      all that vLLM 0.32's CPU engine does in a layer after the projection:
+                              widen kv_score, save the rows, find the eight slots of every token,
+                              store the entries
     vllm_ops                  vLLM's two C++ ops alone
     floor, floor_past_cache   csrc/cpu/floor.cpp: move the bytes that everyone must move, with
                               ordinary stores, and with stores that go around the caches
 
-With the projection in front, cpu and vllm project first, each in its own way, and *_projection is
-that step alone.
+With the projection in front, ours and vllm project first, each in its own way, and *_projection is
+that part alone.
 """
 
 import functools
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,20 +35,18 @@ from ..ops import baselines, cpu, projection
 from ..ops.arguments import kv_score_fields, layer_fields
 from .cases import Case, make_projection, with_tail_slots
 
-OPS = ("cpu", "reference")
-PLANNED = ("layer", "plan")
 TAILS = ("tail", "tail_first")  # they leave state rows out
+OURS = ("ours", "reference", "layer", "plan", *TAILS, *cpu.ALGORITHMS)
 VLLM = ("vllm", "vllm_ops")
-WHOLE = ("cpu", "vllm")  # who can project first, and run a step of several layers
+WHOLE = ("ours", "vllm")  # who can project first, and run a step of several layers
 _VLLM_VERSION = "0.32.0"  # whose private functions `_vllm` calls
 _EPS, _K_FORMAT = 1e-6, "fp8_pow2"
-Run = Callable[[], object]
+Contestant = Callable[[], object]
 
 
 def available() -> list[str]:
     """The names that can be measured here: vLLM only where it is the version that we know."""
-    ours = [*OPS, *PLANNED, *TAILS, *cpu.ALGORITHMS]
-    return [*ours, *VLLM * (vllm_version() or "").startswith(_VLLM_VERSION)]
+    return [*OURS, *VLLM * (vllm_version() or "").startswith(_VLLM_VERSION)]
 
 
 def vllm_version() -> str | None:
@@ -60,57 +57,92 @@ def vllm_version() -> str | None:
         return None
 
 
-def contestants(names: list[str], call: Call) -> dict[str, Run]:
-    """The functions of `names` and the floors."""
-    runs = {name: functools.partial(ops.compress, *call, eps=_EPS, impl=name) for name in OPS}
-    made, bound = _plan(call), ops.BoundLayer(call.layer, eps=_EPS)
-    runs |= {
-        "plan": functools.partial(_plan, call),
-        "layer": functools.partial(bound.run, call.kv_score, made),
-    }
-    runs |= {name: _native(name, call) for name in (*cpu.ALGORITHMS, *cpu.FLOORS)}
-    runs["tail"] = functools.partial(ops.compress, *with_tail_slots(call), eps=_EPS, impl="cpu")
-    runs["tail_first"] = lambda: ops.compress(*with_tail_slots(call), eps=_EPS, impl="cpu")
-    if not set(VLLM).isdisjoint(names):
-        runs |= _vllm(lambda: call.kv_score, call)
-    return {name: runs[name] for name in (*names, *cpu.FLOORS)}
+def contestants(names: Sequence[str], calls: Sequence[Call]) -> dict[str, Contestant]:
+    """Those of `names` and the floors, for a step with a call for each layer. With several layers
+    `names` are of WHOLE."""
+    return {name: _make(name, calls) for name in (*names, *cpu.FLOORS)}
 
 
-def step(names: list[str], calls: list[Call]) -> dict[str, Run]:
-    """What `contestants` returns, for a step of several layers; `names` are of WHOLE."""
-    bounds = [ops.BoundLayer(call.layer, eps=_EPS) for call in calls]
-
-    def ours() -> None:
-        made = _plan(calls[0])
-        for bound, call in zip(bounds, calls):
-            bound.run(call.kv_score, made)
-
-    def each(name: str) -> Run:
-        layers = [contestants([name], call)[name] for call in calls]
-        return lambda: [run() for run in layers]
-
-    runs = {"cpu": ours} | {
-        name: each(name) for name in ("vllm", *cpu.FLOORS) if name in (*names, *cpu.FLOORS)
-    }
-    return {name: runs[name] for name in (*names, *cpu.FLOORS)}
-
-
-def projected(names: list[str], case: Case, call: Call) -> dict[str, Run]:
-    """What `contestants` returns, for calls that project first; `names` are of WHOLE."""
+def projected(names: Sequence[str], case: Case, call: Call) -> dict[str, Contestant]:
+    """The same for a call that projects first; `names` are of WHOLE."""
     x, weight = make_projection(case)
-    projections = {
-        "cpu": functools.partial(projection.project, x, projection.prepare_weight(weight))
-    }
-    runs = {
-        "cpu": lambda: ops.compress(
-            *call._replace(kv_score=projections["cpu"]()), eps=_EPS, impl="cpu"
-        )
-    }
-    if "vllm" in names:
-        projections["vllm"] = _vllm_projection(x, weight)
-        runs["vllm"] = _vllm(projections["vllm"], call)["vllm"]
-    alone = {f"{name}_projection": projections[name] for name in names}
-    return {name: runs[name] for name in names} | alone | contestants([], call)
+    made: dict[str, Contestant] = {}
+    for name in names:
+        project = _our_projection(x, weight) if name == "ours" else _vllm_projection(x, weight)
+        made[name] = _projecting(name, project, call)
+        made[f"{name}_projection"] = project
+    return made | contestants([], [call])
+
+
+def _projecting(name: str, project: Callable[[], Tensor], call: Call) -> Contestant:
+    if name == "ours":
+        return _ours(lambda: call._replace(kv_score=project()), [call])
+    return _vllm(project, call)[name]
+
+
+def _make(name: str, calls: Sequence[Call]) -> Contestant:
+    if name in ("ours", "reference"):
+        return _ours(lambda: calls[0], calls, impl="cpu" if name == "ours" else name)
+    layers = [_of_one_layer(name, call) for call in calls]
+    return layers[0] if len(layers) == 1 else lambda: [layer() for layer in layers]
+
+
+def _of_one_layer(name: str, call: Call) -> Contestant:
+    match name:
+        case "layer":
+            return functools.partial(
+                ops.BoundLayer(call.layer, eps=_EPS).run, call.kv_score, _plan(call)
+            )
+        case "plan":
+            return functools.partial(_plan, call)
+        case "tail":
+            tail = with_tail_slots(call)
+            return _ours(lambda: tail, [tail])
+        case "tail_first":
+            return _ours(lambda: with_tail_slots(call), [call])
+        case "vllm" | "vllm_ops":
+            return _vllm(lambda: call.kv_score, call)[name]
+        case _:
+            return _native(name, call)
+
+
+def _ours(step: Callable[[], Call], layers: Sequence[Call], impl: str = "cpu") -> Contestant:
+    """A plan of the call that `step` returns, and with it a run of each layer on that call's
+    kv_score."""
+    bound = [ops.BoundLayer(call.layer, eps=_EPS, impl=impl) for call in layers]
+
+    def run() -> None:
+        call = step()
+        plan = _plan(call, impl)
+        for layer in bound:
+            layer.run(call.kv_score, plan)
+
+    return run
+
+
+def _plan(call: Call, impl: str | None = None) -> Tensor:
+    return ops.plan(*call.step, **Extents.of(call.layer)._asdict(), impl=impl)
+
+
+class _Native(functools.partial[int]):
+    """The library's function alone. Its arguments are addresses, so the tensors are held here."""
+
+    tensors: tuple[Call, Tensor]
+
+
+def _native(name: str, call: Call) -> Contestant:
+    """An algorithm or a floor on a plan that was made before."""
+    make = baselines.plan if name in ("overlay_scan", "scatter_pool") else cpu.plan
+    plan, native = make(call.step, Extents.of(call.layer)), cpu.native()
+    layer = cpu.LAYER.pack(*layer_fields(call.layer, cpu.K_FORMATS[_K_FORMAT], _EPS))
+    kv_score = cpu.KV_SCORE.pack(*kv_score_fields(call.kv_score))
+    run = _Native(native.algorithms[name], layer, native.parallel_for, plan.data_ptr(), kv_score)
+    run.tensors = call, plan
+    return run
+
+
+def _our_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return functools.partial(projection.project, x, projection.prepare_weight(weight))
 
 
 def _vllm_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -125,24 +157,7 @@ def _vllm_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: layer.cpu_linear(x, layer.weight, None)
 
 
-def _plan(call: Call) -> Tensor:
-    return ops.plan(*call.step, **Extents.of(call.layer)._asdict())
-
-
-def _native(name: str, call: Call) -> Run:
-    """The library's function alone, on a plan that was made before."""
-    plan = baselines.plan if name in ("overlay_scan", "scatter_pool") else cpu.plan
-    made, native = plan(call.step, Extents.of(call.layer)), cpu.native()
-    layer = cpu.LAYER.pack(*layer_fields(call.layer, cpu.K_FORMATS[_K_FORMAT], _EPS))
-    kv_score = cpu.KV_SCORE.pack(*kv_score_fields(call.kv_score))
-    run = functools.partial(
-        native.algorithms[name], layer, native.parallel_for, made.data_ptr(), kv_score
-    )
-    run.tensors = call, made  # the arguments have their addresses alone
-    return run
-
-
-def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Run]:
+def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Contestant]:
     from vllm._custom_ops import compress_norm_rope_store_indexer_cpu, save_partial_states_cpu
     from vllm.models.deepseek_v4.cpu.cpu_utils import map_local_to_global_slots_cpu
     from vllm.platforms import current_platform
@@ -150,7 +165,8 @@ def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Run]:
     current_platform.import_kernels()
 
     def widened() -> tuple[Tensor, Tensor]:
-        return project().float().chunk(2, dim=-1)
+        kv, score = project().float().chunk(2, dim=-1)
+        return kv, score
 
     def gather_slots() -> Tensor:
         window = call.positions.unsqueeze(-1) - WINDOW + 1 + torch.arange(WINDOW)
@@ -182,8 +198,14 @@ def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Run]:
             RATIO,
         )
 
+    def whole() -> None:
+        save(*widened())
+        pool_and_store(gather_slots())
+
     kv, score, gathered = *widened(), gather_slots()
-    return {
-        "vllm": lambda: (save(*widened()), pool_and_store(gather_slots())),
-        "vllm_ops": lambda: (save(kv, score), pool_and_store(gathered)),
-    }
+
+    def ops_alone() -> None:
+        save(kv, score)
+        pool_and_store(gathered)
+
+    return {"vllm": whole, "vllm_ops": ops_alone}

@@ -8,14 +8,17 @@ and what it reads is what changes its result.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, output
 from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW, Call
 from .cases import LAYERS, PAGE, PAGE_BYTES, Case, make_call, with_tail_slots
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
 CHUNKS = (2 << 10, 8 << 10)
@@ -188,89 +191,95 @@ def history_rows(case: Case, call: Call) -> list[tuple[int, int]]:
 # ---- in words ------------------------------------------------------------------------------------
 
 
-def report() -> str:
-    """Everything above as tables."""
-    return "\n".join(
-        [
-            f"vLLM 0.32: pages of {PAGE_BYTES} bytes, for {PAGE} state rows or {FP8_PAGE_ENTRIES} "
-            "K entries",
-            *_layer_table(),
-            *(line for model in LAYERS for line in _model_table(model)),
-            *_counted_table(),
-        ]
-    )
+def tables() -> list["Table | str"]:
+    """Everything above."""
+    return [
+        f"vLLM 0.32: pages of {PAGE_BYTES} bytes, for {PAGE} state rows or {FP8_PAGE_ENTRIES} K "
+        "entries",
+        "One layer, one request, bytes a token (saves: what tail-only saving saves of all that is "
+        "moved;\nread back: what scatter, then pool reads of the rows that it has just written)",
+        _layer_table(),
+        *(part for model in LAYERS for part in _model_table(model)),
+        "One layer, one call, requests (tokens before, tokens of the call) "
+        f"{', '.join(map(str, SAMPLE.requests))}: bytes on paper = counted on the op",
+        _counted_table(),
+    ]
 
 
-def _steps() -> Iterator[tuple[str, int, int, tuple[tuple[int, int], ...]]]:
-    """A line's beginning, its context, the tokens of a call, the calls: a prompt in chunks, or a
-    group generated."""
+class Step(NamedTuple):
+    """A prompt in chunks, or a group generated token by token."""
+
+    context: int
+    chunk: int  # tokens of a call
+    requests: tuple[tuple[int, int], ...]  # of its calls
+
+    @property
+    def tokens(self) -> int:
+        return self.chunk * len(self.requests)
+
+    @property
+    def names(self) -> list[str]:
+        chunk = f"{self.chunk >> 10}K" if self.chunk > 1 else "decode"
+        return [f"{self.context >> 10}K", chunk]
+
+
+def _steps() -> Iterator[Step]:
     for context in CONTEXTS:
         for chunk in (*CHUNKS, 1):
             starts = range(0, context, chunk) if chunk > 1 else range(context, context + RATIO)
-            size = f"{chunk >> 10}K" if chunk > 1 else "decode"
-            yield (
-                f"{context >> 10:6}K{size:>8}",
-                context,
-                chunk,
-                tuple((start, chunk) for start in starts),
-            )
+            yield Step(context, chunk, tuple((start, chunk) for start in starts))
 
 
-def _layer_table() -> list[str]:
-    lines = [
-        "\nOne layer, one request, bytes a token: read, written and moved in all, and what "
-        "tail-only saving saves of\nthat; read back: what scatter, then pool reads of the rows "
-        "that it has just "
-        f"written\n{'':15}{'read':>9}{'written':>9}{'':18}{'moved, bf16 kv_score':>27}{'moved, fp32 kv_score':>27}{'read':>9}\n{'context':>7}{'chunk':>8}{'history':>9}{'entries':>9}{'state':>9}{'tail':>9}"
-        + 2 * f"{'full':>9}{'tail':>9}{'saves':>9}"
-        + f"{'back':>9}"
-    ]
-    for line, _, chunk, requests in _steps():
-        per_token = 1 / (chunk * len(requests))
-        full, tail, scatter = (on_paper(requests, torch.bfloat16, way) for way in WAYS)
-        for bytes_ in (
-            full.history_read,
-            full.entries_written,
-            full.state_written,
-            tail.state_written,
-        ):
-            line += f"{bytes_ * per_token:9.1f}"
-        for kv_dtype in (torch.bfloat16, torch.float32):
-            whole, less = (sum(on_paper(requests, kv_dtype, way)) for way in ("full", "tail"))
-            line += f"{whole * per_token:9.1f}{less * per_token:9.1f}{1 - less / whole:9.1%}"
-        lines.append(line + f"{scatter.read_back * per_token:9.1f}")
-    return lines
+def _layer_table() -> "Table":
+    columns = ["context", "chunk", "history read", "entries written"]
+    columns += ["state written, full", "tail"]
+    for dtype in ("bf16", "fp32"):
+        columns += [f"moved, {dtype} kv_score, full", "tail", "saves"]
+    return output.table([*columns, "read back"], map(_layer_row, _steps()), names=2)
 
 
-def _model_table(model: str) -> list[str]:
+def _layer_row(step: Step) -> list[str]:
+    full, tail, scatter = (on_paper(step.requests, torch.bfloat16, way) for way in WAYS)
+    sums = [full.history_read, full.entries_written, full.state_written, tail.state_written]
+    cells = [_per_token(bytes_, step) for bytes_ in sums]
+    for kv_dtype in (torch.bfloat16, torch.float32):
+        whole, less = (sum(on_paper(step.requests, kv_dtype, way)) for way in ("full", "tail"))
+        cells += [_per_token(whole, step), _per_token(less, step), f"{1 - less / whole:.1%}"]
+    return [*step.names, *cells, _per_token(scatter.read_back, step)]
+
+
+def _per_token(bytes_: float, step: Step) -> str:
+    return f"{bytes_ / step.tokens:.1f}"
+
+
+def _model_table(model: str) -> list["Table | str"]:
     layers = LAYERS[model]
-    lines = [
-        f"\n{model}, {layers} layers, one request, bf16 "
-        f"kv_score\n{'':15}{'moved, KiB a token':>20}{'moved, GiB':>20}{'held, MiB':>22}\n{'context':>7}{'chunk':>8}{'full':>10}{'tail':>10}{'full':>10}{'tail':>10}{'state pages':>12}{'K pages':>10}"
-    ]
-    for line, context, chunk, requests in _steps():
-        moved = [layers * sum(on_paper(requests, torch.bfloat16, way)) for way in ("full", "tail")]
-        held = (
-            layers * state_bytes(context, chunk) / (1 << 20),
-            layers * k_bytes(context) / (1 << 20),
+    columns = ["context", "chunk", "moved, KiB a token, full", "tail"]
+    columns += ["moved, GiB, full", "tail", "held, MiB, state pages", "K pages"]
+    rows = []
+    for step in _steps():
+        moved = [
+            layers * sum(on_paper(step.requests, torch.bfloat16, way)) for way in ("full", "tail")
+        ]
+        held = layers * state_bytes(step.context, step.chunk), layers * k_bytes(step.context)
+        rows.append(
+            [
+                *step.names,
+                *(_per_token(n / (1 << 10), step) for n in moved),
+                *(f"{n / (1 << 30):.2f}" if step.chunk > 1 else "" for n in moved),
+                *(f"{n / (1 << 20):.2f}" for n in held),
+            ]
         )
-        line += "".join(f"{n / chunk / len(requests) / (1 << 10):10.1f}" for n in moved)
-        line += "".join(f"{n / (1 << 30):10.2f}" if chunk > 1 else f"{'':10}" for n in moved)
-        lines.append(line + f"{held[0]:12.2f}{held[1]:10.2f}")
-    return lines
+    title = f"{model}, {layers} layers, one request, bf16 kv_score"
+    return [title, output.table(columns, rows, names=2)]
 
 
-def _counted_table() -> list[str]:
-    lines = [
-        "\nOne layer, one call, requests (tokens before, tokens of the call) "
-        f"{', '.join(map(str, SAMPLE.requests))}\n{'bytes on paper | counted on the op':36}"
-        + "".join(f"{name.replace('_', ' '):>19}" for name in Traffic._fields)
-    ]
+def _counted_table() -> "Table":
+    rows = []
     for kv_dtype in (torch.bfloat16, torch.float32):
         for way in WAYS:
             both = zip(on_paper(SAMPLE.requests, kv_dtype, way), counted(SAMPLE, kv_dtype, way))
             name = f"{way}, {str(kv_dtype).removeprefix('torch.')}"
-            lines.append(
-                f"{name:36}" + "".join(f"{f'{paper} | {count}':>19}" for paper, count in both)
-            )
-    return lines
+            rows.append([name, *(f"{paper} = {count}" for paper, count in both)])
+    columns = [name.replace("_", " ") for name in Traffic._fields]
+    return output.table(["", *columns], rows)

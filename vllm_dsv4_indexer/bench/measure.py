@@ -11,7 +11,7 @@ the caches of the CPU into the same state before each call:
 
 Before anything is timed, all contestants must have stored the same state and entries. Where they
 project first they differ by how they round: then ours must have stored what a float64 projection
-would, and the others' shares are told.
+would, and the result tells what share of the codes each of them changes.
 """
 
 import functools
@@ -31,14 +31,13 @@ from .. import ops
 from ..contract import FP8_SCALE_OFFSET, HEAD_DIM, Call
 from ..ops.cpu import FLOORS
 from .cases import Case, make_layers, make_projection, mix
-from .contestants import TAILS, contestants, projected, step
+from .contestants import TAILS, WHOLE, Contestant, contestants, projected
 from .machine import last_level_cache
+from .result import Cell
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
-_MOST_CHANGED = (
-    2e-4  # of the codes, by an exact projection; in a short call one that ties may be more
-)
-_MOST_TIES = 4
+# Of the codes, by an exact projection; in a short call one that ties may be more.
+_MOST_CHANGED, _MOST_TIES = 2e-4, 4
 _FLOAT64_ROWS = 512  # at a time
 _MADE_BY_THE_STEP = (
     "kv_score",
@@ -48,14 +47,14 @@ _MADE_BY_THE_STEP = (
     "k_slot_mapping",
 )
 _STORE_NOTHING = (*FLOORS, "plan")
+Prepare = Callable[[str], None]  # brings the CPU's caches into a state, before that contestant
 
 
 def measure(
     cases: list[Case], names: list[str], threads: list[int], kv_dtype: torch.dtype, seconds: float
-) -> Iterator[list[dict]]:
-    """Yields the cells of one case after the other, for each number of threads. A cell is a case
-    with one number of threads and one state of the caches, and the nanoseconds of every call.
-    `seconds` is the time for all."""
+) -> Iterator[list[Cell]]:
+    """Yields the cells of one case after the other, for each number of threads. `seconds` is the
+    time for all."""
     each = seconds / len(cases) / len(threads)
     for n in threads:
         # spawn: a forked child would inherit this process's threads and libraries
@@ -70,23 +69,18 @@ def _start(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: float) -> list[dict]:
+def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: float) -> list[Cell]:
     """The cells of one case on this process's threads, within `seconds` or LEAST_ROUNDS."""
     end = time.monotonic() + seconds
     calls = make_layers(case, kv_dtype)
-    runs = _runs_of(case, names, calls)
+    measured = _contestants(case, names, calls)
+    changed: dict[str, float] = {}
     if case.hidden:
-        changed = codes_changed(case, calls[0], runs)
+        changed = codes_changed(case, calls[0], measured)
     else:
-        changed = {}
-        check_equal(calls, runs)
-    few = replace(mix("short", 8), hidden=case.hidden, layers=min(case.layers, 2))
-    small = _runs_of(few, names, make_layers(few, kv_dtype))
-    states = {
-        "warm": lambda name: runs["floor"](),
-        "cold": lambda name: (_chill(calls[0]), small[name]()),
-    }
-    cells = []
+        check_equal(calls, measured)
+    states = _states(case, names, calls[0], measured, kv_dtype)
+    cells: list[Cell] = []
     for i, (cache, prepare) in enumerate(states.items()):
         share = (end - time.monotonic()) / (len(states) - i)
         cells.append(
@@ -100,22 +94,43 @@ def measure_case(case: Case, names: list[str], kv_dtype: torch.dtype, seconds: f
                 "cache": cache,
                 "flops": case.flops,
                 "codes_changed": changed,
-                "nanoseconds": _rounds(runs, prepare, share),
+                "nanoseconds": _rounds(measured, prepare, share),
             }
         )
     return cells
 
 
-def _runs_of(case: Case, names: list[str], calls: list[Call]) -> dict[str, Callable]:
-    if case.layers > 1:
-        return step(names, calls)
-    return projected(names, case, calls[0]) if case.hidden else contestants(names, calls[0])
+def _contestants(case: Case, names: list[str], calls: list[Call]) -> dict[str, Contestant]:
+    return projected(names, case, calls[0]) if case.hidden else contestants(names, calls)
 
 
-def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dict[str, list[int]]:
+def _states(
+    case: Case,
+    names: list[str],
+    call: Call,
+    measured: dict[str, Contestant],
+    kv_dtype: torch.dtype,
+) -> dict[str, Prepare]:
+    """How the caches of the CPU become warm, and cold."""
+    few = replace(mix("short", 8), hidden=case.hidden, layers=min(case.layers, 2))
+    small = _contestants(few, names, make_layers(few, kv_dtype))
+
+    def warm(name: str) -> None:
+        measured["floor"]()
+
+    def cold(name: str) -> None:
+        _chill(call)
+        small[name]()
+
+    return {"warm": warm, "cold": cold}
+
+
+def _rounds(
+    measured: dict[str, Contestant], prepare: Prepare, seconds: float
+) -> dict[str, list[int]]:
     end = time.monotonic() + seconds
-    times = {name: [] for name in runs}
-    order = list(runs)
+    times: dict[str, list[int]] = {name: [] for name in measured}
+    order = list(measured)
     for count in range(MOST_ROUNDS):
         if count >= LEAST_ROUNDS and time.monotonic() > end:
             break
@@ -123,7 +138,7 @@ def _rounds(runs: dict[str, Callable], prepare: Callable, seconds: float) -> dic
         for name in order:
             prepare(name)
             start = time.perf_counter_ns()
-            runs[name]()
+            measured[name]()
             times[name].append(time.perf_counter_ns() - start)
     return times
 
@@ -139,16 +154,16 @@ def _larger_than_the_caches() -> Tensor:
     return torch.zeros(2 * last_level_cache() // 8, dtype=torch.int64)
 
 
-def check_equal(calls: list[Call], runs: dict[str, Callable]) -> None:
-    """Runs every contestant that stores a result. Raises RuntimeError unless they store the same
+def check_equal(calls: list[Call], measured: dict[str, Contestant]) -> None:
+    """Calls every contestant that stores a result. Raises RuntimeError unless they store the same
     state (but for tail-only saving) and scales, and values at most one code apart (vLLM's fp32
     arithmetic differs in the last bit, which shows at a rounding tie)."""
-    expected = None
-    for name, run in runs.items():
+    expected: tuple[str, list[Stored]] | None = None
+    for name, contestant in measured.items():
         if name in _STORE_NOTHING:
             continue
-        runs["floor"]()  # leaves rows and entries that are nobody's result
-        run()
+        measured["floor"]()  # leaves rows and entries that are nobody's result
+        contestant()
         result = [_stored(call) for call in calls]
         if expected is None or expected[0] in TAILS:
             expected = name, result
@@ -162,25 +177,23 @@ def check_equal(calls: list[Call], runs: dict[str, Callable]) -> None:
                 )
 
 
-def codes_changed(case: Case, call: Call, runs: dict[str, Callable]) -> dict[str, float]:
+def codes_changed(case: Case, call: Call, measured: dict[str, Contestant]) -> dict[str, float]:
     """The shares of the call's fp8 codes that are not those of a projection in float64. Raises
     RuntimeError if ours is more than an exact one can have."""
     x, weight = make_projection(case)
-    exact = torch.cat([rows.double() @ weight.double().T for rows in x.split(_FLOAT64_ROWS)])
-    by_name = {
-        "float64": functools.partial(ops.compress, *call._replace(kv_score=exact.float()))
-    } | runs
-    codes = {}
-    for name in ("float64", "cpu", "vllm"):
-        if name in by_name:
-            by_name[name]()
-            codes[name] = _stored(call).codes
-    expected = codes.pop("float64")
+    blocks = torch.split(x, _FLOAT64_ROWS)
+    exact = torch.cat([rows.double() @ weight.double().T for rows in blocks])
+    ops.compress(*call._replace(kv_score=exact.float()))
+    expected = _stored(call).codes
     stored = max(case.entries, 1) * HEAD_DIM
-    changed = {name: int((found != expected).sum()) / stored for name, found in codes.items()}
-    if changed.get("cpu", 0) > max(_MOST_CHANGED, _MOST_TIES / stored):
+    changed: dict[str, float] = {}
+    for name in WHOLE:
+        if name in measured:
+            measured[name]()
+            changed[name] = int((_stored(call).codes != expected).sum()) / stored
+    if changed.get("ours", 0) > max(_MOST_CHANGED, _MOST_TIES / stored):
         raise RuntimeError(
-            f"our projection changes {changed['cpu']:.3%} of the codes: not exact, not measured"
+            f"our projection changes {changed['ours']:.3%} of the codes: not exact, not measured"
         )
     return changed
 

@@ -1,117 +1,86 @@
-"""The result of a benchmark as a picture: an SVG file, written by hand, so that nothing need be
-installed.
+"""The result of a benchmark as a picture.
 
 One row of panels for each number of threads and state of the caches: nanoseconds a token
 (logarithmic) and the share of the floor. Across: the tokens of a call of one request, or, for
 traffic, how deep in its document a chunk lies.
 """
 
-import math
-from html import escape
+from collections import defaultdict
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .report import blocks, floor, median
+from .result import Cell, Result
 
 COLOURS = {
-    "cpu": "#d62728",
-    "reference": "#9467bd",
-    "one_pass": "#ff7f0e",
-    "overlay_scan": "#2ca02c",
-    "scatter_pool": "#1f77b4",
-    "vllm": "#7f7f7f",
-    "vllm_ops": "#8c564b",
-    "floor": "#000000",
-    "tail": "#e377c2",
-    "layer": "#17becf",
-    "plan": "#bcbd22",
+    "ours": "tab:red",
+    "reference": "tab:purple",
+    "one_pass": "tab:orange",
+    "overlay_scan": "tab:green",
+    "scatter_pool": "tab:blue",
+    "vllm": "tab:gray",
+    "vllm_ops": "tab:brown",
+    "floor": "black",
+    "tail": "tab:pink",
+    "layer": "tab:cyan",
+    "plan": "tab:olive",
 }
-WIDTH, HEIGHT, MARGIN = 360, 200, 60
+PANEL = (5.0, 2.8)  # inches
+Series = dict[str, list[tuple[int, float]]]  # by contestant, points
 
 
-def svg(result: dict) -> str:
-    """The picture as text."""
+def figure(result: Result) -> Figure:
     cells = [cell for cell in result["cells"] if cell["kind"] in ("one", "document")]
-    across = "tokens" if any(cell["kind"] == "one" for cell in cells) else "context"
-    parts, names = [], {}
-    rows = blocks(cells)
-    for i, (where, here) in enumerate(rows.items()):
-        times, shares = _series(here, across)
-        names |= dict.fromkeys(times)
-        top = MARGIN + i * (HEIGHT + MARGIN)
-        parts.append(_panel(MARGIN, top, f"ns/token, {where}", times, across, log_y=True))
-        parts.append(
-            _panel(2 * MARGIN + WIDTH, top, f"% of the floor, {where}", shares, across, log_y=False)
-        )
-    legend = "".join(
-        f'<text x="{MARGIN + 105 * i}" y="20" fill="{COLOURS[name]}">{escape(name)}</text>'
-        for i, name in enumerate(names)
-    )
-    width, height = 2 * (WIDTH + MARGIN) + MARGIN // 2, MARGIN + len(rows) * (HEIGHT + MARGIN)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="11"><rect width="{width}" height="{height}" fill="#fff"/>{legend}{"".join(parts)}</svg>\n'
-    )
+    lengths = any(cell["kind"] == "one" for cell in cells)
+    rows = blocks(cells) or {"no call of one request": []}
+    size = 2 * PANEL[0], len(rows) * PANEL[1] + 0.5
+    drawn = Figure(figsize=size, layout="constrained")
+    panels = drawn.subplots(len(rows), 2, squeeze=False)
+    for (left, right), (block, here) in zip(panels, rows.items()):
+        times, shares = _series(here, lengths)
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter("{x:g}")
+        right.set_ylim(0, 105)
+        for panel, series, what in ((left, times, "ns/token"), (right, shares, "% of the floor")):
+            panel.set_title(f"{what}, {block}", fontsize="medium")
+            _draw(panel, series, lengths)
+    legend = panels[0][0].get_legend_handles_labels()
+    drawn.legend(*legend, loc="outside upper center", ncols=6, frameon=False)
+    return drawn
 
 
-def _series(cells: list[dict], across: str) -> tuple[dict, dict]:
-    """By contestant, the points (x, nanoseconds a token) and (x, per cent of the floor)."""
-    times, shares = {}, {}
-    for cell in sorted(cells, key=lambda cell: cell[across]):
+def _series(cells: list[Cell], lengths: bool) -> tuple[Series, Series]:
+    """Nanoseconds a token, and per cent of the floor, whose bytes a plan does not move."""
+    times: Series = defaultdict(list)
+    shares: Series = defaultdict(list)
+    for cell in cells:
+        x = cell["tokens"] if lengths else cell["context"]
         lowest = median(floor(cell))
         medians = {
             name: median(calls) for name, calls in cell["nanoseconds"].items() if name in COLOURS
         }
         for name, ns in (medians | {"floor": lowest}).items():
-            times.setdefault(name, []).append((cell[across], ns / cell["tokens"]))
-            shares.setdefault(name, []).append((cell[across], 100 * lowest / ns))
+            times[name].append((x, ns / cell["tokens"]))
+            if name != "plan":
+                shares[name].append((x, 100 * lowest / ns))
     return times, shares
 
 
-def _panel(left: int, top: int, title: str, series: dict, across: str, log_y: bool) -> str:
-    xs = sorted({x for points in series.values() for x, _ in points})
-    ys = [y for points in series.values() for _, y in points] + [0, 100] * (not log_y)
-    x_ticks = (
-        {x: f"{x}" for x in xs}
-        if across == "tokens"
-        else {k << 10: f"{k}K" for k in range(0, 257, 64)}
-    )
-    y_ticks = _round_numbers(min(ys), max(ys)) if log_y else range(0, 101, 25)
-    x_of = _scale(min(x_ticks), max(x_ticks), left, left + WIDTH, across == "tokens")
-    y_of = _scale(min(ys), max(ys), top + HEIGHT, top, log_y)
-    parts = [f'<text x="{left}" y="{top - 8}">{escape(title)}</text>']
-    for y in y_ticks:
-        parts.append(
-            f'<path d="M{left},{y_of(y):.1f}h{WIDTH}" stroke="#ddd"/>'
-            f'<text x="{left - 5}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
-        )
-    for x, text in x_ticks.items():
-        parts.append(
-            f'<text x="{x_of(x):.1f}" y="{top + HEIGHT + 15}" text-anchor="middle">{text}</text>'
-        )
-    parts.append(
-        f'<text x="{left + WIDTH}" y="{top + HEIGHT + 30}" text-anchor="end">{across}</text>'
-    )
+def _draw(panel: Axes, series: Series, lengths: bool) -> None:
     for name, points in series.items():
-        places = [(f"{x_of(x):.1f}", f"{y_of(y):.1f}") for x, y in points]
-        if across == "tokens":
-            line = " ".join(",".join(place) for place in places)
-            parts.append(
-                f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.5"/>'
-            )
-        else:
-            parts += [
-                f'<circle cx="{x}" cy="{y}" r="2.5" fill="{COLOURS[name]}"/>' for x, y in places
-            ]
-    return "".join(parts)
-
-
-def _scale(low: float, high: float, start: float, end: float, log: bool):
-    """The function from [low, high] to [start, end]."""
-    measure = math.log if log else float
-    span = (measure(high) - measure(low)) or 1
-    return lambda value: start + (measure(value) - measure(low)) / span * (end - start)
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within the range."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [m * 10**e for e in exponents for m in (1, 2, 5) if low <= m * 10**e <= high]
+        xs, ys = zip(*sorted(points))
+        style = "o-" if lengths else "o"
+        panel.plot(xs, ys, style, color=COLOURS[name], label=name, markersize=3)
+    panel.grid(color="0.9")
+    if lengths:
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("tokens")
+    else:
+        ticks = [k << 10 for k in range(0, 257, 64)]
+        panel.set_xlabel("context, tokens")
+    panel.set_xticks(ticks, [f"{x}" if lengths else f"{x >> 10}K" for x in ticks])
+    panel.minorticks_off()

@@ -1,24 +1,33 @@
-"""The result of a benchmark as tables. A result is what bench.json holds: `machine`, `options` and
-`cells` (measure.py).
+"""The result of a benchmark as tables.
 
-Cells of one number of threads and state of the caches make a block, those of one case name in it a
-group, whose calls are pooled.
+The cells of one number of threads and state of the caches make a block, those of one case name in
+it a group, whose calls are pooled.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
+from typing import TYPE_CHECKING
 
+from .. import output
 from ..ops.cpu import FLOORS
 from .contestants import VLLM
+from .result import Cell, Result
 
-ABC = ("overlay_scan", "scatter_pool", "one_pass")
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ALGORITHMS = {  # whom ours replaces, and ours
+    "overlay_scan": "overlay scan",
+    "scatter_pool": "scatter, then pool",
+    "one_pass": "one pass",
+}
 
 
 @dataclass(frozen=True)
 class Times:
-    """The calls of one contestant in one group; times in nanoseconds a token, `call` in
-    microseconds."""
+    """The calls of one contestant in one group, in nanoseconds a token; `call` in microseconds."""
 
     p10: float
     p50: float
@@ -29,19 +38,20 @@ class Times:
 
 @dataclass(frozen=True)
 class Group:
+    """tokens, bytes and flops are a call's, in the mean where calls differ; the rest as in
+    result.Cell. times: by contestant, where "floor" is the faster of the two."""
+
     case: str
-    where: str
+    block: str
     kind: str
-    tokens: int  # of a call, and so are `bytes` and `flops` (the mean, where they differ)
+    tokens: int
     bytes: float
-    flops: float  # of the projection, where the calls have one
-    changed: dict[
-        str, float
-    ]  # by contestant, the share of codes that are not those of a float64 projection
-    times: dict[str, Times]  # by contestant; "floor" is the faster of the two
+    flops: float
+    changed: dict[str, float]
+    times: dict[str, Times]
 
 
-def blocks(cells: list[dict]) -> dict[str, list[dict]]:
+def blocks(cells: list[Cell]) -> dict[str, list[Cell]]:
     """The cells of each number of threads and state of the caches, in words: "warm caches, 1
     thread"."""
     keys = sorted(
@@ -56,48 +66,55 @@ def blocks(cells: list[dict]) -> dict[str, list[dict]]:
     }
 
 
-def groups(result: dict) -> list[Group]:
+def groups(result: Result) -> list[Group]:
     """The groups of a result, block by block."""
     found = []
-    for where, cells in blocks(result["cells"]).items():
+    for block, cells in blocks(result["cells"]).items():
         by_case = defaultdict(list)
         for cell in cells:
             by_case[cell["case"]].append(cell)
-        found += [_group(where, members) for members in by_case.values()]
+        found += [_group(block, members) for members in by_case.values()]
     return found
 
 
-def _group(where: str, cells: list[dict]) -> Group:
-    calls = defaultdict(list)
-    rounds = min(
-        len(floor(cell)) for cell in cells
-    )  # of each cell: short calls are repeated more often
+def _group(block: str, cells: list[Cell]) -> Group:
+    first = cells[0]
+    return Group(
+        first["case"],
+        block,
+        first["kind"],
+        sum(cell["tokens"] for cell in cells) // len(cells),
+        sum(cell["bytes"] for cell in cells) / len(cells),
+        sum(cell["flops"] for cell in cells) / len(cells),
+        {
+            name: sum(cell["codes_changed"][name] for cell in cells) / len(cells)
+            for name in first["codes_changed"]
+        },
+        _times_by_contestant(cells),
+    )
+
+
+def _times_by_contestant(cells: list[Cell]) -> dict[str, Times]:
+    """Of each cell as many calls: short ones are repeated more often."""
+    calls: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    rounds = min(len(floor(cell)) for cell in cells)
     for cell in cells:
         for name, nanoseconds in (cell["nanoseconds"] | {"floor": floor(cell)}).items():
             calls[name] += [(ns, cell["tokens"]) for ns in nanoseconds[:rounds]]
     del calls["floor_past_cache"]
-    first = cells[0]
-    tokens, size, flops = (
-        sum(cell[what] for cell in cells) / len(cells) for what in ("tokens", "bytes", "flops")
-    )
-    changed = {
-        name: sum(cell["codes_changed"][name] for cell in cells) / len(cells)
-        for name in first["codes_changed"]
-    }
-    times = {name: _times(c) for name, c in calls.items()}
-    return Group(first["case"], where, first["kind"], int(tokens), size, flops, changed, times)
+    return {name: _times(of_it) for name, of_it in calls.items()}
 
 
-def floor(cell: dict) -> list[int]:
+def floor(cell: Cell) -> list[int]:
     """The calls of the faster floor."""
     return min((cell["nanoseconds"][name] for name in FLOORS), key=median)
 
 
-def median(values: list[float]) -> float:
+def median(values: Sequence[float]) -> float:
     return percentile(values, 50)
 
 
-def percentile(values: list[float], percent: int) -> float:
+def percentile(values: Sequence[float], percent: int) -> float:
     return (
         quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
     )
@@ -105,65 +122,74 @@ def percentile(values: list[float], percent: int) -> float:
 
 def _times(calls: list[tuple[int, int]]) -> Times:
     per_token = [ns / tokens for ns, tokens in calls]
-    return Times(
-        *(percentile(per_token, p) for p in (10, 50, 90, 99)),
-        median([ns / 1000 for ns, _ in calls]),
-    )
+    p10, p50, p90, p99 = (percentile(per_token, p) for p in (10, 50, 90, 99))
+    return Times(p10, p50, p90, p99, call=median([ns / 1000 for ns, _ in calls]))
 
 
-def table(result: dict) -> str:
+def tables(result: Result) -> list["Table | str"]:
     """Everything that was measured, for reading."""
-    parts = [_machine(result)]
-    block = None
-    for group in groups(result):
-        if block != (block := group.where):
-            what = (
-                f"{'GFLOP/s':>10}{'changed':>10}"
-                if group.flops
-                else f"{'x its ops':>10}{'GB/s':>7}{'of floor':>10}"
-            )
-            parts.append(
-                f"\n{block}\n{'':18}{'us/call':>11}{'ns/token':>11}{'p10':>11}{'p90':>11}{'p99':>11}{'x vllm':>9}"
-                + what
-            )
-        parts.append(group.case)
-        parts += [_line(group, name) for name in group.times if name != "floor" or not group.flops]
-    return "\n".join(parts + _algorithms(result))
+    parts: list[Table | str] = [_machine(result)]
+    found = groups(result)
+    for block in dict.fromkeys(group.block for group in found):
+        members = [group for group in found if group.block == block]
+        parts += [f"{block}: ns/token, medians and percentiles; us a call", _measured(members)]
+        if (algorithms := _algorithms(members)) is not None:
+            parts += [f"{block}: native code alone, one request, ns/token", algorithms]
+    return parts
 
 
-def _line(group: Group, name: str) -> str:
+def _measured(members: list[Group]) -> "Table":
+    """A line for each contestant of each group of a block."""
+    projects = members[0].flops > 0
+    more = ["GFLOP/s", "codes changed"] if projects else ["x its ops", "GB/s", "of floor"]
+    columns = ["case", "", "us", "ns/token", "p10", "p90", "p99", "x vllm", *more]
+    rows = [
+        [group.case, *_line(group, name)]
+        for group in members
+        for name in group.times
+        if name != "floor" or not projects
+    ]
+    return output.table(columns, rows, names=2)
+
+
+def _line(group: Group, name: str) -> list[str]:
     t = group.times[name]
     theirs = ("vllm_projection",) if name.endswith("_projection") else VLLM
     vllm, *its_ops = (
         f"{group.times[other].p50 / t.p50:.2f}" if other in group.times else "-" for other in theirs
     )
-    line = f"  {name:16}{t.call:11.1f}{t.p50:11.1f}{t.p10:11.1f}{t.p90:11.1f}{t.p99:11.1f}{vllm:>9}"
+    times = [f"{value:.1f}" for value in (t.call, t.p50, t.p10, t.p90, t.p99)]
     if group.flops:
         changed = f"{group.changed[name]:.3%}" if name in group.changed else "-"
-        return f"{line}{group.flops / group.tokens / t.p50:10.1f}{changed:>10}"
-    share = group.times["floor"].p50 / t.p50
-    return f"{line}{its_ops[0]:>10}{group.bytes / group.tokens / t.p50:7.1f}{share:10.0%}"
+        return [name, *times, vllm, f"{group.flops / group.tokens / t.p50:.1f}", changed]
+    rate = f"{group.bytes / group.tokens / t.p50:.1f}"
+    return [name, *times, vllm, *its_ops, rate, f"{group.times['floor'].p50 / t.p50:.0%}"]
 
 
-def _algorithms(result: dict) -> list[str]:
-    """The algorithms against each other on one request, where all three were measured."""
-    lines, block = [], None
-    for group in groups(result):
-        if group.kind != "one" or not group.times.keys() >= set(ABC):
-            continue
-        a, b, c = (group.times[name].p50 for name in ABC)
-        if block != (block := group.where):
-            lines.append(
-                f"\n{block}: A overlay_scan, B scatter_pool, C one_pass, native code alone, "
-                f"ns/token\n{'T':>8}{'A':>10}{'B':>10}{'C':>10}{'B saves of A':>15}{'C of A':>9}{'C of B':>9}"
-            )
-        lines.append(
-            f"{group.tokens:8}{a:10.1f}{b:10.1f}{c:10.1f}{1 - b / a:15.1%}{1 - c / a:9.1%}{1 - c / b:9.1%}"
+def _algorithms(members: list[Group]) -> "Table | None":
+    """The algorithms against each other, of the groups in which all three were measured."""
+    compared = [
+        group for group in members if group.kind == "one" and group.times.keys() >= set(ALGORITHMS)
+    ]
+    if not compared:
+        return None
+    rows = []
+    for group in compared:
+        scan, scatter, ours = (group.times[name].p50 for name in ALGORITHMS)
+        saved = (1 - ours / scan, 1 - ours / scatter)
+        rows.append(
+            [
+                str(group.tokens),
+                *(f"{ns:.1f}" for ns in (scan, scatter, ours)),
+                *(f"{part:.1%}" for part in saved),
+            ]
         )
-    return lines
+    *replaced, ours_name = ALGORITHMS.values()
+    saves = [f"{ours_name} saves of {other}" for other in replaced]
+    return output.table(["tokens", *ALGORITHMS.values(), *saves], rows)
 
 
-def _machine(result: dict) -> str:
+def _machine(result: Result) -> str:
     m = result["machine"]
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in m["caches"].items())
     return (
@@ -174,32 +200,33 @@ def _machine(result: dict) -> str:
     )
 
 
-def _bandwidth(result: dict) -> str:
-    longest = {g.where: g for g in sorted(groups(result), key=lambda g: g.tokens)}
+def _bandwidth(result: Result) -> str:
+    longest = {g.block: g for g in sorted(groups(result), key=lambda g: g.tokens)}
     return "; ".join(
-        f"{g.bytes / g.tokens / g.times['floor'].p50:.1f} GB/s {where}"
-        for where, g in longest.items()
+        f"{g.bytes / g.tokens / g.times['floor'].p50:.1f} GB/s {block}"
+        for block, g in longest.items()
     )
 
 
-def compare(before: dict, after: dict) -> str:
+def compare(before: Result, after: Result) -> list["Table | str"]:
     """What changed from one result to another, for what both measured. A change is marked where the
     spans from p10 to p90 do not meet."""
-    lines = []
+    parts: list[Table | str] = []
     for name, a, b in (("before", before, after), ("after", after, before)):
         if a["machine"] != b["machine"] or a["options"] != b["options"]:
-            lines.append(f"{name}: {_machine(a)}")
-    lines.append(f"{'':50}{'before':>10}{'after':>10}{'change':>9}   (ns/token)")
-    old = {(g.case, g.where): g.times for g in groups(before)}
+            parts.append(f"{name}: {_machine(a)}")
+    old = {(g.case, g.block): g.times for g in groups(before)}
+    rows = []
     for group in groups(after):
-        times = old.get((group.case, group.where), {})
-        for name in filter(times.__contains__, group.times):
-            lines.append(
-                _change(f"{group.case}, {group.where}: {name}", times[name], group.times[name])
-            )
-    return "\n".join(lines)
+        times = old.get((group.case, group.block), {})
+        rows += [
+            [f"{group.case}, {group.block}: {name}", *_change(times[name], group.times[name])]
+            for name in group.times
+            if name in times
+        ]
+    return [*parts, output.table(["ns/token", "before", "after", "change", ""], rows)]
 
 
-def _change(what: str, a: Times, b: Times) -> str:
+def _change(a: Times, b: Times) -> list[str]:
     mark = "faster" if b.p90 < a.p10 else "slower" if b.p10 > a.p90 else ""
-    return f"{what:50}{a.p50:10.1f}{b.p50:10.1f}{b.p50 / a.p50 - 1:+9.1%}   {mark}"
+    return [f"{a.p50:.1f}", f"{b.p50:.1f}", f"{b.p50 / a.p50 - 1:+.1%}", mark]

@@ -1,0 +1,93 @@
+"""What the three commands have in common: options, checks, the result's first lines."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...options import number, numbers
+from ...settings import NAMESPACE, Settings
+
+STOCK = '{"impl": "stock", "projection": "engine"}'
+SHORTEST = 64  # tokens
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(text)
+        if Settings.read({NAMESPACE: settings}).state_save == "tail":
+            raise ValueError(
+                "state_save 'tail' is refused with the prefix cache, which is asked here: leave it "
+                "out"
+            )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return settings
+
+
+MODEL = {"model": dict(metavar="MODEL", help="the checkpoint's directory")}
+PROMPTS = {
+    "--lengths": dict(
+        type=numbers(SHORTEST),
+        default="2048,4096,8192,16384,32768",
+        metavar="N,M",
+        help="in tokens (default: %(default)s)",
+    ),
+    "--chunk": dict(
+        type=number(1),
+        default=2039,
+        metavar="N",
+        help="tokens that a step prefills; needles lie at the borders of chunks, too "
+        "(default: %(default)s)",
+    ),
+}
+SETTINGS = {
+    "--settings": dict(
+        type=_settings,
+        default={},
+        metavar="JSON",
+        help='of our backend in an engine of this command, e.g. \'{"projection": "engine"}\'',
+    )
+}
+AGAINST = {
+    "--against": dict(
+        type=_settings,
+        metavar="JSON",
+        help=f"compare with an engine of these settings; '{STOCK}' is vLLM's own code",
+    )
+}
+COMMON = {
+    "--seed": dict(
+        type=int,
+        default=0,
+        metavar="N",
+        help="of documents, prompts and samples (default: %(default)s)",
+    ),
+    "--output": dict(
+        type=Path,
+        default=Path("build/accuracy"),
+        metavar="DIR",
+        help="for the result (default: %(default)s)",
+    ),
+}
+
+
+def check_lengths(lengths: list[int], most: int) -> None:
+    for length in lengths:
+        if length > most:
+            raise UserError(
+                f"--lengths: {length} is not from {SHORTEST} to {most}, which is what the model can"
+            )
+
+
+def sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The settings of the engines of this command. Each runs in a process of its own, which takes
+    what it leaves behind with it."""
+    return [arguments.settings] + ([] if arguments.against is None else [arguments.against])
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command's options, for its result."""
+    left_out = ("run", "prog", "output")
+    return {name: value for name, value in vars(arguments).items() if name not in left_out}

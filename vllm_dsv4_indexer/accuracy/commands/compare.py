@@ -1,0 +1,139 @@
+"""`vllm-dsv4-indexer accuracy compare`: log-probabilities of one engine under other schedules, of
+two engines or of two servers; and two servers' scores in lm-eval's tasks."""
+
+import argparse
+import json
+from typing import Any
+
+from ... import output
+from ...errors import UserError
+from ...options import Commands, add_command, names, number
+from ...packages import need
+from .. import model
+from .common import AGAINST, COMMON, MODEL, SETTINGS, SHORTEST, STOCK, given, sides
+
+CONTEXT = 4096
+OPTIONS = {
+    "--tokens": dict(
+        type=number(0),
+        default=2560,
+        metavar="N",
+        help="of the prompt whose log-probabilities are compared, at least 16; 0: none "
+        "(default: %(default)s)",
+    ),
+    "--servers": dict(
+        nargs=2,
+        metavar="URL",
+        help="compare two servers that run MODEL, instead of engines of this command",
+    ),
+    "--tasks": dict(
+        type=names,
+        metavar="T,U",
+        help="of two servers: compare lm-eval's scores in these tasks, too (names, or YAML files), "
+        "e.g. gsm8k,niah_single_1",
+    ),
+    "--samples": dict(type=number(1), metavar="N", help="of each task, the first N (default: all)"),
+    "--context": dict(
+        type=number(SHORTEST), metavar="N", help=f"tokens of RULER's tasks (default: {CONTEXT})"
+    ),
+}
+EXAMPLES = f"""\
+examples:
+  accuracy compare MODEL
+      one engine with itself: in chunks of 1 to 2560 tokens, beside another prompt, decoded, and
+      taken from the prefix cache
+  accuracy compare MODEL --against '{STOCK}'
+      the same, beside vLLM's own code
+  accuracy compare MODEL --servers http://localhost:8000 http://localhost:8001 --tasks gsm8k
+      two servers: log-probabilities and lm-eval's scores
+"""
+
+
+def add_to(commands: Commands) -> None:
+    about = "log-probabilities under other schedules, of other settings, and of two servers"
+    add_command(
+        commands,
+        "compare",
+        run,
+        about,
+        MODEL | OPTIONS | SETTINGS | AGAINST | COMMON,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    need("rich", "accuracy")
+    _check(arguments)
+    output.check(arguments.output, ["compare.json"])
+    measured = _servers(arguments) if arguments.servers else _engines(arguments)
+
+    from .. import recall, report
+
+    for title, agreements in measured["agreement"].items():
+        print(output.text(report.agreement_table(title, agreements)))
+    if 0 < arguments.tokens <= recall.ALL_SELECTED:
+        print(
+            f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor "
+            "need not show.)"
+        )
+    if arguments.tasks:
+        print(output.text(report.task_table(arguments.servers, measured["scores"])))
+    output.write(arguments.output, {"compare.json": json.dumps(given(arguments) | measured)})
+
+
+def _engines(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .. import agreement, process
+
+    observed = []
+    for settings in sides(arguments):
+        print(f"{json.dumps(settings)}: a prompt of {arguments.tokens} tokens", flush=True)
+        others = (arguments.model, arguments.tokens, arguments.seed)
+        observed.append(process.with_settings(agreement.observe, settings, *others))
+    return {"agreement": agreement.between_engines(observed)}
+
+
+def _servers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Log-probabilities first: a server that cannot give them says so before hours of tasks."""
+    from .. import agreement, engines, tasks
+
+    one, other = servers = [engines.Server(url) for url in arguments.servers]
+    if one.model != other.model:
+        raise UserError(
+            f"{one.url} serves {one.model}, {other.url} serves {other.model}: a difference would "
+            "be that of the models. Serve one twice (with two paths to it: under one "
+            "--served-model-name)"
+        )
+    result: dict[str, Any] = {"agreement": {}}
+    if arguments.tokens:
+        agreements = agreement.between_servers(one, other, arguments.tokens, arguments.seed)
+        result["agreement"]["two servers"] = agreements
+    if arguments.tasks:
+        result["scores"] = tasks.compare(
+            arguments.model,
+            servers,
+            arguments.tasks,
+            arguments.context or CONTEXT,
+            arguments.samples,
+            arguments.seed,
+        )
+    return result
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    most = model.most_tokens(arguments.model)
+    if arguments.tokens and not 16 <= arguments.tokens <= most:
+        raise UserError(
+            f"--tokens: {arguments.tokens} is not from 16 to {most}, which is what the model can"
+        )
+    if arguments.servers and (arguments.settings or arguments.against is not None):
+        raise UserError(
+            "--settings and --against are of engines of this command, and --servers names servers: "
+            "leave one or the other out"
+        )
+    if arguments.tasks and not arguments.servers:
+        raise UserError("--tasks are put to servers: name two with --servers URL URL")
+    if not arguments.tasks and (arguments.samples or arguments.context):
+        raise UserError("--samples and --context are of --tasks, which is not given")
+    if not arguments.tasks and not arguments.tokens:
+        raise UserError("--tokens is 0 and --tasks is not given: there is nothing to compare")
