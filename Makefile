@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint docs accuracy test-aarch64 ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint docs accuracy test-aarch64 ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,7 +51,7 @@ docs: .venv/tools.done ## serve the documentation on port 8000, until Ctrl-C
 
 accuracy: venv ## find needles by length and depth, then with planted faults (3 minutes; ARGS="--lengths 65280")
 	@$(RUN) vllm-dsv4-indexer make-checkpoint build/needle --task needle
-	@$(RUN) vllm-dsv4-indexer accuracy build/needle $(ARGS)
+	@$(RUN) vllm-dsv4-indexer accuracy needles build/needle $(ARGS)
 	@$(RUN) python tests/accuracy/run_faults.py build/needle build/accuracy/faults.json
 
 # It needs tools that the set-up does not install, so `make test` leaves it out.
@@ -65,6 +65,9 @@ test-aarch64: ## build the native op for aarch64 and run it under emulation
 	$(AARCH64_CXX) -std=c++17 tests/op/aarch64.cpp -o build/aarch64/driver \
 		-Lbuild/aarch64 -l:libdsv4_indexer_cpu.so -Wl,-rpath,$(CURDIR)/build/aarch64
 	@$(RUN) pytest tests/op/aarch64.py
+
+ascend-cost: venv ## what the kernels for NPUs would cost, modelled from counts of their emulation
+	@$(RUN) python tests/ascend_emulation/cost_model.py
 
 ascend-test: ## on a machine with CANN and an NPU: test the op and an engine (PYTHON=..., MODEL=...)
 	@PYTHON="$(or $(PYTHON),python3)" sh tests/npu/run.sh

@@ -1,0 +1,295 @@
+"""What the AscendC kernels would cost on an NPU, without one. `make ascend-cost` prints it.
+
+The counts are exact: count.py ran the kernels in the emulation and wrote them to counts.json, which
+a test keeps up to date. What is made of them is a model: a launch takes as long as its busiest
+core, and a core as long as the busiest of its transfers, its vector unit and its scalar unit. A
+step's plan is made once for all layers, and is counted apart from them.
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_dsv4_indexer import output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COUNTS = Path(__file__).with_name("counts.json")
+Launches = list[dict]  # of a kernel: each its `cores`, and the counts of `all` and of the `busiest`
+Counts = dict[str, dict[int, Launches]]  # by name and tokens
+
+# Vector throughput of A2 and A3 in elements a cycle: asc-devkit, docs/zh/api/附录,
+# Vector指令理论性能汇总.md, tables 6 to 13. Copy is not listed there; it is taken to be as fast as
+# Adds.
+_PER_CYCLE = {
+    "Exp/float": 32,
+    "Div/float": 32,
+    "Sqrt/float": 32,
+    "Cast/int8_t": 128,
+    "Cast/half": 128,
+    "Brcb/half": 128,
+}
+_LANES = {  # elements of a repeat
+    "Cast/int8_t": 128,
+    "Cast/half": 128,
+    "Brcb/half": 128,
+    "TransDataTo5HD/float": 128,
+}
+_FLOATS = 64  # of both, where nothing else is said
+
+# Published for the change from overlay scan to scatter, then pool, at 128 tokens on an A2/A3 NPU
+# (pypto-lib, pull request 618): cycles saved.
+_PUBLISHED = {"pool": 0.456, "pool and state": 0.337}
+_POOL_LAUNCH = {"overlay_scan": 0, "scatter_pool": 1}  # the other launch saves the state
+
+ALGORITHMS = {
+    "overlay_scan": "overlay scan",
+    "scatter_pool": "scatter, then pool",
+    "one_pass": "one pass",
+}
+PLANS = {  # of a step: how it is told, and of what
+    "plan": "one request, a number a token",
+    "plan_requests": "one request, a number a request",
+    "plan, decode": "requests of one token, a number a token",
+    "plan_requests, decode": "requests of one token, a number a request",
+}
+_LAYERS = 21  # of ratio 4, in DeepSeek-V4-Flash
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no document says, in cycles of a core unless said otherwise. Central values; RANGES has
+    low and high. They were set before the model was compared with what was published, and not
+    fitted to it."""
+
+    bytes_per_cycle: float = 18  # global memory, for each of 48 cores at once: 1.6 TB/s at 1.8 GHz
+    transfer: float = 60  # to start one transfer
+    vector_issue: float = 12  # of an instruction, beyond its repeats
+    scalar_local: float = 8  # to read a scalar from the unified buffer
+    scalar_global: float = 25  # and from global memory, through the data cache
+    launch: float = 9000  # 5 us, outside of graphs
+
+
+RANGES = {
+    "bytes_per_cycle": (9, 36),
+    "transfer": (20, 200),
+    "vector_issue": (4, 30),
+    "scalar_local": (2, 20),
+    "scalar_global": (8, 100),
+    "launch": (3600, 18000),
+}
+
+# The stock chain of vLLM Ascend 0.26.0rc1 on A2 and A3, from its documented shapes, E = T / 4:
+# bytes of global memory a token, read and written. The state and the compressor's workspace, which
+# its projection fills, are [T, 512] fp32.
+STOCK = {
+    "compressor (workspace, state, bf16 output [E, 128])": (2048, 2048 + 64),
+    "Hadamard, as a matrix product [E, 128] x [128, 128]": (64, 64),
+    "its factor 128^-1/2": (64, 64),
+    "dynamic quantisation to int8 and fp32 scales": (64, 32 + 1),
+    "cast of the scales to fp16": (1, 0.5),
+    "scatter of the codes": (32, 32),
+    "scatter of the scales": (0.5, 0.5),
+}
+
+
+def load_counts() -> Counts:
+    counts = json.loads(COUNTS.read_text())
+    return {
+        name: {int(t): launches for t, launches in by_length.items()}
+        for name, by_length in counts.items()
+    }
+
+
+def core_cycles(core: dict, a: Assumptions) -> float:
+    """One core's time in one launch."""
+    moved, transfers = core["read_bytes"] + core["write_bytes"], core["reads"] + core["writes"]
+    vector = sum(
+        instructions * a.vector_issue
+        + repeats * _LANES.get(name, _FLOATS) / _PER_CYCLE.get(name, _FLOATS)
+        for name, (instructions, repeats) in core["vector"].items()
+    )
+    scalar = core["scalar_local"] * a.scalar_local + core["scalar_global"] * a.scalar_global
+    return max(moved / a.bytes_per_cycle + transfers * a.transfer, vector, scalar)
+
+
+def kernel_cycles(launches: Launches, a: Assumptions) -> float:
+    """The launches' time on the device, one after the other, without what it takes to launch
+    them."""
+    return sum(core_cycles(launch["busiest"], a) for launch in launches)
+
+
+def variations() -> list[Assumptions]:
+    """The central assumptions, then each assumption at either end of its range."""
+    central = Assumptions()
+    return [central] + [
+        replace(central, **{f.name: end}) for f in fields(Assumptions) for end in RANGES[f.name]
+    ]
+
+
+def saving(before: Launches, after: Launches) -> tuple[float, float, float]:
+    """The part of the cycles that is saved: central, least, most."""
+    values = [1 - kernel_cycles(after, a) / kernel_cycles(before, a) for a in variations()]
+    return values[0], min(values), max(values)
+
+
+def report() -> str:
+    counts = load_counts()
+    return output.text(
+        "Modelled from counts of the emulation; nothing here was measured on an NPU.\nOne request, "
+        "int8 with fp16 scales, 48 cores. In brackets: with each assumption at its low and high.",
+        "The model against what was published for the change from overlay scan to scatter, then "
+        "pool,\nat 128 tokens, by another implementation of both: cycles saved",
+        _yardstick(counts),
+        "Counts a token (constants: the gate's bias, the norm's weight and the plan's header, "
+        "which every core loads)",
+        _raw(counts),
+        "Modelled cycles of a layer's kernels",
+        _cycles(counts),
+        "Counts and modelled cycles of a step's plan (scalars: of the core that reads most)",
+        _plans(counts),
+        f"A step of {_LAYERS} layers: one launch for the plan, and in each layer one for the "
+        "projection (a matrix product of\ntorch_npu's) and one for the op. Cycles without the "
+        "projections. Without a plan the op's arguments took 37 tensor operations a step.",
+        _step(counts),
+        "vLLM Ascend's own chain, from its shapes (its kernels were not run): bytes a token",
+        *_stock(counts),
+        "Assumptions (cycles of a core, or bytes a cycle)",
+        _assumptions(),
+    )
+
+
+def _yardstick(counts: Counts) -> "Table":
+    scan, scatter = (counts[name][128] for name in _POOL_LAUNCH)
+    pools = [scan[_POOL_LAUNCH["overlay_scan"]]], [scatter[_POOL_LAUNCH["scatter_pool"]]]
+    rows = [
+        [name, f"{published:.1%}", _range(saving(*pair))]
+        for (name, published), pair in zip(_PUBLISHED.items(), (pools, (scan, scatter)))
+    ]
+    return output.table(["", "published", "model"], rows)
+
+
+def _raw(counts: Counts) -> "Table":
+    columns = ["tokens", "", "launches", "cores", "KiB read", "written", "together"]
+    columns += ["of them constants", "transfers", "vector", "repeats", "scalar UB", "scalar GM"]
+    rows = [
+        [str(t), title, *_raw_cells(counts[name][t], t)]
+        for t in counts["one_pass"]
+        for name, title in ALGORITHMS.items()
+    ]
+    return output.table(columns, rows, names=2)
+
+
+def _raw_cells(launches: Launches, tokens: int) -> list[str]:
+    def sum_of(what: str) -> int:
+        return sum(launch["all"][what] for launch in launches)
+
+    vector = [counts for launch in launches for counts in launch["all"]["vector"].values()]
+    bytes_ = sum_of("read_bytes"), sum_of("write_bytes"), _moved(launches)
+    others = (
+        sum_of("reads") + sum_of("writes"),
+        sum(instructions for instructions, _ in vector),
+        sum(repeats for _, repeats in vector),
+        sum_of("scalar_local"),
+        sum_of("scalar_global"),
+    )
+    return [
+        str(len(launches)),
+        str(launches[0]["cores"]),
+        *(f"{n / tokens / 1024:.2f}" for n in (*bytes_, sum(map(_constants, launches)))),
+        *(f"{n / tokens:.1f}" for n in others),
+    ]
+
+
+def _moved(launches: Launches) -> int:
+    return sum(launch["all"]["read_bytes"] + launch["all"]["write_bytes"] for launch in launches)
+
+
+def _constants(launch: dict) -> int:
+    """What the cores of a launch load whatever the tokens: the bias [4, 256] fp32 and the header
+    [16] int64; if they pool, [128] bf16."""
+    return launch["cores"] * (4096 + 128 + (256 if "Exp/float" in launch["all"]["vector"] else 0))
+
+
+def _cycles(counts: Counts) -> "Table":
+    central, (*replaced, ours) = Assumptions(), ALGORITHMS.values()
+    columns = ["tokens", *ALGORITHMS.values(), *(f"{ours} saves of {name}" for name in replaced)]
+    rows = []
+    for t in counts["one_pass"]:
+        launches = [counts[name][t] for name in ALGORITHMS]
+        kernels = [kernel_cycles(x, central) for x in launches]
+        savings = [_range(saving(other, launches[2])) for other in launches[:2]]
+        whole = [cycles + len(x) * central.launch for cycles, x in zip(kernels, launches)]
+        cycles = [f"{n:.0f}" for n in (*kernels, *whole)]
+        rows.append([str(t), *cycles[:3], *savings, *cycles[3:]])
+    return output.table(
+        [*columns, *(f"{name}, with launches" for name in ALGORITHMS.values())], rows
+    )
+
+
+def _plans(counts: Counts) -> "Table":
+    columns = ["a step's plan of", "tokens", "launches", "cores", "KiB moved"]
+    rows = []
+    for name, told in PLANS.items():
+        for t, launches in counts[name].items():
+            busiest = launches[0]["busiest"]
+            cells = [t, len(launches), launches[0]["cores"], f"{_moved(launches) / 1024:.1f}"]
+            cells += [busiest["scalar_local"], busiest["scalar_global"]]
+            rows.append([told, *map(str, cells), _range(_cycles_of(launches), "{:.0f}")])
+    return output.table([*columns, "scalar UB", "scalar GM", "cycles"], rows)
+
+
+def _step(counts: Counts) -> "Table":
+    """One request, told by its request, through all layers."""
+    central = Assumptions()
+    rows = []
+    for t, launches in counts["one_pass"].items():
+        plan = kernel_cycles(counts["plan_requests"][t], central)
+        layers = _LAYERS * kernel_cycles(launches, central)
+        ours = 1 + _LAYERS * len(launches)
+        whole = plan + layers + ours * central.launch
+        part = plan / (plan + layers)
+        rows.append(
+            [t, f"{plan:.0f}", f"{layers:.0f}", f"{part:.1%}", ours + _LAYERS, f"{whole:.0f}"]
+        )
+    columns = ["tokens", "plan", f"{_LAYERS} layers", "the plan's part", "launches"]
+    return output.table([*columns, "cycles with launches"], [map(str, row) for row in rows])
+
+
+def _cycles_of(launches: Launches) -> tuple[float, float, float]:
+    """Central, least, most."""
+    values = [kernel_cycles(launches, a) for a in variations()]
+    return values[0], min(values), max(values)
+
+
+def _stock(counts: Counts) -> tuple["Table", str]:
+    rows = [[name, f"{read:.1f}", f"{written:.1f}"] for name, (read, written) in STOCK.items()]
+    total = sum(read + written for read, written in STOCK.values()) / 1024
+    longest = max(counts["one_pass"])
+    ours = _moved(counts["one_pass"][longest]) / longest / 1024
+    return (
+        output.table(["", "read", "written"], rows),
+        f"Together {total:.2f} KiB a token in {len(STOCK)} launches, with the projection in the "
+        f"first.\nOne pass, {longest} tokens: {ours:.2f} KiB in 1 launch, the projection in one "
+        "before it. It saves launches, not bytes.",
+    )
+
+
+def _assumptions() -> "Table":
+    central = Assumptions()
+    rows = [
+        [name, f"{getattr(central, name):.0f}", f"{low} to {high}"]
+        for name, (low, high) in RANGES.items()
+    ]
+    return output.table(["", "central", "range"], rows)
+
+
+def _range(values: tuple[float, float, float], form: str = "{:.1%}") -> str:
+    central, low, high = map(form.format, values)
+    return f"{central} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    print(report())
