@@ -1,10 +1,10 @@
 """One long prompt through `vllm serve` with our backend: how long until the first token, what of
-that was `compress`, and whether its cost per token grows with the context.
+that was the op, and whether its cost for a token grows with the context.
 
     python tests/accuracy/long_context.py MODEL [--tokens 32768] [--chunk 2048]
 
-The op's own account, which the server's worker logs every ten seconds of work and when it stops,
-tells the op's time.
+The op's time comes from the account that the server's worker writes every ten seconds of work and
+when it stops (the setting `account`).
 """
 
 import argparse
@@ -12,23 +12,18 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import serve_and_chat
 
-ACCOUNT = re.compile(r"called (\d+) times on (\d+) tokens and wrote (\d+) entries in ([\d.]+) s")
-
-
-class Account(NamedTuple):
-    calls: int
-    tokens: int  # of all layers that have an indexer
-    seconds: float
+from vllm_dsv4_indexer import output
 
 
 def main() -> None:
@@ -39,27 +34,34 @@ def main() -> None:
     arguments = parser.parse_args()
     vocabulary = json.loads(Path(arguments.model, "config.json").read_text())["vocab_size"]
     prompt = random.Random(0).choices(range(vocabulary), k=arguments.tokens)
-    options = ("--max-model-len", str(arguments.tokens + 8), "--kv-cache-memory-bytes", "4G")
-    options += ("--max-num-batched-tokens", str(arguments.chunk))
-    with serve_and_chat.server(arguments.model, options) as url:
-        first_token = seconds_to_first_token(url, arguments.model, prompt)
-        memory = peak_memory()
-    accounts = [
-        Account(int(c), int(t), float(s))
-        for c, t, _, s in ACCOUNT.findall(serve_and_chat.LOG.read_text())
-    ]
-    layers = accounts[-1].tokens // arguments.tokens
-    seconds = accounts[-1].seconds
+    with tempfile.TemporaryDirectory() as folder:
+        account = Path(folder) / "account.jsonl"
+        settings = json.dumps({"dsv4_indexer": {"account": str(account)}})
+        options = ("--max-model-len", str(arguments.tokens + 8), "--kv-cache-memory-bytes", "4G")
+        options += ("--max-num-batched-tokens", str(arguments.chunk))
+        options += ("--additional-config", settings)
+        with serve_and_chat.server(arguments.model, options) as url:
+            first_token = seconds_to_first_token(url, arguments.model, prompt)
+            memory = peak_memory()
+        accounts = [json.loads(line) for line in account.read_text().splitlines()]
+    layers, seconds = accounts[-1]["tokens"] // arguments.tokens, accounts[-1]["seconds"]
     print(
         f"\n{arguments.tokens} tokens in chunks of {arguments.chunk}, {layers} layers with an "
-        f"indexer: first token after {first_token:.1f} s, of which compress {seconds:.3f} s "
-        f"({seconds / first_token:.2%}); peak memory {memory / 2**30:.1f} GiB"
+        f"indexer: first token after {first_token:.1f} s, of which the op {seconds:.3f} s "
+        f"({seconds / first_token:.2%}); peak memory {memory / 2**30:.1f} GiB\n"
     )
-    print(f"{'context, tokens':>20}{'compress, ns/token':>20}")
-    for before, after in zip([Account(0, 0, 0.0), *accounts], accounts):
-        if tokens := after.tokens - before.tokens:
-            span = f"{before.tokens // layers} to {after.tokens // layers}"
-            print(f"{span:>20}{(after.seconds - before.seconds) / tokens * 1e9:20.0f}")
+    print(
+        output.text(output.table(["tokens of the prompt", "op, ns/token"], rows(accounts, layers)))
+    )
+
+
+def rows(accounts: list[dict], layers: int) -> Iterator[list[str]]:
+    """For what was computed between two accounts: which tokens, and nanoseconds a token and
+    layer."""
+    for before, after in zip([{"tokens": 0, "seconds": 0.0}, *accounts], accounts):
+        if tokens := after["tokens"] - before["tokens"]:
+            span = f"{before['tokens'] // layers} to {after['tokens'] // layers}"
+            yield [span, f"{(after['seconds'] - before['seconds']) / tokens * 1e9:.0f}"]
 
 
 def seconds_to_first_token(url: str, model: str, prompt: list[int]) -> float:
