@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from vllm_dsv4_indexer import __version__, options
+from vllm_dsv4_indexer import __version__, doctor, options
 from vllm_dsv4_indexer.accuracy import commands as accuracy
 from vllm_dsv4_indexer.bench import command as bench
 from vllm_dsv4_indexer.errors import UserError
@@ -52,6 +52,13 @@ def _parser() -> options.Parser:
         _make_checkpoint,
         "write a small DeepSeek-V4 checkpoint, to try the machinery on",
         MAKE_CHECKPOINT,
+    )
+    options.add_command(
+        commands,
+        "doctor",
+        doctor.run,
+        "say what is installed and whether the backend would start; paste it into an issue",
+        {},
     )
     bench.add_to(commands)
     accuracy.add_to(commands)

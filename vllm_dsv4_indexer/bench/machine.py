@@ -1,22 +1,23 @@
 """Where the benchmark runs: what a reader must know to judge a figure."""
 
 import os
-import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .. import processor
 from ..ops import cpu
 from .contestants import vllm_version
 
 _USUAL_LAST_LEVEL = 64 << 20  # where the kernel does not say
 
 
-def describe() -> dict:
+def describe() -> dict[str, Any]:
     """The machine and the software: model, cores, cache sizes in bytes, instruction set in use,
     load, versions."""
     return {
-        "cpu": _model(),
+        "cpu": processor.model(),
         "cores": len(os.sched_getaffinity(0)),
         "caches": caches(),
         "isa": cpu.native().isa,
@@ -42,10 +43,3 @@ def caches() -> dict[str, int]:
 def last_level_cache() -> int:
     """Bytes of the largest cache."""
     return max(caches().values(), default=_USUAL_LAST_LEVEL)
-
-
-def _model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

