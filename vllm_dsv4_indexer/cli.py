@@ -10,7 +10,7 @@ from vllm_dsv4_indexer.bench import command as bench
 from vllm_dsv4_indexer.errors import UserError
 
 PROGRAM = "vllm-dsv4-indexer"
-MAKE_CHECKPOINT = {
+MAKE_CHECKPOINT: options.Options = {
     "directory": dict(metavar="DIR", help="where to; an earlier checkpoint of ours is replaced"),
     "--task": dict(
         choices=["babble", "needle"],

@@ -4,13 +4,13 @@ A value that cannot be read is a UserError like any other: one line, and no usag
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 from .errors import UserError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-Options = Mapping[str, Mapping[str, Any]]  # by name, what `add_argument` takes
+Options = dict[str, dict[str, Any]]  # by name, what `add_argument` takes
 
 
 class Parser(argparse.ArgumentParser):

@@ -38,8 +38,10 @@ def _text(part: "Table | str") -> str:
     from rich.console import Console
 
     page = io.StringIO()
-    plain = dict(markup=False, emoji=False, highlight=False)
-    Console(file=page, width=_AS_WIDE_AS_ITS_CELLS, **plain).print(part)
+    console = Console(
+        file=page, width=_AS_WIDE_AS_ITS_CELLS, markup=False, emoji=False, highlight=False
+    )
+    console.print(part)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
 
 

@@ -55,7 +55,9 @@ class Indexers:
     def _exact(self, stored: dict[str, Tensor], name: str) -> Tensor:
         if stored[name].dtype != FP8:
             return stored[name].double()
-        return dequantised(stored[name], stored[_scale_of(stored, name)], self._block)
+        scale = _scale_of(stored, name)
+        assert scale is not None, "checked when the checkpoint was read"
+        return dequantised(stored[name], stored[scale], self._block)
 
     def _check(self, number: int, name: str) -> None:
         whole, stored = f"layers.{number}.attn.indexer.{name}", self._stored[number]
@@ -95,7 +97,7 @@ def dequantised(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
 
 def _stored(model: str | Path) -> dict[int, dict[str, Tensor]]:
     """The tensors as they are, by layer and the rest of their names."""
-    stored = defaultdict(dict)
+    stored: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for path in sorted(Path(model).glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:

@@ -7,6 +7,7 @@ values below. Never zeros, which are faster.
 
 import random
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ from ..ops.tail import tail_slots
 from .batches import LAYOUTS, Spread, make_batch
 
 PAGE = 4  # tokens per state page in vLLM
-PAGE_BYTES = LAYOUTS["vllm"][0]
+PAGE_BYTES = cast(int, LAYOUTS["vllm"][0])
 LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
 _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep": 256 << 10}
 _HIDDEN_MAX = 0.05
 _WEIGHT_STDS = (0.0293, 0.0512)
+_KV, _GATE = (4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS)
 _FLASH = Spread(
-    *(4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS),
+    kv=_KV,
+    gate=_GATE,
     ape=0.1528,
     norm_mean=0.685,
     norm=0.261,
@@ -144,15 +147,15 @@ def _with_own_layer(call: Call) -> Call:
 def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
     """A call with an fp8 K cache, in vLLM's pages."""
     end = max(start + length for start, length in case.requests)
-    options = dict(
+    return make_batch(
+        list(case.requests),
         page=PAGE,
         layout="vllm",
         kv_dtype=kv_dtype,
         norm_dtype=torch.float32,
         spread=_FLASH,
         max_pos=end,
-    )
-    return make_batch(list(case.requests), **options).call
+    ).call
 
 
 def with_tail_slots(call: Call) -> Call:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import output
 from ..errors import UserError
-from ..options import Commands, add_command, names, numbers
+from ..options import Commands, Options, add_command, names, numbers
 from ..packages import need
 
 if TYPE_CHECKING:  # they import torch, which takes longer than an error should
@@ -30,7 +30,7 @@ def seconds(text: str) -> float:
     return value
 
 
-RUN = {
+RUN: Options = {
     "--preset": dict(
         choices=("standard", "step", "traffic"),
         default="standard",
@@ -83,7 +83,7 @@ RUN = {
         help="for bench.json and bench.svg (default: %(default)s)",
     ),
 }
-COMPARE = {
+COMPARE: Options = {
     "before": dict(type=Path, metavar="A.json"),
     "after": dict(type=Path, metavar="B.json"),
 }

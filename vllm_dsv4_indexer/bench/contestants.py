@@ -25,6 +25,7 @@ that part alone.
 import functools
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ def _vllm_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    layer = torch.nn.Linear(1, 1, bias=False)
+    layer: Any = torch.nn.Linear(1, 1, bias=False)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     return lambda: layer.cpu_linear(x, layer.weight, None)

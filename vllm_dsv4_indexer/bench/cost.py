@@ -138,7 +138,9 @@ def halves_read(call: Call, impl: str, argument: str) -> set[tuple[int, int]]:
     changes what it stores."""
 
     def stored(poisoned: tuple[int, int] | None) -> Tensor:
-        copy = Call(*(tensor if tensor is None else tensor.clone() for tensor in call))
+        copy = call._replace(
+            **{name: value.clone() for name, value in call._asdict().items() if value is not None}
+        )
         if poisoned:
             row, half = poisoned
             getattr(copy, argument).view(-1, 4, ROW_WIDTH // 4)[row, half::2] = torch.nan
@@ -175,7 +177,8 @@ def bytes_written(case: Case, call: Call, impl: str) -> tuple[int, int]:
         ops.compress(*call, impl=impl)
         for changed, storage, old in zip(written, storages, before):
             changed |= storage != old
-    return tuple(int(changed.sum()) for changed in written)
+    rows, entries = (int(changed.sum()) for changed in written)
+    return rows, entries
 
 
 def history_rows(case: Case, call: Call) -> list[tuple[int, int]]:

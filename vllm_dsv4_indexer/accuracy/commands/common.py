@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...options import number, numbers
+from ...options import Options, number, numbers
 from ...settings import NAMESPACE, Settings
 
 STOCK = '{"impl": "stock", "projection": "engine"}'
@@ -26,8 +26,8 @@ def _settings(text: str) -> dict[str, Any]:
     return settings
 
 
-MODEL = {"model": dict(metavar="MODEL", help="the checkpoint's directory")}
-PROMPTS = {
+MODEL: Options = {"model": dict(metavar="MODEL", help="the checkpoint's directory")}
+PROMPTS: Options = {
     "--lengths": dict(
         type=numbers(SHORTEST),
         default="2048,4096,8192,16384,32768",
@@ -42,7 +42,7 @@ PROMPTS = {
         "(default: %(default)s)",
     ),
 }
-SETTINGS = {
+SETTINGS: Options = {
     "--settings": dict(
         type=_settings,
         default={},
@@ -50,14 +50,14 @@ SETTINGS = {
         help='of our backend in an engine of this command, e.g. \'{"projection": "engine"}\'',
     )
 }
-AGAINST = {
+AGAINST: Options = {
     "--against": dict(
         type=_settings,
         metavar="JSON",
         help=f"compare with an engine of these settings; '{STOCK}' is vLLM's own code",
     )
 }
-COMMON = {
+COMMON: Options = {
     "--seed": dict(
         type=int,
         default=0,

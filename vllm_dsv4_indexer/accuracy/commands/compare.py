@@ -7,13 +7,13 @@ from typing import Any
 
 from ... import output
 from ...errors import UserError
-from ...options import Commands, add_command, names, number
+from ...options import Commands, Options, add_command, names, number
 from ...packages import need
 from .. import model
 from .common import AGAINST, COMMON, MODEL, SETTINGS, SHORTEST, STOCK, given, sides
 
 CONTEXT = 4096
-OPTIONS = {
+OPTIONS: Options = {
     "--tokens": dict(
         type=number(0),
         default=2560,

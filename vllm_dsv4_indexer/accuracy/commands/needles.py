@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ... import output
 from ...errors import UserError
-from ...options import Commands, add_command, add_options
+from ...options import Commands, Options, add_command, add_options
 from ...packages import need
 from .. import model
 from .common import COMMON, MODEL, PROMPTS, SETTINGS, check_lengths, given
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # it imports torch, which takes longer than an error should
     from ..engines import Finder
 
 FILES = ("needles.json", "needles.svg")
-ASKED = {  # instead of an engine of this command
+ASKED: Options = {  # instead of an engine of this command
     "--url": dict(metavar="URL", help="ask a server that runs MODEL"),
     "--transformers": dict(
         action="store_true", help="ask transformers' implementation; to about 4K tokens"

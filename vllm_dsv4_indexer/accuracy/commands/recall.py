@@ -5,12 +5,12 @@ import json
 
 from ... import output
 from ...errors import UserError
-from ...options import Commands, add_command, number
+from ...options import Commands, Options, add_command, number
 from ...packages import need
 from .. import model
 from .common import AGAINST, COMMON, MODEL, PROMPTS, SETTINGS, check_lengths, given, sides
 
-COUNT = {
+COUNT: Options = {
     "--prompts": dict(
         type=number(1), default=1, metavar="N", help="how many (default: %(default)s)"
     )
