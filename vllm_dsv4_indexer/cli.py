@@ -11,12 +11,12 @@ from vllm_dsv4_indexer.errors import UserError
 
 PROGRAM = "vllm-dsv4-indexer"
 MAKE_CHECKPOINT: options.Options = {
-    "directory": dict(metavar="DIR", help="where to; an earlier checkpoint of ours is replaced"),
+    "directory": dict(metavar="DIR", help="to write; an earlier checkpoint of ours is replaced"),
     "--task": dict(
         choices=["babble", "needle"],
         default="babble",
-        help="babble: random weights; needle: finds needles in haystacks by its indexer alone "
-        "(default: %(default)s)",
+        help="babble: random weights; needle: weights that find needles in haystacks by the "
+        "indexer alone (default: %(default)s)",
     ),
     "--layers": dict(type=int, metavar="N", help="of babble: layers, at least 3 (default: 4)"),
     "--hidden": dict(
@@ -29,8 +29,8 @@ MAKE_CHECKPOINT: options.Options = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand and return its exit status. What the user can mend is one line on stderr
-    and status 2; any other error is a fault, and keeps its traceback."""
+    """Runs one subcommand and returns its exit status. A UserError, which the user can mend, is one
+    line on stderr and status 2. Any other exception is a bug and keeps its traceback."""
     prog = PROGRAM
     try:
         arguments = _parser().parse_args(argv)
@@ -50,14 +50,14 @@ def _parser() -> options.Parser:
         commands,
         "make-checkpoint",
         _make_checkpoint,
-        "write a small DeepSeek-V4 checkpoint, to try the machinery on",
+        "write a small DeepSeek-V4 checkpoint to try the backend with",
         MAKE_CHECKPOINT,
     )
     options.add_command(
         commands,
         "doctor",
         doctor.run,
-        "say what is installed and whether the backend would start; paste it into an issue",
+        "say what is installed and whether the backend would start; paste it into your issue",
         {},
     )
     bench.add_to(commands)

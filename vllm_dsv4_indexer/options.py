@@ -1,6 +1,6 @@
 """Subcommands as tables of their options, and the types of the options' values.
 
-A value that cannot be read is a UserError like any other: one line, and no usage text around it.
+A command line that cannot be parsed is a UserError like any other: one line, no usage text.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def add_command(
     options: Options,
     **others: Any,
 ) -> Parser:
-    """Adds the subcommand `name`, which calls `run` with its options. `others` go to its parser."""
+    """Adds the subcommand `name`, which calls `run` with its options. `others` go to the parser."""
     parser = commands.add_parser(name, help=help, description=help, **others)
     add_options(parser, options)
     parser.set_defaults(run=run, prog=parser.prog)

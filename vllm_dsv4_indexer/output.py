@@ -1,5 +1,5 @@
-"""What our commands print and write: tables, pictures, and the folder of `--output`, which is known
-to be writable before anything is measured."""
+"""What our commands print and write: tables, pictures, and the files in the folder of `--output`.
+That the folder can be written is checked before anything is measured."""
 
 import io
 import tempfile
@@ -46,7 +46,7 @@ def _text(part: "Table | str") -> str:
 
 
 def svg(figure: "Figure") -> str:
-    """The picture as an SVG file, the same for the same figure, with text that can be searched."""
+    """The contents of an SVG file: the same for the same figure, with text that can be searched."""
     import matplotlib
 
     page = io.StringIO()
@@ -56,12 +56,12 @@ def svg(figure: "Figure") -> str:
 
 
 def check(folder: Path, names: Iterable[str]) -> None:
-    """Makes the folder. Raises UserError unless files of these names can be written there; what
-    exists stays as it is."""
+    """Makes the folder. Raises UserError unless files of these names can be written there. Existing
+    files stay as they are."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
-            trial.write(b"a disk that is full takes a name, but no byte")
+            trial.write(b"a full disk accepts a name, but no byte")
         for file in (folder / name for name in names):
             if file.exists():
                 file.open("r+b").close()  # opened for writing, and not emptied
@@ -70,8 +70,8 @@ def check(folder: Path, names: Iterable[str]) -> None:
 
 
 def write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Writes each text to the file of its name, which appears whole or stays as it was, and says
-    so."""
+    """Writes each text to the file of its name, and says so. A file appears whole or stays as it
+    was."""
     for name, content in texts.items():
         file, new = folder / name, folder / f".{name}.new"
         try:

@@ -1,4 +1,4 @@
-"""The packages that some commands need, and how to install them."""
+"""Packages that a command needs and we do not depend on, and how to install a missing one."""
 
 import importlib
 
@@ -20,6 +20,6 @@ def need(package: str, what: str) -> None:
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package:  # the package is there, but something that it needs is not
+        if error.name != package:  # installed, but something that it needs is not
             raise
         raise NotInstalled(f"{what} needs {package}: {REMEDIES[package]}") from None

@@ -87,19 +87,19 @@ def test_a_weight_and_its_scales_may_lie_in_two_files(tmp_path):
     [
         (
             lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(FP8)}),
-            "wq_b.weight .* has no scales beside it",
+            "wq_b.weight .* no tensor beside it has its scales",
         ),
         (
             lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(torch.int8)}),
-            "wq_b.weight is of torch.int8",
+            "wq_b.weight has dtype torch.int8",
         ),
         (
             lambda w: w.update({"wq_b.weight": w["wq_b.weight"].to(torch.float8_e5m2)}),
-            "is of torch.float8_e5m2",
+            "has dtype torch.float8_e5m2",
         ),
         (
             lambda w: w.update({"compressor.ape": w["compressor.ape"][0].to(FP8)}),
-            "compressor.ape is of .*float8_e4m3",
+            "compressor.ape has dtype .*float8_e4m3",
         ),
         (
             lambda w: w.update(
@@ -111,7 +111,7 @@ def test_a_weight_and_its_scales_may_lie_in_two_files(tmp_path):
             lambda w: w.update(
                 {"wq_b.weight": w["wq_b.weight"].to(FP8), "wq_b.scale": torch.ones(3, 2).byte()}
             ),
-            "are of torch.uint8",
+            "have dtype torch.uint8",
         ),
         (
             lambda w: w.pop("weights_proj.weight"),

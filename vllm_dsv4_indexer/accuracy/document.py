@@ -1,7 +1,7 @@
-"""Haystacks for the needle checkpoint (checkpoint/needle.py, which says what the tokens mean).
+"""Haystacks for the needle checkpoint. checkpoint/needle.py says what the tokens mean.
 
-Every entry of a document hosts a pair: thousands of near misses, and here and there a needle
-between two decoys, which erase it if the windows of the indexer are wrong.
+Every entry of a document has a pair of a key and a value. Most are near misses. Some are needles,
+between two decoys that erase the needle if the indexer's windows are wrong.
 """
 
 import random
@@ -18,8 +18,8 @@ BURST = 12  # documents of a burst
 class Needle:
     """A pair that a question can ask for.
 
-    entry: the index of its entry. position: of its key; its value is the next token. key: of KEYS,
-    counted from 0. value: the token that answers the question."""
+    entry: the index of its entry. position: of its key; its value is the next token. key: an index
+    into KEYS. value: the token that answers the question."""
 
     entry: int
     position: int
@@ -37,13 +37,13 @@ class Document:
         return [*self.tokens, QUESTIONS[needle.key]]
 
     def ask_by_distance(self, needle: Needle) -> list[int]:
-        """The same, where only the distance between question and needle says which pair is
-        meant."""
+        """The same, but only the distance between question and needle says which pair is meant."""
         return [*self.tokens, _distance(needle, len(self.tokens))]
 
     def all_questions(self) -> list[int]:
-        """Four tokens for each needle, to follow the document: by distance, by key, two of filler.
-        A question is no key and no value, so those before it are nothing but a longer document."""
+        """Four tokens for each needle, to follow the document: a question by distance, one by key,
+        two of filler. A question has neither key nor value, so to the later ones the earlier ones
+        are filler."""
         end = len(self.tokens)
         questions = [
             (_distance(needle, end + GROUP * index), QUESTIONS[needle.key], FILLERS[0], FILLERS[0])
@@ -60,21 +60,20 @@ def _distance(needle: Needle, position: int) -> int:
 def make_document(
     length: int, seed: int = 0, chunk: int | None = None, spacing: int = 8
 ) -> Document:
-    """A document of `length` tokens, a multiple of 4, of which about one entry in `spacing` hosts a
-    needle.
+    """A document of `length` tokens, a multiple of 4. About one entry in `spacing` has a needle.
 
-    So do the first and the last entry, those at the borders of pages, and, if the engine prefills
-    in steps of `chunk` tokens, those whose windows lie across a border, with the key before it.
-    Keys stand at all four offsets.
+    So have the first and the last entry, and those at the borders of pages. If the engine prefills
+    `chunk` tokens a step, so have the entries whose windows lie across a border, with the key
+    before it. Keys stand at all four offsets.
     """
     draw = random.Random(f"{length} {seed}")
     return _fill(draw, length, _apart(_hosts(draw, length // GROUP, chunk or length, spacing)))
 
 
 def make_burst(common: int, seed: int = 0) -> list[Document]:
-    """Documents with one needle each and the first `common` tokens in common, a multiple of 4: the
-    needle's key is the last of these, its value the first that a document has of its own. They are
-    4 to 48 tokens longer."""
+    """Documents with one needle each. They share their first `common` tokens, a multiple of 4, and
+    are 4 to 48 tokens longer. The needle's key is the last shared token, its value the first of the
+    document's own."""
     draw = random.Random(f"burst {common} {seed}")
     whole = _fill(draw, common + 4 * BURST, {common // GROUP: -1})
     (needle,) = whole.needles
@@ -87,8 +86,7 @@ def make_burst(common: int, seed: int = 0) -> list[Document]:
 
 
 def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
-    """A document in which `hosts` hold the needles; of each the last offset that its key may
-    have."""
+    """hosts: the entries with a needle, and the last offset that the key of each may have."""
     entries = length // GROUP
     tokens = draw.choices(FILLERS, k=length)
     needles, keys, decoys = (
@@ -113,8 +111,8 @@ def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
 
 
 def _hosts(draw: random.Random, entries: int, chunk: int, spacing: int) -> dict[int, int]:
-    """The entries that are to host a needle, the most important first, with the last offset that
-    its key may have."""
+    """The entries that are to have a needle, the most important first, and the last offset that
+    the key of each may have."""
     latest = {0: 2, entries - 1: 2}
     for border in range(chunk, GROUP * entries, chunk):
         latest[border // GROUP] = border % GROUP - 1
@@ -126,7 +124,7 @@ def _hosts(draw: random.Random, entries: int, chunk: int, spacing: int) -> dict[
 
 
 def _apart(hosts: dict[int, int]) -> dict[int, int]:
-    """Those that have no earlier one beside them."""
+    """Those without an earlier one beside them."""
     chosen = {}
     for entry, latest in hosts.items():
         if entry - 1 not in chosen and entry + 1 not in chosen:

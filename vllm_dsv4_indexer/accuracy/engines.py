@@ -1,5 +1,5 @@
-"""What is asked: vLLM in this process or a server for needles and log-probabilities, transformers
-for needles."""
+"""Who answers: vLLM in this process or a server (needles and log-probabilities), or transformers
+(needles)."""
 
 import http.client
 import json
@@ -35,8 +35,8 @@ class Finder(Protocol):
 
 @contextmanager
 def _starting(how: str) -> Iterator[None]:
-    """What a library says against a model or its settings is for the user, and is raised as such.
-    But a ValueError may be a fault, too: its trace is printed."""
+    """What a library says against a model or its settings is for the user, so it is raised as a
+    UserError. It may be a bug, too, so its traceback is printed."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -45,7 +45,7 @@ def _starting(how: str) -> Iterator[None]:
 
 
 class Engine(ABC):
-    """One that takes prompts of tokens, and computes a document that it knows but once."""
+    """Takes prompts of tokens, and has a prefix cache."""
 
     @abstractmethod
     def answers(self, prompts: list[list[int]]) -> list[int]:
@@ -65,7 +65,8 @@ class Engine(ABC):
         return self._ask([(document, needle) for needle in document.needles])
 
     def found_at_once(self, documents: list[Document]) -> Found:
-        """The same of documents that begin alike, unknown to the engine: all is asked at once."""
+        """The same for documents that begin alike and are new to the engine, which gets all
+        questions at once."""
         return self._ask(
             [(document, needle) for document in documents for needle in document.needles]
         )
@@ -79,7 +80,7 @@ class Engine(ABC):
 
 
 class Server(Engine):
-    """The OpenAI API of `vllm serve`, which also takes and returns tokens."""
+    """`vllm serve`, by its OpenAI API, which also takes and returns tokens."""
 
     AT_ONCE = 16  # prompts in a request
 
@@ -122,7 +123,7 @@ class Server(Engine):
         ]
 
     def _complete(self, prompts: list[list[int]], **asked: Any) -> list[dict[str, Any]]:
-        """The answers to prompts that are asked at once."""
+        """The answers to these prompts, sent in one request."""
         asked |= {"model": self.model, "prompt": prompts, "temperature": 0}
         choices = self._json("/v1/completions", asked)["choices"]
         return sorted(choices, key=lambda choice: int(choice["index"]))
@@ -144,8 +145,8 @@ class Server(Engine):
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """An engine that starts inside runs in this process, and its log does not drown our tables. The
-    variables are gone behind it: other processes that this one starts have their own."""
+    """An engine that starts in this context runs in this process, and its log does not drown our
+    tables. Afterwards the environment is as before, for other processes that this one starts."""
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     before = dict(os.environ)
     os.environ.update(ours | {"VLLM_LOGGING_LEVEL": before.get("VLLM_LOGGING_LEVEL", "ERROR")})
@@ -163,8 +164,8 @@ class VllmEngine(Engine):
     def __init__(
         self, model: str, settings: dict[str, Any], longest: int, chunk: int, abreast: int = 1
     ):
-        """settings: of our backend. longest: tokens of the longest document. chunk: tokens that a
-        step takes of a prompt. abreast: how many prompts it takes so many tokens of."""
+        """settings: of our backend. longest: tokens of the longest document. chunk: tokens of a
+        prompt that a step computes. abreast: how many prompts it computes at a time."""
         options: dict[str, Any] = dict(
             attention_backend="dsv4_indexer",
             additional_config={NAMESPACE: settings},
@@ -185,7 +186,7 @@ class VllmEngine(Engine):
         return [output.outputs[0].token_ids[0] for output in self._generate(prompts, max_tokens=1)]
 
     def set_chunk(self, chunk: int, abreast: int = 1) -> None:
-        """Both as above, from now on; not more tokens together than the engine was made for."""
+        """Changes both, to at most as many tokens a step as the engine was made for."""
         client: Any = self.llm.llm_engine.engine_core  # the one of an engine in this process
         scheduler = client.engine_core.scheduler
         # vLLM looks at the first if there are several prompts.
@@ -233,8 +234,8 @@ def _values(position: dict[int, Any]) -> dict[int, float]:
 
 
 class Transformers:
-    """transformers' own implementation in fp32, which computes a document and all its questions at
-    once: about 4K tokens."""
+    """transformers' implementation in fp32. It computes a document and all its questions at once,
+    which its memory allows up to about 4K tokens."""
 
     def __init__(self, model: str):
         need("transformers", "--transformers")

@@ -8,8 +8,8 @@ from ..errors import UserError
 
 
 def most_tokens(model: str) -> int:
-    """The longest prompt that the model can take, less a group for the answer. Raises UserError if
-    the directory is no checkpoint."""
+    """The longest prompt that leaves the model room for an answer. Raises UserError if the
+    directory is no checkpoint."""
     config = Path(model, "config.json")
     if not config.is_file():
         raise UserError(f"{model} is no checkpoint: it has no config.json")
@@ -19,7 +19,7 @@ def most_tokens(model: str) -> int:
 
 
 def finds_needles(model: str) -> bool:
-    """Whether it comes from `make-checkpoint --task needle`."""
+    """Whether the model comes from `make-checkpoint --task needle`."""
     from ..checkpoint import RECORD
 
     record = Path(model, RECORD)
@@ -27,7 +27,7 @@ def finds_needles(model: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object of the checkpoint."""
+    """The JSON object in a file."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:

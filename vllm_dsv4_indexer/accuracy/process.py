@@ -1,5 +1,5 @@
-"""A function in a process of its own, which takes what it leaves behind with it; and what a process
-died of."""
+"""Calls a function in a process of its own, so that nothing is left of it; says what a process died
+of."""
 
 import json
 import multiprocessing
@@ -14,11 +14,11 @@ from ..errors import UserError
 
 T = TypeVar("T")
 
-_LOOK_AGAIN = 0.2  # seconds until a process that says nothing is asked whether it lives
+_LOOK_AGAIN = 0.2  # seconds between two looks at whether a silent process is alive
 
 
 class Died(Exception):
-    """The process ended without an answer; `exitcode` is as `multiprocessing.Process` has it."""
+    """The process ended without an answer. `exitcode` is that of `multiprocessing.Process`."""
 
     def __init__(self, exitcode: int):
         self.exitcode = exitcode
@@ -26,8 +26,8 @@ class Died(Exception):
 
 
 def with_settings(measure: Callable[..., T], settings: dict[str, Any], *arguments: Any) -> T:
-    """`measure(settings, *arguments)`, which makes an engine with these settings, in a process of
-    its own. Raises as `call`; but a death, which has no words of its own, as UserError."""
+    """Calls `measure(settings, *arguments)`, which starts an engine with these settings, in a
+    process of its own. Raises what `call` does, but UserError where the process died."""
     words = f"the engine with the settings {json.dumps(settings)}"
     try:
         return call(measure, settings, *arguments)
@@ -35,8 +35,8 @@ def with_settings(measure: Callable[..., T], settings: dict[str, Any], *argument
         why = f"{words} {death}"
         if death.exitcode == -signal.SIGKILL:
             why += (
-                ". Nothing in it sends that signal; the system does where memory ends (`dmesg` "
-                "tells). Try fewer tokens: `accuracy compare` takes about 1.4 MiB for each"
+                ". The system sends that signal when memory runs out (see `dmesg`). Try fewer "
+                "tokens: `accuracy compare` takes about 1.4 MiB for each"
             )
         raise UserError(why) from None
     except Exception as error:
@@ -45,11 +45,11 @@ def with_settings(measure: Callable[..., T], settings: dict[str, Any], *argument
 
 
 def call(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, called in a new process.
+    """Calls `function(*arguments)` in a new process and returns its result.
 
-    Raises its UserErrors; RuntimeError with the words of any other exception, whose trace it has
-    printed (not all of vLLM's can be sent); Died if it ended without an answer. If this process is
-    interrupted, it is killed.
+    Raises its UserErrors; RuntimeError with the message of any other exception, whose traceback the
+    process has printed (not all of vLLM's exceptions can be pickled); Died if the process ended
+    without an answer. If this process is interrupted, the new one is killed.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -84,7 +84,7 @@ def _answer(to: Connection, function: Callable[..., T], arguments: tuple[Any, ..
 
 def _received(answers: Connection, process: SpawnProcess) -> tuple[Any, Exception | None]:
     while not answers.poll(_LOOK_AGAIN) and process.is_alive():
-        pass  # the end of the pipe alone tells no death: a child of the process may hold it, too
+        pass  # an open pipe does not mean that it lives: a child of the process may hold it, too
     try:
         if answers.poll():
             answer, error = answers.recv()

@@ -1,9 +1,9 @@
 """Indexer recall: of the 512 entries that exact arithmetic selects, the share that the engine
-selected.
+selects, too.
 
-Exact is float64 from the inputs of the layer on: projection, compressor, query and score, with
-nothing quantised. What the engine loses against it is its projection's rounding, the eight bits of
-its keys, and those of its queries.
+Exact means float64 from the layer's inputs on: projection, compressor, query and score, nothing
+quantised. The engine differs by its projection's rounding and by the eight bits of its keys and
+queries.
 """
 
 import random
@@ -30,8 +30,8 @@ Recall = dict[int, list[tuple[int, float]]]
 def measure(
     settings: dict[str, Any], model: str, length: int, chunk: int, seeds: Iterable[int]
 ) -> Recall:
-    """Recall in prompts of `length` random tokens, of an engine with these settings in this
-    process, which prefills `chunk` tokens a step.
+    """Starts an engine with these settings in this process, which prefills `chunk` tokens a step,
+    and measures its recall in prompts of `length` random tokens.
 
     Positions with 512 entries or fewer are left out: there all are selected. Raises UserError if
     the weights of `model` cannot be read as numbers.
@@ -69,7 +69,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
 class _Step(NamedTuple):
     """What went into a layer's indexer in one step, and what it selected.
 
-    positions: [S] those that are compared. hidden: [T, H] of all tokens. low_rank_query: [S, R].
+    positions: [S] the ones to compare. hidden: [T, H] of all tokens. low_rank_query: [S, R].
     selected: [S, 512] entries."""
 
     positions: Tensor

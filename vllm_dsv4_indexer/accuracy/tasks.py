@@ -1,4 +1,4 @@
-"""lm-eval's tasks, put to two servers: how far their scores differ, and how well that is known.
+"""How far two servers' scores in lm-eval's tasks differ, and how certain that is.
 
 Both answer the same samples. Each sample gives a pair of scores, and how hard it is drops out of
 their difference.
@@ -76,11 +76,11 @@ def compare(
 def interval(differences: list[float]) -> tuple[float, float]:
     """The 95 % confidence interval of the mean difference of paired scores from 0 to 1.
 
-    Wald's, after Z^2 pseudo-pairs, half of them at each of -1 and 1: what Agresti and Coull add to
-    one proportion (The American Statistician 52, 1998, 119-126). Without, five pairs that agree
-    would prove that all do. Half a pair at each, and one at 0 (Agresti and Min, Statistics in
-    Medicine 24, 2005, 729-740), are too few where pairs differ in one direction alone, as when a
-    fault loses answers: a true loss of 2 % is missed by 13 of 100 intervals of 100 pairs."""
+    Wald's interval after adding Z^2 pseudo-pairs, half of them at -1 and half at 1. Agresti and
+    Coull add as many to one proportion (The American Statistician 52, 1998, 119-126). Without them,
+    five pairs that agree would prove that all pairs do, as they do to scipy's intervals. Fewer are
+    not enough: with half a pair at -1 and at 1, and one at 0 (Agresti and Min, Statistics in
+    Medicine 24, 2005, 729-740), 13 of 100 intervals of 100 pairs miss a true loss of 2 %."""
     n = len(differences) + Z**2
     middle = sum(differences) / n
     variance = (sum(d * d for d in differences) + Z**2) / n - middle**2
@@ -89,7 +89,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def _load(names: list[str], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The tasks by name, once for both servers: RULER makes other samples each time."""
+    """The tasks by name. Both servers get the same ones: RULER makes new samples each time."""
     import yaml
     from lm_eval.tasks import TaskManager
 

@@ -1,8 +1,8 @@
-"""The weights of a checkpoint's indexers as numbers, which is what recall calculates with.
+"""The weights of a checkpoint's indexers as numbers, for recall to calculate with.
 
-They lie in `layers.N.attn.indexer.*` of its safetensors files, in bfloat16 or wider, or in FP8
-(e4m3) with a scale for each block of the matrix, in fp32 or as a power of two (ue8m0), as in
-DeepSeek's own checkpoints: there `wq_b` does.
+They are the tensors `layers.N.attn.indexer.*` of its safetensors files. Their dtype is bfloat16 or
+wider, or FP8 (e4m3) with a scale for each block of the matrix, in fp32 or as a power of two
+(ue8m0). `wq_b` is FP8 in DeepSeek's own checkpoints.
 """
 
 import json
@@ -32,16 +32,15 @@ _NAME = re.compile(r"layers\.(\d+)\.attn\.indexer\.(.+)")
 
 
 class Indexers:
-    """By number of the layer, what a checkpoint says of its indexer. Raises UserError at once if
-    that is too little, or in a format that is not known here."""
+    """By number of the layer, the weights of its indexer. Raises UserError at once if one is
+    missing or has a format that is not known here."""
 
     def __init__(self, model: str | Path):
         self._stored = _stored(model)
         self._block = _block(model)
         if not self._stored:
             raise UserError(
-                f"{model} has no tensor layers.N.attn.indexer.* in *.safetensors, and recall "
-                "calculates with these"
+                f"{model} has no tensor layers.N.attn.indexer.* in *.safetensors; recall needs them"
             )
         for number in self._stored:
             for name in NEEDED:
@@ -62,26 +61,26 @@ class Indexers:
     def _check(self, number: int, name: str) -> None:
         whole, stored = f"layers.{number}.attn.indexer.{name}", self._stored[number]
         if name not in stored:
-            raise UserError(f"the checkpoint has no {whole}, which recall calculates with")
+            raise UserError(f"the checkpoint has no {whole}, which recall needs")
         weight = stored[name]
         if weight.dtype in WIDE:
             return
         if weight.dtype != FP8 or weight.dim() != 2:
             raise UserError(
-                f"{whole} is of {weight.dtype}, shape {list(weight.shape)}; recall reads bfloat16, "
-                "float16, float32, and matrices of float8_e4m3fn with a scale for each block: "
-                "bring a checkpoint in one of these"
+                f"{whole} has dtype {weight.dtype} and shape {list(weight.shape)}; recall reads "
+                "bfloat16, float16, float32, float64, and matrices of float8_e4m3fn with a scale "
+                "for each block: use a checkpoint in one of these"
             )
         scale = _scale_of(stored, name)
         if scale is None:
             raise UserError(
-                f"{whole} is of float8_e4m3fn, and has no scales beside it "
-                f"({', '.join(SCALES)}): its codes alone are no weights"
+                f"{whole} has dtype float8_e4m3fn, and no tensor beside it has its scales "
+                f"({', '.join(SCALES)})"
             )
         expected = [-(-size // block) for size, block in zip(weight.shape, self._block)]
         if list(stored[scale].shape) != expected or stored[scale].dtype not in SCALE_DTYPES:
             raise UserError(
-                f"the scales of {whole} are of {stored[scale].dtype}, shape "
+                f"the scales of {whole} have dtype {stored[scale].dtype} and shape "
                 f"{list(stored[scale].shape)}; recall reads float32, bfloat16 and float8_e8m0fnu, "
                 f"of shape {expected}, one for each block of {self._block}"
             )

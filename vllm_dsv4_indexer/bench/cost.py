@@ -1,10 +1,10 @@
 """What the compressor costs at scale: the bytes that its calls move and the memory that it holds,
-on paper and counted.
+computed on paper and counted on real calls.
 
-On paper they follow from the layout (contract.py) and the pages of vLLM (cases.py). A kv_score row,
-a state row and an entry count once each, whatever a cache of the CPU makes of it; slots, positions
-and RoPE rows, 92 bytes a token, are left out. Counted: what a real call writes is what it changes,
-and what it reads is what changes its result.
+On paper they follow from the layout (contract.py) and vLLM's pages (cases.py). A kv_score row, a
+state row and an entry count once each, whether or not the CPU's caches hold it. Slots, positions
+and RoPE rows, 92 bytes a token, are left out. A real call writes the bytes that it changes, and
+reads the bytes that change its result.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
 CHUNKS = (2 << 10, 8 << 10)
 ROW_BYTES = 4 * ROW_WIDTH
-HALF_ROW = (
-    ROW_BYTES // 2
-)  # what a window takes of a row: the front halves of kv and gate, or the back halves
+HALF_ROW = ROW_BYTES // 2  # a window takes the front halves of kv and gate, or the back halves
 SAMPLE = Case("sample", "mixed", ((0, 12), (5, 27), (66, 9), (131, 1)))
 WAYS = {
     "full": ("cpu", False),
@@ -53,9 +51,8 @@ def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: 
     for start, length in requests:
         end = start + length
         closing = range(start - start % RATIO + RATIO - 1, end, RATIO)
-        pooled = WINDOW * len(closing) - RATIO * (
-            start < RATIO <= end
-        )  # the first entry has no group before its own
+        # The first entry has no group before its own.
+        pooled = WINDOW * len(closing) - RATIO * (start < RATIO <= end)
         history = len(history_halves(start, length))
         calls.append(
             Traffic(
@@ -78,15 +75,15 @@ def history_halves(start: int, length: int) -> list[tuple[int, int]]:
 
 
 def state_bytes(context: int, chunk: int) -> int:
-    """The most that a request's state pages take in one layer during a call of `chunk` tokens: they
-    are for the window behind it and all of its tokens, whichever are saved. (A block of vLLM's pool
-    is as large as its widest group's.)"""
+    """The most bytes that a request's state pages take in one layer during a call of `chunk`
+    tokens. vLLM holds pages for the window before the call and for all its tokens, saved or not. (A
+    block of vLLM's pool is as large as its widest group's.)"""
     in_one_piece = WINDOW - 1 + chunk
     return min(_pages(in_one_piece - 1, PAGE) + 1, _pages(context, PAGE)) * PAGE_BYTES
 
 
 def k_bytes(context: int) -> int:
-    """The pages of a request's K entries in one layer."""
+    """The bytes of the pages of a request's K entries in one layer."""
     return _pages(context, RATIO * FP8_PAGE_ENTRIES) * PAGE_BYTES
 
 
@@ -118,8 +115,8 @@ def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
 
 
 def _calm(case: Case, call: Call) -> None:
-    """Moderate values in all rows of the state that are no history: beside a large one a NaN would
-    not show."""
+    """Puts moderate values into all rows of the state that are no history: beside a large one a NaN
+    would not show."""
     state = call.inner_state_cache
     at = _history(case, call)
     history = state[at]
@@ -158,9 +155,9 @@ def halves_read(call: Call, impl: str, argument: str) -> set[tuple[int, int]]:
 
 
 def bytes_written(case: Case, call: Call, impl: str) -> tuple[int, int]:
-    """The bytes of the state's and of the K cache's storage, padding included, that the call
-    writes: what it leaves there differs from one of two fills, which are each other's complement.
-    Rows that it reads keep their values."""
+    """How many bytes of the state's and of the K cache's storage, padding included, the call
+    writes: each differs afterwards from one of two fills, which are each other's complement. Rows
+    that the call reads keep their values."""
     state, k_cache = call.inner_state_cache, call.k_cache
     at = _history(case, call)
     history = state[at]

@@ -1,4 +1,4 @@
-"""What the three commands have in common: options, checks, the result's first lines."""
+"""What the three commands share: options, checks, and the options in their results."""
 
 import argparse
 import json
@@ -18,8 +18,8 @@ def _settings(text: str) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(text)
         if Settings.read({NAMESPACE: settings}).state_save == "tail":
             raise ValueError(
-                "state_save 'tail' is refused with the prefix cache, which is asked here: leave it "
-                "out"
+                "state_save 'tail' is refused with the prefix cache, which is needed here: leave "
+                "it out"
             )
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
@@ -32,13 +32,13 @@ PROMPTS: Options = {
         type=numbers(SHORTEST),
         default="2048,4096,8192,16384,32768",
         metavar="N,M",
-        help="in tokens (default: %(default)s)",
+        help="of the documents or prompts, in tokens (default: %(default)s)",
     ),
     "--chunk": dict(
         type=number(1),
         default=2039,
         metavar="N",
-        help="tokens that a step prefills; needles lie at the borders of chunks, too "
+        help="how many tokens a step prefills; some needles lie at these borders "
         "(default: %(default)s)",
     ),
 }
@@ -47,14 +47,14 @@ SETTINGS: Options = {
         type=_settings,
         default={},
         metavar="JSON",
-        help='of our backend in an engine of this command, e.g. \'{"projection": "engine"}\'',
+        help='of our backend in the engine that is started, e.g. \'{"projection": "engine"}\'',
     )
 }
 AGAINST: Options = {
     "--against": dict(
         type=_settings,
         metavar="JSON",
-        help=f"compare with an engine of these settings; '{STOCK}' is vLLM's own code",
+        help=f"compare with an engine with these settings; '{STOCK}' is vLLM's own code",
     )
 }
 COMMON: Options = {
@@ -68,7 +68,7 @@ COMMON: Options = {
         type=Path,
         default=Path("build/accuracy"),
         metavar="DIR",
-        help="for the result (default: %(default)s)",
+        help="folder for the result (default: %(default)s)",
     ),
 }
 
@@ -82,12 +82,12 @@ def check_lengths(lengths: list[int], most: int) -> None:
 
 
 def sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The settings of the engines of this command. Each runs in a process of its own, which takes
-    what it leaves behind with it."""
+    """The settings of the engines to start. Each runs in a process of its own, so that nothing is
+    left of it for the next one."""
     return [arguments.settings] + ([] if arguments.against is None else [arguments.against])
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command's options, for its result."""
+    """The options, as they go into the result."""
     left_out = ("run", "prog", "output")
     return {name: value for name, value in vars(arguments).items() if name not in left_out}

@@ -18,23 +18,27 @@ OPTIONS: Options = {
         type=number(0),
         default=2560,
         metavar="N",
-        help="of the prompt whose log-probabilities are compared, at least 16; 0: none "
+        help="compare the log-probabilities of a prompt of N tokens, at least 16; 0: compare none "
         "(default: %(default)s)",
     ),
     "--servers": dict(
         nargs=2,
         metavar="URL",
-        help="compare two servers that run MODEL, instead of engines of this command",
+        help="compare two servers that serve MODEL, instead of starting engines",
     ),
     "--tasks": dict(
         type=names,
         metavar="T,U",
-        help="of two servers: compare lm-eval's scores in these tasks, too (names, or YAML files), "
+        help="with --servers: also compare lm-eval's scores in these tasks (names or YAML files), "
         "e.g. gsm8k,niah_single_1",
     ),
-    "--samples": dict(type=number(1), metavar="N", help="of each task, the first N (default: all)"),
+    "--samples": dict(
+        type=number(1), metavar="N", help="take the first N of each task (default: all)"
+    ),
     "--context": dict(
-        type=number(SHORTEST), metavar="N", help=f"tokens of RULER's tasks (default: {CONTEXT})"
+        type=number(SHORTEST),
+        metavar="N",
+        help=f"tokens in a prompt of RULER's tasks (default: {CONTEXT})",
     ),
 }
 EXAMPLES = f"""\
@@ -50,7 +54,7 @@ examples:
 
 
 def add_to(commands: Commands) -> None:
-    about = "log-probabilities under other schedules, of other settings, and of two servers"
+    about = "compare log-probabilities under other schedules or settings, and two servers"
     add_command(
         commands,
         "compare",
@@ -94,15 +98,15 @@ def _engines(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _servers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Log-probabilities first: a server that cannot give them says so before hours of tasks."""
+    """Log-probabilities come first: a server that cannot give them says so before hours of
+    tasks."""
     from .. import agreement, engines, tasks
 
     one, other = servers = [engines.Server(url) for url in arguments.servers]
     if one.model != other.model:
         raise UserError(
-            f"{one.url} serves {one.model}, {other.url} serves {other.model}: a difference would "
-            "be that of the models. Serve one twice (with two paths to it: under one "
-            "--served-model-name)"
+            f"{one.url} serves {one.model}, {other.url} serves {other.model}: name two servers of "
+            "one model. If it only has two names, start both with one --served-model-name"
         )
     result: dict[str, Any] = {"agreement": {}}
     if arguments.tokens:
@@ -128,12 +132,12 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.servers and (arguments.settings or arguments.against is not None):
         raise UserError(
-            "--settings and --against are of engines of this command, and --servers names servers: "
+            "--settings and --against start engines, and --servers names servers that run already: "
             "leave one or the other out"
         )
     if arguments.tasks and not arguments.servers:
-        raise UserError("--tasks are put to servers: name two with --servers URL URL")
+        raise UserError("--tasks needs two servers: name them with --servers URL URL")
     if not arguments.tasks and (arguments.samples or arguments.context):
-        raise UserError("--samples and --context are of --tasks, which is not given")
+        raise UserError("--samples and --context go with --tasks: leave them out, or name tasks")
     if not arguments.tasks and not arguments.tokens:
-        raise UserError("--tokens is 0 and --tasks is not given: there is nothing to compare")
+        raise UserError("there is nothing to compare: --tokens is 0, and no --tasks are named")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # it imports torch, which takes longer than an error should
     from ..engines import Finder
 
 FILES = ("needles.json", "needles.svg")
-ASKED: Options = {  # instead of an engine of this command
-    "--url": dict(metavar="URL", help="ask a server that runs MODEL"),
+ASKED: Options = {  # instead of starting an engine
+    "--url": dict(metavar="URL", help="ask a server that serves MODEL"),
     "--transformers": dict(
         action="store_true", help="ask transformers' implementation; to about 4K tokens"
     ),
@@ -58,8 +58,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for length in arguments.lengths:
         if length % RATIO:
             raise UserError(
-                f"--lengths: {length} is no multiple of {RATIO}; a document with needles is made "
-                "of groups"
+                f"--lengths: {length} is no multiple of {RATIO}, the tokens of a group; a document "
+                "is made of groups"
             )
 
 

@@ -12,13 +12,13 @@ from .common import AGAINST, COMMON, MODEL, PROMPTS, SETTINGS, check_lengths, gi
 
 COUNT: Options = {
     "--prompts": dict(
-        type=number(1), default=1, metavar="N", help="how many (default: %(default)s)"
+        type=number(1), default=1, metavar="N", help="how many prompts (default: %(default)s)"
     )
 }
 
 
 def add_to(commands: Commands) -> None:
-    about = "the share of the exact top-k that the engine selects in random prompts, of any MODEL"
+    about = "measure the share of the exact top-k that the engine selects in random prompts"
     options = MODEL | PROMPTS | COUNT | SETTINGS | AGAINST | COMMON
     add_command(commands, "recall", run, about, options)
 
@@ -48,8 +48,8 @@ def _check(arguments: argparse.Namespace) -> None:
     most = model.most_tokens(arguments.model)
     if model.finds_needles(arguments.model):
         raise UserError(
-            f"{arguments.model} is a needle checkpoint, whose recall says nothing of text: measure "
-            "it with `accuracy needles`"
+            f"{arguments.model} is a needle checkpoint, whose recall says nothing about text: "
+            "measure it with `accuracy needles`"
         )
     check_lengths(arguments.lengths, most)
 
@@ -60,4 +60,4 @@ def _check(arguments: argparse.Namespace) -> None:
             f"recall needs a length above {recall.ALL_SELECTED}: up to there all entries are "
             "selected"
         )
-    weights.Indexers(arguments.model)  # refuses now what recall could not read later
+    weights.Indexers(arguments.model)  # raises now what recall would raise after starting an engine
