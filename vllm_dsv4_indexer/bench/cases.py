@@ -65,7 +65,7 @@ class Case:
         return 2 * self.tokens * self.hidden * ROW_WIDTH
 
     def same_bytes(self, kv_dtype: torch.dtype) -> int:
-        """What every implementation must move: kv_score in, the state rows and the entries out."""
+        """What every contestant must move: kv_score in, the state rows and the entries out."""
         layer = self.tokens * ROW_WIDTH * (kv_dtype.itemsize + 4) + self.entries * FP8_ENTRY_BYTES
         return self.layers * layer
 
