@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any, TypedDict
 
 from ..errors import UserError
-from ..packages import need
 from .engines import SECONDS, Server
 
 Z = 1.96  # standard deviations on each side of a normal distribution's middle 95 %
@@ -59,7 +58,6 @@ def compare(
     Left out are metrics that do not give each sample a score from 0 to 1. Raises UserError, which
     names the remedy.
     """
-    need("lm_eval", "--tasks")
     random.seed(seed)
     tasks = _load(names, {"tokenizer": model, "max_seq_lengths": [context]})
     first, second = (_answers(server, model, tasks, samples, seed) for server in servers)

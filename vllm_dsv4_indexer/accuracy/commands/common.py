@@ -77,7 +77,7 @@ def check_lengths(lengths: list[int], most: int) -> None:
     for length in lengths:
         if length > most:
             raise UserError(
-                f"--lengths: {length} is not from {SHORTEST} to {most}, which is what the model can"
+                f"--lengths: {length} is not from {SHORTEST} to {most}, which the model can take"
             )
 
 

@@ -128,16 +128,18 @@ def _check(arguments: argparse.Namespace) -> None:
     most = model.most_tokens(arguments.model)
     if arguments.tokens and not 16 <= arguments.tokens <= most:
         raise UserError(
-            f"--tokens: {arguments.tokens} is not from 16 to {most}, which is what the model can"
+            f"--tokens: {arguments.tokens} is not from 16 to {most}, which the model can take"
         )
     if arguments.servers and (arguments.settings or arguments.against is not None):
         raise UserError(
             "--settings and --against start engines, and --servers names servers that run already: "
             "leave one or the other out"
         )
-    if arguments.tasks and not arguments.servers:
-        raise UserError("--tasks needs two servers: name them with --servers URL URL")
-    if not arguments.tasks and (arguments.samples or arguments.context):
+    if arguments.tasks:
+        need("lm_eval", "--tasks")
+        if not arguments.servers:
+            raise UserError("--tasks needs two servers: name them with --servers URL URL")
+    elif arguments.samples or arguments.context:
         raise UserError("--samples and --context go with --tasks: leave them out, or name tasks")
-    if not arguments.tasks and not arguments.tokens:
+    elif not arguments.tokens:
         raise UserError("there is nothing to compare: --tokens is 0, and no --tasks are named")
