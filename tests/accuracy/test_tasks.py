@@ -324,10 +324,10 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(
     assert all(
         mean <= 0.05 and largest <= 0.5 and same >= 0.9 for *_, mean, largest, same in agreements
     )
-    rows = result["scores"]
-    assert [row["task"] for row in rows] == ["sums", "sums", "niah"]
-    assert [row["metric"] for row in rows] == [*METRICS, "2560"]
-    for row in rows:
+    compared = result["scores"]
+    assert [row["task"] for row in compared] == ["sums", "sums", "niah"]
+    assert [row["metric"] for row in compared] == [*METRICS, "2560"]
+    for row in compared:
         scores, answers = (
             [sample[what] for sample in row["samples"]] for what in ("scores", "answers")
         )
