@@ -1,7 +1,8 @@
-// A plan: what one step has decided for all its layers. vllm_dsv4_indexer/contract.py has the same in Python, with what
-// each section means; a test compares them.
+// A plan: what one step has decided for all its layers. vllm_dsv4_indexer/contract.py has the same
+// in Python, with what each section means; a test compares them.
 //
-// One array of int64: a header, then sections of one number per token, then eight sources per token.
+// One array of int64: a header, then sections of one number per token, then eight sources per
+// token.
 #pragma once
 
 #include <cstdint>
@@ -11,23 +12,24 @@
 namespace dsv4 {
 
 constexpr int64_t kPlanLayout = 0x4453563401;
-constexpr int64_t kStateOnlyLayout = -kPlanLayout;  // a plan for the baselines: all sources are rows of the state
-constexpr int kPlanHeader = 16;               // numbers, of which PlanHeader names the first
-constexpr int kPlanWidth = 5 + kWindow;       // numbers per token
+constexpr int64_t kStateOnlyLayout =
+    -kPlanLayout;                // a plan for the baselines: all sources are rows of the state
+constexpr int kPlanHeader = 16;  // numbers, of which PlanHeader names the first
+constexpr int kPlanWidth = 5 + kWindow;  // numbers per token
 constexpr int64_t kNoWindow = 0;
-constexpr int64_t kEarly = 1;                 // pooled before any row is saved
-constexpr int64_t kLate = 2;                  // its eight rows are this call's, of one run of tokens
-constexpr int64_t kMasked = -1;               // a source that does not exist
+constexpr int64_t kEarly = 1;    // pooled before any row is saved
+constexpr int64_t kLate = 2;     // its eight rows are this call's, of one run of tokens
+constexpr int64_t kMasked = -1;  // a source that does not exist
 
 constexpr int64_t row_source(int64_t slot) { return -2 - slot; }  // the state row `slot`, and back
 
 struct PlanHeader {
-  int64_t layout;                             // kPlanLayout
-  int64_t tokens;                             // T
-  int64_t entries;                            // windows that the step closes; -1 if only the device knows
-  int64_t early;                              // how many of them are kEarly; -1 if only the device knows
-  int64_t unique;                             // no slot occurs twice, so that tokens may be written in any order
-  int64_t state_pages;                        // the extents that the step was planned for
+  int64_t layout;       // kPlanLayout
+  int64_t tokens;       // T
+  int64_t entries;      // windows that the step closes; -1 if only the device knows
+  int64_t early;        // how many of them are kEarly; -1 if only the device knows
+  int64_t unique;       // no slot occurs twice, so that tokens may be written in any order
+  int64_t state_pages;  // the extents that the step was planned for
   int64_t state_page;
   int64_t k_entries;
   int64_t max_pos;

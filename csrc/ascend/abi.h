@@ -13,25 +13,25 @@ enum KFormat : int64_t { kInt8Hadamard = 1, kFp8Amax = 2 };  // 0 is the CPU's k
 // What a step's plan is made from. A step tells its tokens (dsv4_indexer_ascend_plan), or its
 // requests (dsv4_indexer_ascend_plan_requests); the fields of the other way are 0.
 struct PlanArguments {
-  int64_t tokens;               // T
-  uint64_t positions;           // [T] int64
-  uint64_t token_to_req;        // [T] int32
-  uint64_t state_slots;         // [T] int64
-  uint64_t block_table;         // [requests, table_columns] int32, of the state
+  int64_t tokens;         // T
+  uint64_t positions;     // [T] int64
+  uint64_t token_to_req;  // [T] int32
+  uint64_t state_slots;   // [T] int64
+  uint64_t block_table;   // [requests, table_columns] int32, of the state
   int64_t block_table_stride;
-  int64_t requests;             // R
+  int64_t requests;  // R
   int64_t table_columns;
-  uint64_t k_slots;             // [T] int64
-  int64_t state_pages;          // how far the values may reach: contract.Extents
-  int64_t state_page;           // tokens per page: 2, 4 or 8
+  uint64_t k_slots;     // [T] int64
+  int64_t state_pages;  // how far the values may reach: contract.Extents
+  int64_t state_page;   // tokens per page: 2, 4 or 8
   int64_t k_entries;
   int64_t max_pos;
-  uint64_t plan;                // [16 + 13 T] int64, written: ../plan.h
-  int64_t state_only;           // 1: all rows from the state, for "overlay_scan" and "scatter_pool"
+  uint64_t plan;       // [16 + 13 T] int64, written: ../plan.h
+  int64_t state_only;  // 1: all rows from the state, for "overlay_scan" and "scatter_pool"
 
-  uint64_t query_start_loc;     // [R + 1] int32: the first token of each request, and their end
-  uint64_t start_pos;           // [R] int32: the position of that token
-  uint64_t k_table;             // [R, k_columns] int32
+  uint64_t query_start_loc;  // [R + 1] int32: the first token of each request, and their end
+  uint64_t start_pos;        // [R] int32: the position of that token
+  uint64_t k_table;          // [R, k_columns] int32
   int64_t k_table_stride;
   int64_t k_columns;
   int64_t k_page;               // entries per page
@@ -41,32 +41,32 @@ struct PlanArguments {
 
 // One layer of a step. What changes from call to call comes first.
 struct RunArguments {
-  int64_t tokens;               // T
-  uint64_t kv_score;            // [T, 512] fp32
+  int64_t tokens;     // T
+  uint64_t kv_score;  // [T, 512] fp32
   int64_t kv_score_stride;
-  uint64_t plan;                // [16 + 13 T] int64, of this step
+  uint64_t plan;  // [16 + 13 T] int64, of this step
 
-  uint64_t ape;                 // [4, 256] fp32
-  uint64_t norm_weight;         // [128] fp32 or bf16
+  uint64_t ape;          // [4, 256] fp32
+  uint64_t norm_weight;  // [128] fp32 or bf16
   int64_t norm_weight_is_bf16;
-  uint64_t cos_sin;             // [cos_sin_rows, 64] fp32
+  uint64_t cos_sin;  // [cos_sin_rows, 64] fp32
   int64_t cos_sin_stride;
   int64_t cos_sin_rows;
-  uint64_t state;               // [state_pages, state_page, 512] fp32
+  uint64_t state;  // [state_pages, state_page, 512] fp32
   int64_t state_page_stride;
   int64_t state_row_stride;
   int64_t state_pages;
-  int64_t state_page;           // tokens per page: 2, 4 or 8
-  uint64_t k_cache;             // int8: [k_pages, k_page, 128]; fp8: opaque pages of bytes
+  int64_t state_page;  // tokens per page: 2, 4 or 8
+  uint64_t k_cache;    // int8: [k_pages, k_page, 128]; fp8: opaque pages of bytes
   int64_t k_page_stride;
-  int64_t k_entry_stride;       // fp8: 128
+  int64_t k_entry_stride;  // fp8: 128
   int64_t k_pages;
-  int64_t k_page;               // entries per page: 32, 64 or 128
-  uint64_t k_scale;             // int8 only: [k_pages, k_page] fp32 or fp16
+  int64_t k_page;    // entries per page: 32, 64 or 128
+  uint64_t k_scale;  // int8 only: [k_pages, k_page] fp32 or fp16
   int64_t k_scale_page_stride;
   int64_t k_scale_entry_stride;
   int64_t k_scale_is_fp16;
-  int64_t k_format;             // KFormat
+  int64_t k_format;  // KFormat
   float eps;
 };
 

@@ -1,11 +1,14 @@
-// The kernel of one vector core: saves the state rows of its tokens and stores the entries that they close.
+// The kernel of one vector core: saves the state rows of its tokens and stores the entries that
+// they close.
 //
-// A core owns the groups of four positions that begin among its tokens, and works through them in tiles of four frames
-// (a frame holds the four rows of one group). The rows of a tile come in by MTE2, get the gate's bias, go out again as
-// state rows by MTE3, and are pooled in between: no intermediate value leaves the unified buffer. A window's first four
-// rows are the frame before its own; where that is not in the unified buffer (a request's first window, the first of a
-// core's span), a frame is filled with their front halves: rows of this call raw from kv_score, older ones from the
-// state, as the step's plan says. No core reads a row that this launch writes; README.md has the argument.
+// A core owns the groups of four positions that begin among its tokens, and works through them in
+// tiles of four frames (a frame holds the four rows of one group). The rows of a tile come in by
+// MTE2, get the gate's bias, go out again as state rows by MTE3, and are pooled in between: no
+// intermediate value leaves the unified buffer. A window's first four rows are the frame before its
+// own; where that is not in the unified buffer (a request's first window, the first of a core's
+// span), a frame is filled with their front halves: rows of this call raw from kv_score, older ones
+// from the state, as the step's plan says. No core reads a row that this launch writes; README.md
+// has the argument.
 #pragma once
 
 #include "../layout.h"
@@ -18,10 +21,10 @@
 
 namespace dsv4 {
 
-// kOnePass is the product. The others are the two steps of the algorithms that it is compared with, for
-// which the plan has all windows early and all rows in the state: kSave saves the rows; kPoolState
-// pools every window from the state (after kSave); kPoolScan pools it from the state, overlaid with the
-// rows of this call that a scan over all its tokens finds (before kSave).
+// kOnePass is the product. The others are the two steps of the algorithms that it is compared with,
+// for which the plan has all windows early and all rows in the state: kSave saves the rows;
+// kPoolState pools every window from the state (after kSave); kPoolScan pools it from the state,
+// overlaid with the rows of this call that a scan over all its tokens finds (before kSave).
 enum Algorithm { kOnePass, kSave, kPoolState, kPoolScan };
 
 template <Algorithm kAlgorithm, int64_t kFormat>
@@ -52,7 +55,8 @@ class Compress {
     // A plan of another step or for other caches: better nothing than anything.
     if (!plan_.Fits(args_, kAlgorithm == kOnePass ? kPlanLayout : kStateOnlyLayout)) return;
     plan_.Hold(begin_, end_ + Planned::kAhead);
-    while (begin_ < end_ && !plan_.BeginsGroup(begin_)) ++begin_;  // the rest of a group of the core before
+    // The rest of a group of the core before is not this one's.
+    while (begin_ < end_ && !plan_.BeginsGroup(begin_)) ++begin_;
     for (next_ = begin_; next_ < end_;) {
       tile_ = tile_queue_.template AllocTensor<float>();
       CopyIn();
@@ -74,14 +78,16 @@ class Compress {
 
   // One group of four positions, or the front halves of the one before a window.
   struct Frame {
-    int64_t token;  // of the first row that is a token's; rows [row, row + rows) are tokens of this core
-    int row, rows;
-    int half;         // where the 128 channels of the other rows begin: kHeadDim in a window's own group, 0 before
-    int raw, absent;  // bits: rows that came from kv_score and lack the bias; rows that do not exist
-    int64_t entry;    // the entry of the window that ends here, or -1
+    int64_t token;  // of the first row that is a token's
+    int row, rows;  // rows [row, row + rows) are tokens of this core
+    int half;       // where the 128 channels of the other rows begin
+    int raw;        // bits: rows that came from kv_score and lack the bias
+    int absent;     // bits: rows that do not exist
+    int64_t entry;  // the entry of the window that ends here, or -1
   };
 
-  // Rows of a frame that lie together in kv_score, raw, or in the state: `at` is where, in elements.
+  // Rows of a frame that lie together in kv_score, raw, or in the state: `at` is where, in
+  // elements.
   struct Stretch {
     bool raw;
     int64_t at;
@@ -96,7 +102,8 @@ class Compress {
     Order<HardEvent::MTE2_V>(pipe);
   }
 
-  // Takes groups from next_ on until the tile is full or the span ends, and starts the transfers of their rows.
+  // Takes groups from next_ on until the tile is full or the span ends, and starts the transfers of
+  // their rows.
   __aicore__ inline void CopyIn() {
     used_ = 0;
     plan_.Hold(next_, end_ + Planned::kAhead);
@@ -129,7 +136,8 @@ class Compress {
   __aicore__ inline void TakeGroup(int64_t first, int64_t last, int64_t entry) {
     Frame& frame = frames_[used_];
     const int64_t position = plan_.Position(first);
-    const int row = static_cast<int>(position & (kRatio - 1)), rows = static_cast<int>(last - first + 1);
+    const int row = static_cast<int>(position & (kRatio - 1)),
+              rows = static_cast<int>(last - first + 1);
     frame = {first, row, rows, kHeadDim, 0, 0, entry};
     if constexpr (kAlgorithm == kPoolState || kAlgorithm == kPoolScan) {
       frame.rows = 0;
@@ -141,14 +149,15 @@ class Compress {
     }
     if (entry >= 0) {
       const GlobalTensor<float> source = cos_sin_gm_[(position - row) * args_.cos_sin_stride];
-      CopyRows(tile_[kFrames * kFrameFloats + used_ * kRopeDim], source, 1, kRopeDim * sizeof(float), 0, 0);
+      CopyRows(tile_[kFrames * kFrameFloats + used_ * kRopeDim], source, 1,
+               kRopeDim * sizeof(float), 0, 0);
     }
     full_ = rows == kRatio;
     ++used_;
   }
 
-  // Fills rows [0, rows) of frame f, which are rows `first` and on of the window of `last`, with the
-  // halves that it uses. What lies together in memory comes together.
+  // Fills rows [0, rows) of frame f, which are rows `first` and on of the window of `last`, with
+  // the halves that it uses. What lies together in memory comes together.
   __aicore__ inline void Fetch(int f, int64_t last, int first, int rows) {
     Stretch stretch = {false, 0, 0, 0};
     for (int row = 0; row < rows; ++row) {
@@ -160,7 +169,8 @@ class Compress {
       const bool raw = source >= 0;
       const int64_t at = raw ? source * args_.kv_score_stride : StateRow(kRowZero - source);
       frames_[f].raw |= raw << row;
-      const bool joins = stretch.rows > 0 && raw == stretch.raw && row == stretch.row + stretch.rows &&
+      const bool joins = stretch.rows > 0 && raw == stretch.raw &&
+                         row == stretch.row + stretch.rows &&
                          at == stretch.at + stretch.rows * RowStride(raw);
       if (!joins) {
         FetchStretch(f, stretch);
@@ -173,7 +183,8 @@ class Compress {
 
   __aicore__ inline void FetchStretch(int f, const Stretch& stretch) {
     if (stretch.rows == 0) return;
-    const GlobalTensor<float> source = stretch.raw ? kv_score_gm_[stretch.at] : state_gm_[stretch.at];
+    const GlobalTensor<float> source =
+        stretch.raw ? kv_score_gm_[stretch.at] : state_gm_[stretch.at];
     FetchHalves(f, stretch.row, source, stretch.rows, RowStride(stretch.raw));
   }
 
@@ -183,20 +194,23 @@ class Compress {
 
   // Where the state has row `slot`, in elements.
   __aicore__ inline int64_t StateRow(int64_t slot) const {
-    return slot / args_.state_page * args_.state_page_stride + slot % args_.state_page * args_.state_row_stride;
+    return slot / args_.state_page * args_.state_page_stride +
+           slot % args_.state_page * args_.state_row_stride;
   }
 
-  // The kv half and the gate half of `rows` rows: with rows of 512 floats one transfer, for then the halves of all of
-  // them are evenly spaced.
-  __aicore__ inline void FetchHalves(int f, int row, const GlobalTensor<float>& source, int rows, int64_t stride) {
+  // The kv half and the gate half of `rows` rows: with rows of 512 floats one transfer, for then
+  // the halves of all of them are evenly spaced.
+  __aicore__ inline void FetchHalves(int f, int row, const GlobalTensor<float>& source, int rows,
+                                     int64_t stride) {
     const int half = frames_[f].half, together = stride == kRowWidth ? rows : 1;
     const LocalTensor<float> target = tile_[f * kFrameFloats + row * kRowWidth + half];
     for (int i = 0; i < rows; i += together)
-      CopyRows(target[i * kRowWidth], source[i * stride + half], 2 * together, kHalfBytes, kHalfBytes,
-               kHalfBytes / (kBlockFloats * sizeof(float)));
+      CopyRows(target[i * kRowWidth], source[i * stride + half], 2 * together, kHalfBytes,
+               kHalfBytes, kHalfBytes / (kBlockFloats * sizeof(float)));
   }
 
-  // kPoolScan: every token of the call is looked at, for every window, whose frames are used_ - 1 and used_.
+  // kPoolScan: every token of the call is looked at, for every window, whose frames are used_ - 1
+  // and used_.
   __aicore__ inline void Overlay(int64_t last) {
     const int64_t start = plan_.Position(last) - kWindow + 1, request = plan_.Request(last);
     const GlobalTensor<int64_t> positions = plan_gm_[kPlanHeader + kPositions * args_.tokens];
@@ -205,7 +219,8 @@ class Compress {
       const int64_t row = positions.GetValue(token) - start;
       const bool padding = row + start < 0;  // whose request may be any
       if (padding || row < 0 || row >= kWindow || requests.GetValue(token) != request) continue;
-      const int f = used_ - 1 + static_cast<int>(row / kRatio), in_frame = static_cast<int>(row % kRatio);
+      const int f = used_ - 1 + static_cast<int>(row / kRatio),
+                in_frame = static_cast<int>(row % kRatio);
       AscendC::PipeBarrier<PIPE_MTE2>();
       FetchStretch(f, {true, token * args_.kv_score_stride, in_frame, 1});
       frames_[f].raw |= 1 << in_frame;
@@ -213,7 +228,8 @@ class Compress {
     }
   }
 
-  // The whole rows of the tile's tokens. Where neighbours in the call are neighbours in the tile, they come together.
+  // The whole rows of the tile's tokens. Where neighbours in the call are neighbours in the tile,
+  // they come together.
   __aicore__ inline void LoadRows() {
     int64_t token = 0;
     int row = 0, rows = 0;
@@ -232,12 +248,14 @@ class Compress {
   }
 
   __aicore__ inline void LoadRun(int64_t token, int row, int rows) {
-    CopyRows(tile_[row * kRowWidth], kv_score_gm_[token * args_.kv_score_stride], rows, kRowWidth * sizeof(float),
+    CopyRows(tile_[row * kRowWidth], kv_score_gm_[token * args_.kv_score_stride], rows,
+             kRowWidth * sizeof(float),
              static_cast<uint32_t>((args_.kv_score_stride - kRowWidth) * sizeof(float)), 0);
   }
 
-  __aicore__ inline void CopyRows(const LocalTensor<float>& target, const GlobalTensor<float>& source, int count,
-                                  uint32_t bytes, uint32_t source_gap, uint32_t target_gap) {
+  __aicore__ inline void CopyRows(const LocalTensor<float>& target,
+                                  const GlobalTensor<float>& source, int count, uint32_t bytes,
+                                  uint32_t source_gap, uint32_t target_gap) {
     const DataCopyExtParams params(static_cast<uint16_t>(count), bytes, source_gap, target_gap, 0);
     DataCopyPad(target, source, params, DataCopyPadExtParams<float>());
   }
@@ -249,7 +267,8 @@ class Compress {
       const Frame& frame = frames_[f];
       const LocalTensor<float> rows = tile_[f * kFrameFloats];
       for (int row = 0; row < kRatio; ++row) {
-        const LocalTensor<float> kv = rows[row * kRowWidth], gate = kv[kKvWidth], bias = bias_[row * kKvWidth];
+        const LocalTensor<float> kv = rows[row * kRowWidth], gate = kv[kKvWidth],
+                                 bias = bias_[row * kKvWidth];
         const bool whole = row >= frame.row && row < frame.row + frame.rows;
         const int at = whole ? 0 : frame.half, width = whole ? kKvWidth : kHeadDim;
         if (frame.raw >> row & 1) Add(gate[at], gate[at], bias[at], width);
@@ -261,7 +280,8 @@ class Compress {
       if constexpr (kAlgorithm != kSave) {
         if (frame.entry >= 0) {
           pool_.Run(finish_.Pooled(), previous, rows);
-          Copy(finish_.CosSin(), tile_[kFrames * kFrameFloats + f * kRopeDim], kRopeDim, 1, {1, 1, 8, 8});
+          Copy(finish_.CosSin(), tile_[kFrames * kFrameFloats + f * kRopeDim], kRopeDim, 1,
+               {1, 1, 8, 8});
           finish_.Take(frame.entry);
         }
       }
@@ -278,7 +298,8 @@ class Compress {
         Copy(carry_[c], rows[c], kLanes, kRatio, {1, 1, kRowBlocks, kRowBlocks});
   }
 
-  // Saves the rows of the tile's tokens. Where neighbours in the tile are neighbours in a page, they go together.
+  // Saves the rows of the tile's tokens. Where neighbours in the tile are neighbours in a page,
+  // they go together.
   __aicore__ inline void CopyOut() {
     int64_t slot = 0;
     int row = 0, rows = 0;
@@ -299,8 +320,10 @@ class Compress {
   }
 
   __aicore__ inline void SaveRun(int64_t slot, int row, int rows) {
-    const uint32_t gap = static_cast<uint32_t>((args_.state_row_stride - kRowWidth) * sizeof(float));
-    const DataCopyExtParams params(static_cast<uint16_t>(rows), kRowWidth * sizeof(float), 0, gap, 0);
+    const uint32_t gap =
+        static_cast<uint32_t>((args_.state_row_stride - kRowWidth) * sizeof(float));
+    const DataCopyExtParams params(static_cast<uint16_t>(rows), kRowWidth * sizeof(float), 0, gap,
+                                   0);
     DataCopyPad(state_gm_[StateRow(slot)], tile_[row * kRowWidth], params);
   }
 

@@ -20,7 +20,9 @@ using AscendC::TQueBind;
 
 constexpr uint32_t kBlockBytes = 32;  // of the unified buffer: what is aligned is aligned to it
 
-__aicore__ inline uint32_t Blocks(uint32_t bytes) { return (bytes + kBlockBytes - 1) / kBlockBytes; }
+__aicore__ inline uint32_t Blocks(uint32_t bytes) {
+  return (bytes + kBlockBytes - 1) / kBlockBytes;
+}
 
 // What the first pipe of `kEvent` was given so far is over before the second goes on.
 template <HardEvent kEvent>
@@ -30,8 +32,8 @@ __aicore__ inline void Order(TPipe* pipe) {
   AscendC::WaitFlag<kEvent>(id);
 }
 
-// The value at the start of `source`, by the scalar unit, for what changes between launches: its cache may not have
-// noticed.
+// The value at the start of `source`, by the scalar unit, for what changes between launches: its
+// cache may not have noticed.
 template <class T>
 __aicore__ inline T ReadFresh(const GlobalTensor<T>& source) {
   using namespace AscendC;

@@ -1,10 +1,11 @@
-// From pooled windows to stored entries, sixteen at a time: RMSNorm, RoPE, one rounding to bf16, Hadamard rotation,
-// quantisation, and the write.
+// From pooled windows to stored entries, sixteen at a time: RMSNorm, RoPE, one rounding to bf16,
+// Hadamard rotation, quantisation, and the write.
 //
-// The sixteen windows are turned, so that a channel of eight windows is one block of 32 bytes ("planes": windows 0-7
-// and 8-15, [2][128][8]). What works across channels then works on whole blocks: the sum of squares and the largest
-// magnitude are folds, a rotated pair is two neighbouring blocks, a Hadamard stage is one add and one subtraction of
-// blocks `stride` apart, and a factor per window is a block that repeats with stride 0.
+// The sixteen windows are turned, so that a channel of eight windows is one block of 32 bytes
+// ("planes": windows 0-7 and 8-15, [2][128][8]). What works across channels then works on whole
+// blocks: the sum of squares and the largest magnitude are folds, a rotated pair is two
+// neighbouring blocks, a Hadamard stage is one add and one subtraction of blocks `stride` apart,
+// and a factor per window is a block that repeats with stride 0.
 #pragma once
 
 #include "../layout.h"
@@ -49,7 +50,8 @@ class Finish {
     LoadGamma(pipe);
   }
 
-  // Room for the next window, in which the caller puts its pooled channels and its row of the table.
+  // Room for the next window, in which the caller puts its pooled channels and its row of the
+  // table.
   __aicore__ inline LocalTensor<float> Pooled() { return pooled_[windows_ * kHeadDim]; }
   __aicore__ inline LocalTensor<float> CosSin() { return cos_sin_[windows_ * kRopeDim]; }
 
@@ -80,7 +82,8 @@ class Finish {
 
  private:
   static constexpr int kCodeBytes = kBatch * kHeadDim;
-  static constexpr int kScaleBytes = kBatch * kBlockBytes;  // each scale at the start of a block of its own
+  // Each scale is at the start of a block of its own.
+  static constexpr int kScaleBytes = kBatch * kBlockBytes;
 
   // The RMSNorm weight, each channel filling a block.
   __aicore__ inline void LoadGamma(TPipe* pipe) {
@@ -106,30 +109,38 @@ class Finish {
   }
 
   // [16][width] to planes [2][width][8].
-  __aicore__ inline void Turn(const LocalTensor<float>& target, const LocalTensor<float>& source, int width) {
+  __aicore__ inline void Turn(const LocalTensor<float>& target, const LocalTensor<float>& source,
+                              int width) {
     uint64_t targets[AscendC::NCHW_CONV_ADDR_LIST_SIZE], sources[AscendC::NCHW_CONV_ADDR_LIST_SIZE];
     for (int i = 0; i < kBatch; ++i) {
       sources[i] = (uint64_t)source[i * width].GetPhyAddr();
-      targets[i] = (uint64_t)target[(i % kPlanes * width + i / kPlanes) * kBlockFloats].GetPhyAddr();
+      targets[i] =
+          (uint64_t)target[(i % kPlanes * width + i / kPlanes) * kBlockFloats].GetPhyAddr();
     }
     const uint8_t repeats = static_cast<uint8_t>(width / kBlockFloats);
-    Transpose(targets, sources, AscendC::TransDataTo5HDParams(false, false, repeats, kBlockFloats, 1));
+    Transpose(targets, sources,
+              AscendC::TransDataTo5HDParams(false, false, repeats, kBlockFloats, 1));
   }
 
   // Planes [2][128][8] back to [16][128].
-  __aicore__ inline void TurnBack(const LocalTensor<float>& target, const LocalTensor<float>& source) {
+  __aicore__ inline void TurnBack(const LocalTensor<float>& target,
+                                  const LocalTensor<float>& source) {
     uint64_t targets[AscendC::NCHW_CONV_ADDR_LIST_SIZE], sources[AscendC::NCHW_CONV_ADDR_LIST_SIZE];
     for (int plane = 0; plane < kPlanes; ++plane) {
       for (int i = 0; i < kBatch; ++i) {
         sources[i] = (uint64_t)source[plane * kPlane + i * kBlockFloats].GetPhyAddr();
-        targets[i] = (uint64_t)target[plane * kPlane + i / 2 * kHeadDim + i % 2 * kBlockFloats].GetPhyAddr();
+        targets[i] =
+            (uint64_t)target[plane * kPlane + i / 2 * kHeadDim + i % 2 * kBlockFloats].GetPhyAddr();
       }
-      Transpose(targets, sources, AscendC::TransDataTo5HDParams(false, false, kHeadDim / kBatch, 2, kBatch));
+      Transpose(targets, sources,
+                AscendC::TransDataTo5HDParams(false, false, kHeadDim / kBatch, 2, kBatch));
     }
   }
 
-  // The compiler puts barriers between vector instructions that share tensors; addresses it may not see through.
-  __aicore__ inline void Transpose(uint64_t* targets, uint64_t* sources, const AscendC::TransDataTo5HDParams& params) {
+  // The compiler puts barriers between vector instructions that share tensors; addresses it may not
+  // see through.
+  __aicore__ inline void Transpose(uint64_t* targets, uint64_t* sources,
+                                   const AscendC::TransDataTo5HDParams& params) {
     AscendC::PipeBarrier<PIPE_V>();
     AscendC::TransDataTo5HD<float>(targets, sources, params);
     AscendC::PipeBarrier<PIPE_V>();
@@ -160,17 +171,21 @@ class Finish {
     Duplicate(constant_, 1.0f, kBatch);
     Div(factor_, constant_, factor_, kBatch);
     Scale(x_, false);
-    for (int plane = 0; plane < kPlanes; ++plane) Mul(x_[plane * kPlane], x_[plane * kPlane], gamma_, kPlane);
+    for (int plane = 0; plane < kPlanes; ++plane)
+      Mul(x_[plane * kPlane], x_[plane * kPlane], gamma_, kPlane);
   }
 
-  // The last 64 channels: a' = a cos - b sin, b' = b cos + a sin, where a and b are neighbouring blocks.
+  // The last 64 channels: a' = a cos - b sin, b' = b cos + a sin, where a and b are neighbouring
+  // blocks.
   __aicore__ inline void Rotate() {
     constexpr int kPairs = kRopeDim / 2 * kBlockFloats;  // floats
     constexpr int kRepeats = kPairs / kLanes;
     for (int plane = 0; plane < kPlanes; ++plane) {
-      const LocalTensor<float> a = x_[plane * kPlane + (kHeadDim - kRopeDim) * kBlockFloats], b = a[kBlockFloats];
+      const LocalTensor<float> a = x_[plane * kPlane + (kHeadDim - kRopeDim) * kBlockFloats],
+                               b = a[kBlockFloats];
       const LocalTensor<float> cos = turned_[plane * 2 * kPairs], sin = cos[kPairs];
-      const LocalTensor<float> a_cos = y_, b_sin = y_[kPairs], b_cos = y_[2 * kPairs], a_sin = y_[3 * kPairs];
+      const LocalTensor<float> a_cos = y_, b_sin = y_[kPairs], b_cos = y_[2 * kPairs],
+                               a_sin = y_[3 * kPairs];
       const BinaryRepeatParams factors(1, 2, 1, 8, 16, 8), sums(2, 1, 1, 16, 8, 8);
       Mul(a_cos, a, cos, kLanes, kRepeats, factors);
       Mul(b_sin, b, sin, kLanes, kRepeats, factors);
@@ -181,17 +196,21 @@ class Finish {
     }
   }
 
-  // The seven stages of the orthonormal Sylvester-Hadamard transform, in the order of ops/reference.py. Both planes
-  // are one array of 256 blocks. The result is in x_.
+  // The seven stages of the orthonormal Sylvester-Hadamard transform, in the order of
+  // ops/reference.py. Both planes are one array of 256 blocks. The result is in x_.
   __aicore__ inline void Hadamard() {
     LocalTensor<float> from = x_, to = y_;
     for (int stride = 1; stride < kHeadDim; stride *= 2) {
-      // One instruction adds the eight blocks of a repeat to those `stride` further: neighbours where `stride` allows,
-      // else one of every 2 * stride.
+      // One instruction adds the eight blocks of a repeat to those `stride` further: neighbours
+      // where `stride` allows, else one of every 2 * stride.
       const int blocks = kPlanes * kHeadDim;
-      int block = 1, repeat = 2 * stride, repeats = blocks / (2 * stride), first = 8, instructions = stride / 8;
-      if (stride < 8) block = 2 * stride, repeat = 16 * stride, repeats = 16 / stride, first = 1, instructions = stride;
-      if (stride == kHeadDim / 2) repeat = 8, repeats = stride / 8, first = kHeadDim, instructions = kPlanes;
+      int block = 1, repeat = 2 * stride, repeats = blocks / (2 * stride), first = 8,
+          instructions = stride / 8;
+      if (stride < 8)
+        block = 2 * stride, repeat = 16 * stride, repeats = 16 / stride, first = 1,
+        instructions = stride;
+      if (stride == kHeadDim / 2)
+        repeat = 8, repeats = stride / 8, first = kHeadDim, instructions = kPlanes;
       const uint8_t b = static_cast<uint8_t>(block), r = static_cast<uint8_t>(repeat);
       const BinaryRepeatParams params(b, b, b, r, r, r);
       for (int i = 0; i < instructions; ++i) {
@@ -238,7 +257,8 @@ class Finish {
       Cast(narrow, integer, RoundMode::CAST_RINT, kBatchFloats);
       Cast(out, narrow, RoundMode::CAST_RINT, kBatchFloats);
     } else {
-      Cast(out.template ReinterpretCast<fp8_e4m3fn_t>(), pooled_, RoundMode::CAST_RINT, kBatchFloats);
+      Cast(out.template ReinterpretCast<fp8_e4m3fn_t>(), pooled_, RoundMode::CAST_RINT,
+           kBatchFloats);
     }
     if (kFormat == kInt8Hadamard && args_.k_scale_is_fp16) {
       LocalTensor<half> narrow = narrow_buffer_.template Get<half>();
@@ -253,7 +273,9 @@ class Finish {
   __aicore__ inline void Store(const LocalTensor<int8_t>& out) {
     for (int first = 0; first < windows_;) {
       int end = first + 1;
-      while (end < windows_ && slots_[end] == slots_[end - 1] + 1 && slots_[end] % args_.k_page != 0) ++end;
+      while (end < windows_ && slots_[end] == slots_[end - 1] + 1 &&
+             slots_[end] % args_.k_page != 0)
+        ++end;
       StoreRun(out, first, end - first);
       first = end;
     }
@@ -262,7 +284,8 @@ class Finish {
   __aicore__ inline void StoreRun(const LocalTensor<int8_t>& out, int first, int count) {
     const int64_t page = slots_[first] / args_.k_page, entry = slots_[first] % args_.k_page;
     const uint16_t n = static_cast<uint16_t>(count);
-    const uint64_t codes = args_.k_cache + page * args_.k_page_stride + entry * args_.k_entry_stride;
+    const uint64_t codes =
+        args_.k_cache + page * args_.k_page_stride + entry * args_.k_entry_stride;
     GlobalTensor<int8_t> codes_gm;
     codes_gm.SetGlobalBuffer((__gm__ int8_t*)codes);
     const uint32_t gap = static_cast<uint32_t>(args_.k_entry_stride - kHeadDim);
@@ -270,23 +293,27 @@ class Finish {
 
     const LocalTensor<int8_t> scales = out[kCodeBytes + first * kBlockBytes];
     if constexpr (kFormat == kFp8Amax) {
-      const uint64_t page_scales = args_.k_cache + page * args_.k_page_stride + args_.k_page * kHeadDim;
+      const uint64_t page_scales =
+          args_.k_cache + page * args_.k_page_stride + args_.k_page * kHeadDim;
       StoreScales<float>(scales, page_scales + entry * sizeof(float), n, 1);
     } else {
       const int64_t at = page * args_.k_scale_page_stride + entry * args_.k_scale_entry_stride;
       if (args_.k_scale_is_fp16)
         StoreScales<half>(scales, args_.k_scale + at * sizeof(half), n, args_.k_scale_entry_stride);
       else
-        StoreScales<float>(scales, args_.k_scale + at * sizeof(float), n, args_.k_scale_entry_stride);
+        StoreScales<float>(scales, args_.k_scale + at * sizeof(float), n,
+                           args_.k_scale_entry_stride);
     }
   }
 
   template <class T>
-  __aicore__ inline void StoreScales(const LocalTensor<int8_t>& scales, uint64_t address, uint16_t n, int64_t stride) {
+  __aicore__ inline void StoreScales(const LocalTensor<int8_t>& scales, uint64_t address,
+                                     uint16_t n, int64_t stride) {
     GlobalTensor<T> gm;
     gm.SetGlobalBuffer((__gm__ T*)address);
     const uint32_t gap = static_cast<uint32_t>((stride - 1) * sizeof(T));
-    DataCopyPad(gm, scales.template ReinterpretCast<T>(), DataCopyExtParams(n, sizeof(T), 0, gap, 0));
+    DataCopyPad(gm, scales.template ReinterpretCast<T>(),
+                DataCopyExtParams(n, sizeof(T), 0, gap, 0));
   }
 
   RunArguments args_;

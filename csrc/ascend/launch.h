@@ -1,4 +1,5 @@
-// The launches of each algorithm, in order: what csrc/ascend/launch.asc does on a device and the emulation on a host.
+// The launches of each algorithm, in order: what csrc/ascend/launch.asc does on a device and the
+// emulation on a host.
 #pragma once
 
 #include <cstring>

@@ -93,8 +93,8 @@ class Planned {
   }
 
   TPipe* pipe_;
-  int64_t tokens_ = 0, begin_ = 0, end_ = 0;        // of the call; whose sections are here
-  int64_t sourced_begin_ = 0, sourced_end_ = 0;     // and whose sources
+  int64_t tokens_ = 0, begin_ = 0, end_ = 0;     // of the call; whose sections are here
+  int64_t sourced_begin_ = 0, sourced_end_ = 0;  // and whose sources
   GlobalTensor<int64_t> plan_gm_;
   TBuf<TPosition::VECIN> sections_buffer_, sources_buffer_;
   LocalTensor<int64_t> sections_, sources_;

@@ -1,5 +1,5 @@
-// The kernel of one vector core that plans: for each of its tokens, what is to be written where; for
-// each window whose rows are not all its own run's, where they come from (the row rule).
+// The kernel of one vector core that plans: for each of its tokens, what is to be written where;
+// for each window whose rows are not all its own run's, where they come from (the row rule).
 //
 // `Tokens` tells the step's tokens: ListedTokens reads them, RequestTokens computes them. What the
 // tokens themselves do not settle, a row that is not the request's own token of the call, is taken
@@ -147,8 +147,8 @@ class Planner {
 
   TPipe* pipe_;
   PlanArguments args_;
-  int64_t begin_, end_;            // the core's tokens
-  int early_;                      // windows of the piece that are pooled early, and their tokens
+  int64_t begin_, end_;  // the core's tokens
+  int early_;            // windows of the piece that are pooled early, and their tokens
   int64_t early_tokens_[kPiece];
   int64_t low_, high_;
   Tokens tokens_;

@@ -145,7 +145,7 @@ class RequestTokens {
   TPipe* pipe_;
   int64_t tokens_, requests_, stride_;
   bool maps_;
-  int64_t held_ = -1;  // the first request that is here
+  int64_t held_ = -1;           // the first request that is here
   int64_t low_ = 0, high_ = 0;  // of the search; then where it is
   int64_t request_ = 0, end_ = 0, begin_ = 0, position_ = 0, shift_ = 0;
   GlobalTensor<int32_t> starts_gm_, positions_gm_, mapping_gm_;

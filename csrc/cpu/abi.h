@@ -1,62 +1,64 @@
-// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field, ops/arguments.py repeats the
-// structs; a test compares names, order and widths.
+// The C boundary between vllm_dsv4_indexer/ops/cpu.py and this library. Field for field,
+// ops/arguments.py repeats the structs; a test compares names, order and widths.
 #pragma once
 
 #include <cstdint>
 
 namespace dsv4 {
 
-// torch's intra-op pool, as libtorch_cpu's stable C shim exports it (`torch_parallel_for`, torch >= 2.10). Passed in
-// as a pointer, so that this library links to neither torch nor a second OpenMP runtime.
+// torch's intra-op pool, as libtorch_cpu's stable C shim exports it (`torch_parallel_for`, torch
+// >= 2.10). Passed in as a pointer, so that this library links to neither torch nor a second OpenMP
+// runtime.
 using Task = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task task, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task task,
+                                void* context);
 
 enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1 };
 
-// Where the plan looks for rows that are not a request's own tokens. kStateOnly is for the baselines, whose windows come
-// from the state alone.
+// Where the plan looks for rows that are not a request's own tokens. kStateOnly is for the
+// baselines, whose windows come from the state alone.
 enum Rule : int64_t { kRowRule = 0, kStateOnly = 1 };
 
 // What a plan is made from. Strides are in elements of the tensor.
 struct StepArguments {
-  int64_t tokens;                     // T
-  const int64_t* positions;           // [T]
-  const int32_t* token_to_req;        // [T]
-  const int64_t* state_slots;         // [T]
-  const int32_t* block_table;         // [requests, table_columns]
+  int64_t tokens;               // T
+  const int64_t* positions;     // [T]
+  const int32_t* token_to_req;  // [T]
+  const int64_t* state_slots;   // [T]
+  const int32_t* block_table;   // [requests, table_columns]
   int64_t block_table_stride;
   int64_t requests;
   int64_t table_columns;
-  const int64_t* k_slots;             // [T]
+  const int64_t* k_slots;  // [T]
   int64_t state_pages;
-  int64_t state_page;                 // tokens per page: 2, 4 or 8
+  int64_t state_page;  // tokens per page: 2, 4 or 8
   int64_t k_entries;
   int64_t max_pos;
 };
 
 // A layer's weights and caches.
 struct LayerArguments {
-  const float* ape;                   // [4, 256]
-  const void* norm_weight;            // [128] fp32 or bf16
+  const float* ape;         // [4, 256]
+  const void* norm_weight;  // [128] fp32 or bf16
   int64_t norm_weight_is_bf16;
-  const float* cos_sin;               // [cos_sin_rows, 64]
+  const float* cos_sin;  // [cos_sin_rows, 64]
   int64_t cos_sin_stride;
   int64_t cos_sin_rows;
-  float* state;                       // [state_pages, state_page, 512]
+  float* state;  // [state_pages, state_page, 512]
   int64_t state_page_stride;
   int64_t state_row_stride;
   int64_t state_pages;
   int64_t state_page;
-  void* k_cache;                      // fp8: opaque pages of bytes; int8: [k_pages, k_page, 128]
+  void* k_cache;  // fp8: opaque pages of bytes; int8: [k_pages, k_page, 128]
   int64_t k_page_stride;
-  int64_t k_entry_stride;             // int8 only
+  int64_t k_entry_stride;  // int8 only
   int64_t k_pages;
-  int64_t k_page;                     // entries per page
-  void* k_scale;                      // int8 only: [k_pages, k_page] fp32 or fp16
+  int64_t k_page;  // entries per page
+  void* k_scale;   // int8 only: [k_pages, k_page] fp32 or fp16
   int64_t k_scale_page_stride;
   int64_t k_scale_entry_stride;
   int64_t k_scale_is_fp16;
-  int64_t k_format;                   // KFormat
+  int64_t k_format;  // KFormat
   double eps;
 };
 
@@ -84,17 +86,17 @@ struct Violation {
   int64_t token;
   int64_t request;
   int64_t position;
-  int64_t needed;                     // the window position that a table violation is about
+  int64_t needed;  // the window position that a table violation is about
   int64_t value;
   int64_t bound;
 };
 
 // What a function returns instead of a count.
 enum Failure : int64_t {
-  kViolation = -1,                    // of the step's values; `violation` says which
-  kThreadsFailed = -2,                // parallel_for did: the caches may be half written
-  kNoMemory = -3,                     // for the plan's look-up; nothing was written
-  kPlanDoesNotFit = -4,               // the layer or the tokens; nothing was written
+  kViolation = -1,       // of the step's values; `violation` says which
+  kThreadsFailed = -2,   // parallel_for did: the caches may be half written
+  kNoMemory = -3,        // for the plan's look-up; nothing was written
+  kPlanDoesNotFit = -4,  // the layer or the tokens; nothing was written
 };
 
 }  // namespace dsv4

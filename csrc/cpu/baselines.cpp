@@ -1,6 +1,7 @@
-// The two algorithms that the one in kernel.cpp replaces, kept to be measured against it; compiled once per
-// instruction set. The same checks, threads and arithmetic: only where a window's rows come from, and when the state
-// is written, differ. Their plan is kStateOnly: all windows are EARLY, all sources rows of the state.
+// The two algorithms that the one in kernel.cpp replaces, kept to be measured against it; compiled
+// once per instruction set. The same checks, threads and arithmetic: only where a window's rows
+// come from, and when the state is written, differ. Their plan is kStateOnly: all windows are
+// EARLY, all sources rows of the state.
 
 #include "entry.h"
 
@@ -48,7 +49,8 @@ struct Half {
 // Row j of the window that `token` closes, as the state has it.
 const float* row_in_state(const LayerCall& call, int64_t token, int j) {
   const int64_t source = call.sources[token * kWindow + j];
-  return source == kMasked ? kMaskedRow.values : state_row(call, row_source(source)) + half_of_row(j);
+  return source == kMasked ? kMaskedRow.values
+                           : state_row(call, row_source(source)) + half_of_row(j);
 }
 
 // The chunk of a request: neighbouring tokens at consecutive positions.
@@ -59,7 +61,8 @@ struct Chunk {
 Chunk chunk_of(const LayerCall& call, int64_t token) {
   const auto same = [&](int64_t u) {  // unsigned: the position of a padding row is arbitrary
     return call.requests[u] == call.requests[token] &&
-           static_cast<uint64_t>(call.positions[u]) - u == static_cast<uint64_t>(call.positions[token]) - token;
+           static_cast<uint64_t>(call.positions[u]) - u ==
+               static_cast<uint64_t>(call.positions[token]) - token;
   };
   Chunk chunk{token, token + 1};
   while (chunk.begin > 0 && same(chunk.begin - 1)) --chunk.begin;

@@ -1,8 +1,9 @@
-// One layer's call, as the kernels see it, and the kernels: one of each algorithm and instruction set.
+// One layer's call, as the kernels see it, and the kernels: one of each algorithm and instruction
+// set.
 //
-// Plain pointers: the kernels are compiled for newer CPUs and must not instantiate the standard library. `static`: this
-// header is compiled once per instruction set, and a shared inline copy built for AVX-512 could be the one that the
-// linker keeps for every CPU.
+// Plain pointers: the kernels are compiled for newer CPUs and must not instantiate the standard
+// library. `static`: this header is compiled once per instruction set, and a shared inline copy
+// built for AVX-512 could be the one that the linker keeps for every CPU.
 #pragma once
 
 #include "../plan.h"
@@ -19,12 +20,14 @@ struct LayerCall {
   int64_t tokens;
   int64_t early;
   bool unique;
-  const int64_t *positions, *requests, *state_slots, *k_slots, *windows, *sources;  // sections of the plan
+  // Sections of the plan.
+  const int64_t *positions, *requests, *state_slots, *k_slots, *windows, *sources;
 };
 
 static inline float* state_row(const LayerCall& call, int64_t slot) {
   const LayerArguments& l = call.layer;
-  return l.state + slot / l.state_page * l.state_page_stride + slot % l.state_page * l.state_row_stride;
+  return l.state + slot / l.state_page * l.state_page_stride +
+         slot % l.state_page * l.state_row_stride;
 }
 
 using Kernel = bool (*)(const LayerCall& call);  // false: parallel_for failed

@@ -9,33 +9,36 @@
 namespace dsv4 {
 namespace {
 
-// Whether the plan was made for such an algorithm, for that many tokens, and for caches no larger than the layer's.
-bool fits(const PlanHeader& plan, int64_t layout, const LayerArguments& layer, const KvScore& kv_score) {
-  return plan.layout == layout && plan.tokens == kv_score.tokens && plan.state_page == layer.state_page &&
-         plan.state_pages <= layer.state_pages && plan.k_entries <= layer.k_pages * layer.k_page &&
-         plan.max_pos <= layer.cos_sin_rows;
+// Whether the plan was made for such an algorithm, for that many tokens, and for caches no larger
+// than the layer's.
+bool fits(const PlanHeader& plan, int64_t layout, const LayerArguments& layer,
+          const KvScore& kv_score) {
+  return plan.layout == layout && plan.tokens == kv_score.tokens &&
+         plan.state_page == layer.state_page && plan.state_pages <= layer.state_pages &&
+         plan.k_entries <= layer.k_pages * layer.k_page && plan.max_pos <= layer.cos_sin_rows;
 }
 
 // Returns how many entries were written, or a Failure.
 template <Kernel kernel, int64_t layout>
-int64_t run(const LayerArguments* layer, ParallelFor parallel_for, const int64_t* plan, const KvScore* kv_score) {
+int64_t run(const LayerArguments* layer, ParallelFor parallel_for, const int64_t* plan,
+            const KvScore* kv_score) {
   const PlanHeader& header = *reinterpret_cast<const PlanHeader*>(plan);
   if (!fits(header, layout, *layer, *kv_score)) return kPlanDoesNotFit;
   const int64_t tokens = kv_score->tokens;
   const LayerCall call{*layer,
-                  parallel_for,
-                  kv_score->rows,
-                  kv_score->stride,
-                  kv_score->is_bf16 != 0,
-                  tokens,
-                  header.early,
-                  header.unique != 0,
-                  plan + plan_positions(tokens),
-                  plan + plan_requests(tokens),
-                  plan + plan_state_slots(tokens),
-                  plan + plan_k_slots(tokens),
-                  plan + plan_windows(tokens),
-                  plan + plan_sources(tokens)};
+                       parallel_for,
+                       kv_score->rows,
+                       kv_score->stride,
+                       kv_score->is_bf16 != 0,
+                       tokens,
+                       header.early,
+                       header.unique != 0,
+                       plan + plan_positions(tokens),
+                       plan + plan_requests(tokens),
+                       plan + plan_state_slots(tokens),
+                       plan + plan_k_slots(tokens),
+                       plan + plan_windows(tokens),
+                       plan + plan_sources(tokens)};
   return kernel(call) ? header.entries : kThreadsFailed;
 }
 
@@ -45,7 +48,8 @@ bool usable(const char* isa) {
   if (!std::strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!std::strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!std::strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return !std::strcmp(isa, "generic");
 }
@@ -58,12 +62,13 @@ struct Runner {
   Run run;
 };
 
-#define DSV4_RUNNERS(isa)                                                  \
-  {"one_pass", #isa, run<isa::one_pass, kPlanLayout>},                     \
-      {"overlay_scan", #isa, run<isa::overlay_scan, kStateOnlyLayout>},    \
-      {"scatter_pool", #isa, run<isa::scatter_pool, kStateOnlyLayout>},    \
-      {"floor", #isa, run<isa::floor, kPlanLayout>},                       \
-      {"floor_past_cache", #isa, run<isa::floor_past_cache, kPlanLayout>}
+#define DSV4_RUNNERS(isa)                                               \
+  {"one_pass", #isa, run<isa::one_pass, kPlanLayout>},                  \
+      {"overlay_scan", #isa, run<isa::overlay_scan, kStateOnlyLayout>}, \
+      {"scatter_pool", #isa, run<isa::scatter_pool, kStateOnlyLayout>}, \
+      {"floor", #isa, run<isa::floor, kPlanLayout>}, {                  \
+    "floor_past_cache", #isa, run<isa::floor_past_cache, kPlanLayout>   \
+  }
 
 constexpr Runner kRunners[] = {
 #if defined(__x86_64__)
@@ -79,8 +84,10 @@ constexpr Runner kRunners[] = {
 
 extern "C" {
 
-// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth * tokens].
-int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan, dsv4::Violation* violation) {
+// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth *
+// tokens].
+int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan,
+                          dsv4::Violation* violation) {
   try {
     return dsv4::make_plan(*step, static_cast<dsv4::Rule>(rule), plan, *violation);
   } catch (const std::bad_alloc&) {
@@ -88,13 +95,16 @@ int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t
   }
 }
 
-// The algorithm of that name compiled for `isa`, or null if either is unknown or this CPU lacks the instructions.
+// The algorithm of that name compiled for `isa`, or null if either is unknown or this CPU lacks the
+// instructions.
 dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa) {
   for (const dsv4::Runner& r : dsv4::kRunners)
-    if (!std::strcmp(r.algorithm, algorithm) && !std::strcmp(r.isa, isa) && dsv4::usable(isa)) return r.run;
+    if (!std::strcmp(r.algorithm, algorithm) && !std::strcmp(r.isa, isa) && dsv4::usable(isa))
+      return r.run;
   return nullptr;
 }
 
-// The digest of the sources that this library was built from (CMakeLists.txt), which ops/library.py compares.
+// The digest of the sources that this library was built from (CMakeLists.txt), which ops/library.py
+// compares.
 const char* dsv4_indexer_sources() { return DSV4_SOURCES; }
 }

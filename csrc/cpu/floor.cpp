@@ -1,5 +1,6 @@
-// The floor of the benchmark, compiled once per instruction set: no compressor can be faster than moving the bytes
-// that it must move, kv_score in once, every state row and K entry out once, to where the arguments say.
+// The floor of the benchmark, compiled once per instruction set: no compressor can be faster than
+// moving the bytes that it must move, kv_score in once, every state row and K entry out once, to
+// where the arguments say.
 
 #include "call.h"
 #include "vec.h"
@@ -20,9 +21,11 @@ void move_bytes(int64_t begin, int64_t end, void* context) {
       for (int c = 0; c < kRowWidth; c += kLanes) store_row(row + c, load(from + c));
     }
     if (const int64_t slot = call.k_slots[token]; slot >= 0) {
-      uint8_t* page = static_cast<uint8_t*>(call.layer.k_cache) + slot / kFp8PageEntries * call.layer.k_page_stride;
+      uint8_t* page = static_cast<uint8_t*>(call.layer.k_cache) +
+                      slot / kFp8PageEntries * call.layer.k_page_stride;
       std::memcpy(page + slot % kFp8PageEntries * kHeadDim, from, kHeadDim);
-      std::memcpy(page + kFp8ScaleOffset + slot % kFp8PageEntries * sizeof(float), from, sizeof(float));
+      std::memcpy(page + kFp8ScaleOffset + slot % kFp8PageEntries * sizeof(float), from,
+                  sizeof(float));
     }
   }
   wait_for_stores();
@@ -39,8 +42,9 @@ bool dsv4::DSV4_ISA::floor(const LayerCall& call) {
   return run(call, call.is_bf16 ? move_bytes<bfloat16, store> : move_bytes<float, store>);
 }
 
-// With stores that go around the caches, which is faster where the state is not in them; the rows must be aligned to a
-// vector.
+// With stores that go around the caches, which is faster where the state is not in them; the rows
+// must be aligned to a vector.
 bool dsv4::DSV4_ISA::floor_past_cache(const LayerCall& call) {
-  return run(call, call.is_bf16 ? move_bytes<bfloat16, store_past_cache> : move_bytes<float, store_past_cache>);
+  return run(call, call.is_bf16 ? move_bytes<bfloat16, store_past_cache>
+                                : move_bytes<float, store_past_cache>);
 }

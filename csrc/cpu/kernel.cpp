@@ -1,10 +1,11 @@
-// The product's kernel: one layer of a planned step, compiled once per instruction set (DSV4_ISA, DSV4_LANES; see
-// CMakeLists.txt).
+// The product's kernel: one layer of a planned step, compiled once per instruction set (DSV4_ISA,
+// DSV4_LANES; see CMakeLists.txt).
 //
-// Phase 1 pools the EARLY windows, some of whose rows come from the state or from another request's tokens (and the
-// first window of a request). Phase 2 saves the rows of this call and pools the LATE windows, which are made of them. All
-// of the state that is read is read before the first row is written, so the result does not depend on whether this call
-// overwrites what it reads: rings and recycled pages need no special case, and there is no other barrier.
+// Phase 1 pools the EARLY windows, some of whose rows come from the state or from another request's
+// tokens (and the first window of a request). Phase 2 saves the rows of this call and pools the
+// LATE windows, which are made of them. All of the state that is read is read before the first row
+// is written, so the result does not depend on whether this call overwrites what it reads: rings
+// and recycled pages need no special case, and there is no other barrier.
 
 #include <time.h>
 
@@ -21,18 +22,21 @@ struct Job {
   Entry norm_weight;
 };
 
-// The state row of a token: [kv | gate + bias], written front to back. `copy`, if it is asked for, goes around the caches.
+// The state row of a token: [kv | gate + bias], written front to back. `copy`, if it is asked for,
+// goes around the caches.
 template <class T, bool copied = false>
 void form_row(const LayerCall& call, int64_t token, float* row, float* copy = nullptr) {
   const T* from = kv_score_row<T>(call, token);
   // Padding rows have any position.
-  const float* bias = call.layer.ape + static_cast<uint64_t>(call.positions[token]) % kRatio * kKvWidth;
+  const float* bias =
+      call.layer.ape + static_cast<uint64_t>(call.positions[token]) % kRatio * kKvWidth;
   const auto put = [row, copy](int c, Floats v) {
     store(row + c, v);
     if (copied) store_past_cache(copy + c, v);
   };
   for (int c = 0; c < kKvWidth; c += kLanes) put(c, load(from + c));
-  for (int c = 0; c < kKvWidth; c += kLanes) put(kKvWidth + c, load(from + kKvWidth + c) + load(bias + c));
+  for (int c = 0; c < kKvWidth; c += kLanes)
+    put(kKvWidth + c, load(from + kKvWidth + c) + load(bias + c));
 }
 
 // Rows of this call are formed first, as the state's rows were.
@@ -57,7 +61,8 @@ void pool_early(int64_t begin, int64_t end, void* context) {
   const Job& job = *static_cast<const Job*>(context);
   Entries entries(job.call, job.norm_weight);
   for (int64_t token = begin; token < end; ++token)
-    if (job.call.windows[token] == kEarly) entries.add(token, pool_from_sources<T>(job.call, token));
+    if (job.call.windows[token] == kEarly)
+      entries.add(token, pool_from_sources<T>(job.call, token));
   entries.finish();
 }
 
@@ -67,8 +72,9 @@ struct Recent {
   alignas(64) float own[kWindow][kRowWidth];
 };
 
-// Saves the rows of a task's tokens and pools the windows made of rows of this call, while these are still in the
-// nearest cache. The first windows need rows of the task before, which are formed once more.
+// Saves the rows of a task's tokens and pools the windows made of rows of this call, while these
+// are still in the nearest cache. The first windows need rows of the task before, which are formed
+// once more.
 template <class T, bool past_cache>
 void save_and_pool(int64_t begin, int64_t end, void* context) {
   const Job& job = *static_cast<const Job*>(context);
@@ -86,7 +92,8 @@ void save_and_pool(int64_t begin, int64_t end, void* context) {
     recent.row[token % kWindow] = row;
     if (token < begin || call.windows[token] != kLate) continue;
     Window window;
-    for (int j = 0; j < kWindow; ++j) window.row[j] = recent.row[(token + 1 + j) % kWindow] + half_of_row(j);
+    for (int j = 0; j < kWindow; ++j)
+      window.row[j] = recent.row[(token + 1 + j) % kWindow] + half_of_row(j);
     entries.add(token, pool(window));
   }
   entries.finish();
@@ -100,8 +107,8 @@ int64_t nanoseconds() {
   return now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-// Whether the rows that this call writes are in memory alone. Stores around the caches are then faster by a third or
-// more, and slower where the rows are in a cache.
+// Whether the rows that this call writes are in memory alone. Stores around the caches are then
+// faster by a third or more, and slower where the rows are in a cache.
 bool rows_are_cold(const LayerCall& call) {
   const float* rows[kSamples];
   for (int i = 0; i < kSamples; ++i) {
@@ -117,8 +124,8 @@ bool goes_past_cache(const LayerCall& call) {
   const LayerArguments& a = call.layer;
   const auto aligned = [](int64_t floats) { return floats % kLanes == 0; };
   return kHasStoresPastCache && call.tokens >= kFewTokens &&
-         reinterpret_cast<uintptr_t>(a.state) % sizeof(Floats) == 0 && aligned(a.state_page_stride) &&
-         aligned(a.state_row_stride) && rows_are_cold(call);
+         reinterpret_cast<uintptr_t>(a.state) % sizeof(Floats) == 0 &&
+         aligned(a.state_page_stride) && aligned(a.state_row_stride) && rows_are_cold(call);
 }
 
 template <class T>
@@ -129,7 +136,8 @@ bool run(const LayerCall& call) {
     save_and_pool<T, false>(0, call.tokens, &job);
     return true;
   }
-  const Task save = goes_past_cache(call) ? save_and_pool<T, kHasStoresPastCache> : save_and_pool<T, false>;
+  const Task save =
+      goes_past_cache(call) ? save_and_pool<T, kHasStoresPastCache> : save_and_pool<T, false>;
   return (call.early == 0 || call.parallel_for(0, call.tokens, kGrain, pool_early<T>, &job) == 0) &&
          call.parallel_for(0, call.tokens, kGrain, save, &job) == 0;
 }

@@ -80,19 +80,24 @@ class Planner {
  private:
   int64_t state_rows() const { return a_.state_pages * a_.state_page; }
 
-  // A token closes a window, and emits an entry, if it ends a group of four and has somewhere to put the entry.
+  // A token closes a window, and emits an entry, if it ends a group of four and has somewhere to
+  // put the entry.
   bool closes_window(int64_t token) const {
     return a_.k_slots[token] >= 0 && a_.positions[token] % kRatio == kRatio - 1;
   }
 
-  // Whether `token` continues the request of the token before it. Unsigned: a padding row's position is arbitrary.
+  // Whether `token` continues the request of the token before it. Unsigned: a padding row's
+  // position is arbitrary.
   bool follows(int64_t token) const {
     return a_.token_to_req[token] == a_.token_to_req[token - 1] &&
-           static_cast<uint64_t>(a_.positions[token]) - static_cast<uint64_t>(a_.positions[token - 1]) == 1;
+           static_cast<uint64_t>(a_.positions[token]) -
+                   static_cast<uint64_t>(a_.positions[token - 1]) ==
+               1;
   }
 
-  // The token of this call that holds position `q` of the request of `token`, or -1. Equality alone decides, so that
-  // rows of other requests and padding rows with arbitrary contents need no special case.
+  // The token of this call that holds position `q` of the request of `token`, or -1. Equality alone
+  // decides, so that rows of other requests and padding rows with arbitrary contents need no
+  // special case.
   int64_t own_token(int64_t token, int64_t q) const {
     const int64_t u = token - (a_.positions[token] - q);
     const bool own = u >= 0 && a_.token_to_req[u] == a_.token_to_req[token] && a_.positions[u] == q;
@@ -109,13 +114,15 @@ class Planner {
     const int64_t slot = a_.state_slots[token], k_slot = a_.k_slots[token];
     if (!in_range(slot, -1, state_rows())) return kStateSlot;
     if (!in_range(k_slot, -1, a_.k_entries)) return kKSlot;
-    if (slot < 0 && k_slot < 0) return kNoViolation;  // a padding row: its position and request are arbitrary
+    // A padding row: its position and request are arbitrary.
+    if (slot < 0 && k_slot < 0) return kNoViolation;
     if (!in_range(a_.positions[token], 0, a_.max_pos)) return kPosition;
     if (!in_range(a_.token_to_req[token], 0, a_.requests)) return kRequest;
     return kNoViolation;
   }
 
-  // The checks of the window that `token`, the last of a run, closes. `q` is the position that they stopped at.
+  // The checks of the window that `token`, the last of a run, closes. `q` is the position that they
+  // stopped at.
   ViolationCode check_window(int64_t token, int64_t run, int64_t& q) {
     const int64_t position = a_.positions[token];
     const bool begins = position >= kWindow - 1;
@@ -141,14 +148,16 @@ class Planner {
       case kKSlot: v.value = a_.k_slots[token], v.bound = a_.k_entries; break;
       case kPosition: v.value = v.position, v.bound = a_.max_pos; break;
       case kRequest: v.value = v.request, v.bound = a_.requests; break;
-      case kTableColumn: v.needed = q, v.value = q / a_.state_page, v.bound = a_.table_columns; break;
+      case kTableColumn:
+        v.needed = q, v.value = q / a_.state_page, v.bound = a_.table_columns;
+        break;
       case kTableEntry: v.needed = q, v.value = page_of(token, q), v.bound = a_.state_pages; break;
     }
     return v;
   }
 
-  // With slots that are not unique every window is pooled before any row is saved, and rows and entries are written in
-  // the order of the tokens, so that the last one wins.
+  // With slots that are not unique every window is pooled before any row is saved, and rows and
+  // entries are written in the order of the tokens, so that the last one wins.
   void find_sources() {
     LastTokens entries(a_.k_slots, closing_.size());
     for (const int64_t token : closing_)
@@ -162,8 +171,8 @@ class Planner {
     }
   }
 
-  // The row rule: the request's own token; else any request's token with this position and this state slot; else the
-  // state as it was before the call.
+  // The row rule: the request's own token; else any request's token with this position and this
+  // state slot; else the state as it was before the call.
   int64_t source(int64_t token, int64_t q) {
     if (q < 0) return kMasked;
     if (rule_ == kStateOnly) return state_source(token, q);
@@ -176,19 +185,22 @@ class Planner {
     return other >= 0 ? other : row_source(slot);
   }
 
-  // For the baselines, whose rows need no page where the contract asks for none: such a row is masked.
+  // For the baselines, whose rows need no page where the contract asks for none: such a row is
+  // masked.
   int64_t state_source(int64_t token, int64_t q) const {
     if (q / a_.state_page >= a_.table_columns) return kMasked;
     const int64_t page = page_of(token, q);
-    return in_range(page, 1, a_.state_pages) ? row_source(page * a_.state_page + q % a_.state_page) : kMasked;
+    return in_range(page, 1, a_.state_pages) ? row_source(page * a_.state_page + q % a_.state_page)
+                                             : kMasked;
   }
 
   void write_sections() {
     const int64_t layout = rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout;
     const int64_t entries = static_cast<int64_t>(closing_.size());
     std::fill_n(plan_, kPlanHeader, 0);
-    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,      entries,      early_,     unique_,
-                                             a_.state_pages, a_.state_page, a_.k_entries, a_.max_pos};
+    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,    entries,
+                                             early_,        unique_,      a_.state_pages,
+                                             a_.state_page, a_.k_entries, a_.max_pos};
     std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
     std::copy_n(a_.token_to_req, a_.tokens, plan_ + plan_requests(a_.tokens));
     std::copy_n(a_.state_slots, a_.tokens, plan_ + plan_state_slots(a_.tokens));

@@ -7,10 +7,11 @@
 namespace dsv4 {
 
 constexpr int kSamples = 4;
-constexpr int64_t kInCache = 60;  // nanoseconds to read from the last cache, at most; memory takes longer
+// Nanoseconds to read from the last cache, at most; memory takes longer.
+constexpr int64_t kInCache = 60;
 
-// `nanoseconds`: a clock. What a reading of it costs counts for nothing, and where that is more than what is measured,
-// the clock tells nothing: ordinary stores are never far from the best.
+// `nanoseconds`: a clock. What a reading of it costs counts for nothing, and where that is more
+// than what is measured, the clock tells nothing: ordinary stores are never far from the best.
 template <class Clock>
 static bool memory_is_cold(const float* const (&rows)[kSamples], Clock nanoseconds) {
   volatile const int32_t kNone = 0;

@@ -1,6 +1,6 @@
-// The little vector language of the kernels: DSV4_LANES floats at a time, the same IEEE operations on every
-// instruction set (a multiply-add is fused where it says so and nowhere else; no libm), so that results are bitwise equal
-// everywhere.
+// The little vector language of the kernels: DSV4_LANES floats at a time, the same IEEE operations
+// on every instruction set (a multiply-add is fused where it says so and nowhere else; no libm), so
+// that results are bitwise equal everywhere.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@
 #include <immintrin.h>
 #endif
 
-#define DSV4_UNROLL _Pragma("GCC unroll 16")  // GCC 12 leaves longer bodies rolled, and their vectors in memory
+// GCC 12 leaves longer bodies rolled, and their vectors in memory.
+#define DSV4_UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
@@ -36,7 +37,8 @@ inline Floats widened(Halves h, std::integer_sequence<int, i...>) {
   return (Floats)__builtin_shufflevector(Halves{}, h, (i % 2 ? kLanes + i / 2 : i / 2)...);
 }
 
-// A bfloat16 is the upper half of a float: one shuffle with zeros where a conversion takes two instructions or more.
+// A bfloat16 is the upper half of a float: one shuffle with zeros where a conversion takes two
+// instructions or more.
 inline Floats load(const bfloat16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
@@ -75,10 +77,13 @@ struct Pairs {
 
 template <int... i>
 inline Pairs pairs(Floats low, Floats high, std::integer_sequence<int, i...>) {
-  return {__builtin_shufflevector(low, high, 2 * i...), __builtin_shufflevector(low, high, 2 * i + 1 ...)};
+  return {__builtin_shufflevector(low, high, 2 * i...),
+          __builtin_shufflevector(low, high, 2 * i + 1 ...)};
 }
 
-inline Pairs pairs(Floats low, Floats high) { return pairs(low, high, std::make_integer_sequence<int, kLanes>()); }
+inline Pairs pairs(Floats low, Floats high) {
+  return pairs(low, high, std::make_integer_sequence<int, kLanes>());
+}
 
 // Stores the low byte of each of `even` and `odd`, alternately.
 inline void store_bytes(void* p, Ints even, Ints odd) {
@@ -86,7 +91,8 @@ inline void store_bytes(void* p, Ints even, Ints odd) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// a * b + c, rounded once: an instruction on AVX-512, AVX2 and aarch64, a call of libm's exact fmaf elsewhere.
+// a * b + c, rounded once: an instruction on AVX-512, AVX2 and aarch64, a call of libm's exact fmaf
+// elsewhere.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
   Floats r;
   for (int i = 0; i < kLanes; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -125,26 +131,36 @@ inline float float_of(int32_t i) {
   return x;
 }
 
-// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, in the float's own rounding.
+// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, in the float's own
+// rounding.
 constexpr float kRounder = 12582912.0f;
 
-// exp(x) for x <= 0, as weights of a softmax need it: within 1.8e-7 of itself down to -1 and within 1.4e-6 down to -87, below
-// which it is 0. exp(x) = 2^n * 2^f with |f| <= 1/2 and a minimax polynomial of degree 5 for 2^f. The product x * log2(e) is
-// not taken apart: what that loses grows with -x, slower than the weight falls. Eight at a time and step by step: no CPU
-// looks far enough ahead to overlap eight such chains by itself.
+// exp(x) for x <= 0, as weights of a softmax need it: within 1.8e-7 of itself down to -1 and
+// within 1.4e-6 down to -87, below which it is 0. exp(x) = 2^n * 2^f with |f| <= 1/2 and a minimax
+// polynomial of degree 5 for 2^f. The product x * log2(e) is not taken apart: what that loses grows
+// with -x, slower than the weight falls. Eight at a time and step by step: no CPU looks far enough
+// ahead to overlap eight such chains by itself.
 inline void exp_nonpositive(Floats (&x)[8]) {
   constexpr float kLog2E = 1.44269504f, kSmallest = -87.0f;
   constexpr float kBiased = kRounder + 127;  // leaves n with the exponent's bias in the low bits
-  constexpr float kCoefficients[] = {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
+  constexpr float kCoefficients[] = {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f,
+                                     1.0f};
   Floats shifted[8], p[8];
   Ints underflows[8];
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) underflows[j] = x[j] < kSmallest;
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) shifted[j] = multiply_add(x[j], broadcast(kLog2E), broadcast(kBiased));
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kBiased - shifted[j]);
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) p[j] = broadcast(0.00132647273f);
-  DSV4_UNROLL for (int i = 0; i < 5; ++i)
-    DSV4_UNROLL for (int j = 0; j < 8; ++j) p[j] = multiply_add(p[j], x[j], broadcast(kCoefficients[i]));
-  DSV4_UNROLL for (int j = 0; j < 8; ++j) {
+  DSV4_UNROLL
+  for (int j = 0; j < 8; ++j) underflows[j] = x[j] < kSmallest;
+  DSV4_UNROLL
+  for (int j = 0; j < 8; ++j)
+    shifted[j] = multiply_add(x[j], broadcast(kLog2E), broadcast(kBiased));
+  DSV4_UNROLL
+  for (int j = 0; j < 8; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kBiased - shifted[j]);
+  DSV4_UNROLL
+  for (int j = 0; j < 8; ++j) p[j] = broadcast(0.00132647273f);
+  DSV4_UNROLL
+  for (int i = 0; i < 5; ++i) DSV4_UNROLL
+  for (int j = 0; j < 8; ++j) p[j] = multiply_add(p[j], x[j], broadcast(kCoefficients[i]));
+  DSV4_UNROLL
+  for (int j = 0; j < 8; ++j) {
     const Floats power = (Floats)((Ints)shifted[j] << 23);
     x[j] = underflows[j] ? Floats{} : p[j] * power;
   }

@@ -1,5 +1,5 @@
-// The emulation as a library with the C interface of csrc/ascend/abi.h, and calls for the tests: which machine, what it
-// counted, and the kernels that break a rule each (rules.cpp).
+// The emulation as a library with the C interface of csrc/ascend/abi.h, and calls for the tests:
+// which machine, what it counted, and the kernels that break a rule each (rules.cpp).
 #include "kernel_operator.h"
 
 #include <random>
@@ -69,17 +69,20 @@ std::vector<Region> regions_of(const RunArguments& a) {
   regions.add("norm_weight", a.norm_weight, kHeadDim * (a.norm_weight_is_bf16 ? 2 : 4));
   regions.add("cos_sin_cache", a.cos_sin, ((a.cos_sin_rows - 1) * a.cos_sin_stride + kRopeDim) * 4);
   regions.add("inner_state_cache", a.state,
-              ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride + kRowWidth) * 4,
+              ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride +
+               kRowWidth) *
+                  4,
               true);
   regions.add("k_cache", a.k_cache,
               (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim +
                   (fp8 ? a.k_page * 4 : 0),
               true);
   if (!fp8)
-    regions.add("k_scale_cache", a.k_scale,
-                ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
-                    (a.k_scale_is_fp16 ? 2 : 4),
-                true);
+    regions.add(
+        "k_scale_cache", a.k_scale,
+        ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
+            (a.k_scale_is_fp16 ? 2 : 4),
+        true);
   return regions.take();
 }
 
@@ -143,8 +146,9 @@ std::string counts_json() {
     out << (l ? ",[" : "[");
     for (size_t c = 0; c < launches[l].size(); ++c) {
       const emulation::Counts& n = launches[l][c];
-      out << (c ? "," : "") << "{\"read_bytes\":" << n.read_bytes << ",\"write_bytes\":" << n.write_bytes
-          << ",\"reads\":" << n.reads << ",\"writes\":" << n.writes << ",\"scalar_local\":" << n.scalar_local
+      out << (c ? "," : "") << "{\"read_bytes\":" << n.read_bytes
+          << ",\"write_bytes\":" << n.write_bytes << ",\"reads\":" << n.reads
+          << ",\"writes\":" << n.writes << ",\"scalar_local\":" << n.scalar_local
           << ",\"scalar_global\":" << n.scalar_global << ",\"vector\":{";
       const char* comma = "";
       for (const auto& [name, count] : n.vector) {
@@ -163,45 +167,53 @@ std::string counts_json() {
 
 extern "C" {
 
-int64_t dsv4_indexer_ascend_plan(const PlanArguments* arguments, void*, char* message, int64_t size) {
+int64_t dsv4_indexer_ascend_plan(const PlanArguments* arguments, void*, char* message,
+                                 int64_t size) {
   return launch_plan<ListedTokens>(*arguments, message, size);
 }
 
-int64_t dsv4_indexer_ascend_plan_requests(const PlanArguments* arguments, void*, char* message, int64_t size) {
+int64_t dsv4_indexer_ascend_plan_requests(const PlanArguments* arguments, void*, char* message,
+                                          int64_t size) {
   return launch_plan<RequestTokens>(*arguments, message, size);
 }
 
-int64_t dsv4_indexer_ascend_run(const char* algorithm, const RunArguments* arguments, void*, char* message,
-                                int64_t size) {
+int64_t dsv4_indexer_ascend_run(const char* algorithm, const RunArguments* arguments, void*,
+                                char* message, int64_t size) {
   if (unsupported(*arguments, machine.device(), message, size)) return kRefused;
   emulation::memory.regions = regions_of(*arguments);
   return reporting(message, size, [&] {
-    const bool known = for_each_launch(algorithm, [&](auto kernel) { launch_run<kernel.kAlgorithm>(*arguments); });
+    const bool known =
+        for_each_launch(algorithm, [&](auto kernel) { launch_run<kernel.kAlgorithm>(*arguments); });
     emulation::require(known, "no algorithm %s", algorithm);
   });
 }
 
 // `product` by its place in emulation::kProducts. `noise`, `order`: see machine.h and launch().
-void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_t order, int64_t built_for,
-                         int64_t failing) {
+void emulation_configure(int64_t product, int64_t cores, uint64_t noise, uint64_t order,
+                         int64_t built_for, int64_t failing) {
   machine = {&emulation::kProducts[product], cores, noise, order, built_for, failing != 0};
   launches.clear();
 }
 
-// How the host cuts `tokens` among `vector_cores`: the tokens of a core, and how many cores that takes.
+// How the host cuts `tokens` among `vector_cores`: the tokens of a core, and how many cores that
+// takes.
 void emulation_cut(int64_t tokens, int64_t vector_cores, int64_t* tokens_per_core, int64_t* cores) {
   const Tiling tiling = cut(tokens, vector_cores);
   *tokens_per_core = tiling.tokens_per_core, *cores = tiling.cores;
 }
 
 // The counts since the last emulation_configure: a list of launches, each a list of cores.
-int64_t emulation_counts(char* out, int64_t size) { return std::snprintf(out, size, "%s", counts_json().c_str()); }
+int64_t emulation_counts(char* out, int64_t size) {
+  return std::snprintf(out, size, "%s", counts_json().c_str());
+}
 
-// Runs one of the kernels of rules.h on `cores` cores, with `bytes` of global memory to write and as many to read.
+// Runs one of the kernels of rules.h on `cores` cores, with `bytes` of global memory to write and
+// as many to read.
 int64_t emulation_run_rule(const char* name, int64_t cores, char* message, int64_t size) {
   alignas(64) static uint8_t input[65536], output[65536];
-  emulation::memory.regions = {{"input", (uintptr_t)input, (uintptr_t)(input + sizeof input), false},
-                               {"output", (uintptr_t)output, (uintptr_t)(output + sizeof output), true}};
+  emulation::memory.regions = {
+      {"input", (uintptr_t)input, (uintptr_t)(input + sizeof input), false},
+      {"output", (uintptr_t)output, (uintptr_t)(output + sizeof output), true}};
   return reporting(message, size, [&] {
     const auto rule = rules::kernels().find(name);
     emulation::require(rule != rules::kernels().end(), "no rule %s", name);

@@ -1,4 +1,5 @@
-// Stands in for the header of the same name that a kernel includes: the few calls that ours make, on the host.
+// Stands in for the header of the same name that a kernel includes: the few calls that ours make,
+// on the host.
 #pragma once
 
 #include <tuple>

@@ -1,8 +1,10 @@
-// The machine under the emulated calls: the unified buffers, the clocks of the pipes, global memory, and the rules.
+// The machine under the emulated calls: the unified buffers, the clocks of the pipes, global
+// memory, and the rules.
 //
-// A kernel runs core after core on the host, and every instruction at once, so the values are those of the program
-// order. What the hardware would not promise is found by bookkeeping: who wrote and read each 32-byte block last, on
-// which pipe, and what that pipe's instruction is known to come after. A broken rule throws `Refusal`.
+// A kernel runs core after core on the host, and every instruction at once, so the values are those
+// of the program order. What the hardware would not promise is found by bookkeeping: who wrote and
+// read each 32-byte block last, on which pipe, and what that pipe's instruction is known to come
+// after. A broken rule throws `Refusal`.
 #pragma once
 
 #include <algorithm>
@@ -33,10 +35,11 @@ void require(bool holds, const char* format, Args... args) {
   if (!holds) refuse(format, args...);
 }
 
-constexpr uint32_t kBlock = 32;  // bytes of a data block, the grain of alignment and of the bookkeeping
+// Bytes of a data block, the grain of alignment and of the bookkeeping.
+constexpr uint32_t kBlock = 32;
 
-// Usable bytes. A2 and A3: 192 KiB, of which 256 bytes are the framework's and 8 KiB by default the API's. A5: 256 KiB
-// less 8. docs/zh/guide, 硬件实现/架构规格/NPU架构版本2201.md;
+// Usable bytes. A2 and A3: 192 KiB, of which 256 bytes are the framework's and 8 KiB by default the
+// API's. A5: 256 KiB less 8. docs/zh/guide, 硬件实现/架构规格/NPU架构版本2201.md;
 // SIMD-API/基础API/工具接口/系统资源与变量/GetUBSizeInBytes.md
 struct Product {
   const char* name;
@@ -52,14 +55,16 @@ constexpr uint32_t kUnifiedBuffer = 256 * 1024;
 
 enum Pipe { kScalar, kVector, kMte2, kMte3, kPipes };
 constexpr const char* kPipeNames[] = {"S", "V", "MTE2", "MTE3"};
-using Clock = std::array<uint32_t, kPipes>;  // of each pipe, how many instructions are known to be over
+// Of each pipe, how many instructions are known to be over.
+using Clock = std::array<uint32_t, kPipes>;
 
 struct Count {
   int64_t instructions = 0;
   int64_t repeats = 0;
 };
 
-// What a core has done. Bytes and transfers between global memory and the unified buffer, scalar reads of both.
+// What a core has done. Bytes and transfers between global memory and the unified buffer, scalar
+// reads of both.
 struct Counts {
   int64_t read_bytes = 0, write_bytes = 0, reads = 0, writes = 0;
   int64_t scalar_local = 0, scalar_global = 0;
@@ -91,7 +96,7 @@ class Core {
     Pipe writer = kScalar;
     Clock read = {};           // time of the last read, by pipe
     uint64_t instruction = 0;  // the last instruction that wrote it
-    uint32_t by_address = 0;   // time of the last access by a vector instruction that was given addresses
+    uint32_t by_address = 0;   // time of the last vector instruction that was given addresses
   };
 
   int index = 0;
@@ -108,8 +113,8 @@ class Core {
     std::memset(memory, 0xa5, sizeof memory);
   }
 
-  // Begins an instruction on `pipe`. With `by_address` it is given addresses, not tensors: the compiler's own barriers
-  // between vector instructions are for those that work on tensors.
+  // Begins an instruction on `pipe`. With `by_address` it is given addresses, not tensors: the
+  // compiler's own barriers between vector instructions are for those that work on tensors.
   void issue(Pipe pipe, bool by_address = false) {
     pipe_ = pipe, by_address_ = by_address;
     ++instruction_;
@@ -120,10 +125,11 @@ class Core {
   const uint8_t* read(uint32_t address, uint32_t bytes, const char* what) {
     Block& block = blocks_[address / kBlock];
     const uint32_t wanted = bits(address, bytes);
-    require((block.initialised & wanted) == wanted, "uninitialised: %s reads unified buffer at %u, which nothing wrote",
-            what, address);
+    require((block.initialised & wanted) == wanted,
+            "uninitialised: %s reads unified buffer at %u, which nothing wrote", what, address);
     require(block.instruction != instruction_,
-            "overlap: %s reads at %u what an earlier repeat of the same instruction wrote", what, address);
+            "overlap: %s reads at %u what an earlier repeat of the same instruction wrote", what,
+            address);
     require_after(block.writer, block.written, what, address, "read of a write");
     require_barrier(block, what, address);
     block.read[pipe_] = time_[pipe_];
@@ -134,9 +140,11 @@ class Core {
     Block& block = blocks_[address / kBlock];
     if (block.instruction != instruction_) {
       for (int p = 0; p < kPipes; ++p)
-        if (p != pipe_) require_after(static_cast<Pipe>(p), block.read[p], what, address, "write over a read");
+        if (p != pipe_)
+          require_after(static_cast<Pipe>(p), block.read[p], what, address, "write over a read");
       require_after(block.writer, block.written, what, address, "write over a write");
-      if (by_address_) require_after(kVector, block.read[kVector], what, address, "write over a read");
+      if (by_address_)
+        require_after(kVector, block.read[kVector], what, address, "write over a read");
       require_barrier(block, what, address);
     }
     block.initialised |= bits(address, bytes);
@@ -145,20 +153,23 @@ class Core {
   }
 
   void forget(uint32_t address, uint32_t bytes) {
-    for (uint32_t b = address / kBlock; b < (address + bytes) / kBlock; ++b) blocks_[b].initialised = 0;
+    for (uint32_t b = address / kBlock; b < (address + bytes) / kBlock; ++b)
+      blocks_[b].initialised = 0;
   }
 
   // SetFlag and WaitFlag: what the source pipe has issued so far is over before the target goes on.
   void set_flag(Pipe from, Pipe to, int id) {
     require(id >= 0 && id < 8, "event: id %d; a product has 0 to 7", id);
     auto [place, fresh] = flags_.insert({{from, to, id}, clock_[from]});
-    require(fresh, "event: %s_%s %d is set twice without a wait", kPipeNames[from], kPipeNames[to], id);
+    require(fresh, "event: %s_%s %d is set twice without a wait", kPipeNames[from], kPipeNames[to],
+            id);
     place->second[from] = time_[from];
   }
 
   void wait_flag(Pipe from, Pipe to, int id) {
     auto flag = flags_.find({from, to, id});
-    require(flag != flags_.end(), "event: %s waits for %s %d, which is not set", kPipeNames[to], kPipeNames[from], id);
+    require(flag != flags_.end(), "event: %s waits for %s %d, which is not set", kPipeNames[to],
+            kPipeNames[from], id);
     for (int p = 0; p < kPipes; ++p) clock_[to][p] = std::max(clock_[to][p], flag->second[p]);
     flags_.erase(flag);
   }
@@ -166,11 +177,14 @@ class Core {
   void barrier(Pipe pipe) { clock_[pipe][pipe] = time_[pipe]; }
   void barrier_all() { clock_.fill(time_); }
 
-  void finish() const { require(flags_.empty(), "event: a flag is left set at the end of the kernel"); }
+  void finish() const {
+    require(flags_.empty(), "event: a flag is left set at the end of the kernel");
+  }
 
-  // Whether a memory access of the instruction issued last is known to come after instruction `time` of `pipe`. The
-  // vector pipe waits for itself (the compiler inserts that barrier); the transfer pipes may overtake themselves.
-  // SIMD-API/基础API/同步控制/核内同步/关键特性说明.md; PipeBarrier(ISASI).md
+  // Whether a memory access of the instruction issued last is known to come after instruction
+  // `time` of `pipe`. The vector pipe waits for itself (the compiler inserts that barrier); the
+  // transfer pipes may overtake themselves. SIMD-API/基础API/同步控制/核内同步/关键特性说明.md;
+  // PipeBarrier(ISASI).md
   uint32_t known(Pipe pipe) const {
     const bool own = pipe == pipe_, ordered = pipe == kVector ? !by_address_ : pipe == kScalar;
     return own && ordered ? time_[pipe] : clock_[pipe_][pipe];
@@ -190,15 +204,18 @@ class Core {
 
   void require_barrier(Block& block, const char* what, uint32_t address) {
     if (pipe_ == kVector && block.by_address > clock_[kVector][kVector])
-      refuse("order: %s on V at %u follows an instruction that was given addresses, without PipeBarrier<PIPE_V>", what,
-             address);
+      refuse(
+          "order: %s on V at %u follows an instruction that was given addresses, without "
+          "PipeBarrier<PIPE_V>",
+          what, address);
     if (by_address_) block.by_address = time_[pipe_];
   }
 
-  void require_after(Pipe pipe, uint32_t time, const char* what, uint32_t address, const char* which) {
+  void require_after(Pipe pipe, uint32_t time, const char* what, uint32_t address,
+                     const char* which) {
     if (known(pipe) < time)
-      refuse("order: %s on %s at %u is a %s by %s, with nothing between them", what, kPipeNames[pipe_], address, which,
-             kPipeNames[pipe]);
+      refuse("order: %s on %s at %u is a %s by %s, with nothing between them", what,
+             kPipeNames[pipe_], address, which, kPipeNames[pipe]);
   }
 
   std::vector<Block> blocks_;
@@ -218,7 +235,8 @@ class Memory {
   void begin_launch() { accesses_.clear(), scalar_stores_.clear(), sequence_ = 0; }
 
   // One piece of global memory, accessed by the instruction that `core` issued last.
-  void touch(const Core& core, uintptr_t begin, uint64_t bytes, bool write, const char* what, bool scalar = false) {
+  void touch(const Core& core, uintptr_t begin, uint64_t bytes, bool write, const char* what,
+             bool scalar = false) {
     const uintptr_t end = begin + bytes;
     const Region* region = nullptr;
     for (const Region& r : regions)
@@ -233,7 +251,8 @@ class Memory {
 
   // Conflicts between cores, and within a core between transfers that nothing orders.
   void end_launch() {
-    std::sort(accesses_.begin(), accesses_.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
+    std::sort(accesses_.begin(), accesses_.end(),
+              [](auto& a, auto& b) { return a.begin < b.begin; });
     for (size_t i = 0; i < accesses_.size(); ++i)
       for (size_t j = i + 1; j < accesses_.size() && accesses_[j].begin < accesses_[i].end; ++j)
         judge(accesses_[i], accesses_[j]);
@@ -241,8 +260,8 @@ class Memory {
     std::map<uintptr_t, int> owner;
     for (auto [line, core] : scalar_stores_) {
       const int first = owner.insert({line, core}).first->second;
-      require(first == core, "cache line: cores %d and %d store scalars in one line of %d bytes", first, core,
-              (int)kLine);
+      require(first == core, "cache line: cores %d and %d store scalars in one line of %d bytes",
+              first, core, (int)kLine);
     }
   }
 
@@ -254,9 +273,11 @@ class Memory {
     if (a.core != b.core)
       refuse("conflict: core %d %s global memory that core %d %s in the same launch", a.core,
              a.write ? "writes" : "reads", b.core, b.write ? "writes" : "reads");
-    const Access &first = a.sequence < b.sequence ? a : b, &second = a.sequence < b.sequence ? b : a;
+    const Access &first = a.sequence < b.sequence ? a : b,
+                 &second = a.sequence < b.sequence ? b : a;
     require(second.clock[first.pipe] >= first.time,
-            "order: two transfers of one core meet in global memory (%s, then %s), with nothing between them",
+            "order: two transfers of one core meet in global memory (%s, then %s), with nothing "
+            "between them",
             kPipeNames[first.pipe], kPipeNames[second.pipe]);
   }
 

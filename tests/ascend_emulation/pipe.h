@@ -1,4 +1,5 @@
-// Buffers, queues and events. SIMD-API/基础API/资源管理/{TPipe,TQue,TQueBind,TBuf}, 同步控制/核内同步
+// Buffers, queues and events. SIMD-API/基础API/资源管理/{TPipe,TQue,TQueBind,TBuf},
+// 同步控制/核内同步
 #pragma once
 
 #include <deque>
@@ -84,20 +85,23 @@ template <TPosition source, TPosition target, int32_t depth>
 class TQueBind {
  public:
   static_assert(depth == 1 || depth == 2, "only these depths are emulated");
-  static constexpr HardEvent kForward = detail::forward(source, target), kBackward = detail::backward(source, target);
+  static constexpr HardEvent kForward = detail::forward(source, target),
+                             kBackward = detail::backward(source, target);
   static constexpr TPosition kPosition = target == TPosition::GM ? source : target;
 
   template <class T>
   LocalTensor<T> AllocTensor() {
     for (size_t tried = 0; tried < entries_.size(); ++tried) {
-      Entry& entry = entries_[next_++ % entries_.size()];  // in turn: that is what makes two buffers overlap
+      // In turn: that is what makes two buffers overlap.
+      Entry& entry = entries_[next_++ % entries_.size()];
       if (entry.buffer->state != Buffer::kFree) continue;
       if (entry.freed >= 0) take<kBackward>(entry.freed);
       entry.buffer->state = Buffer::kAllocated;
       emulation::core.forget(entry.buffer->address, entry.buffer->bytes);
       return {entry.buffer.get(), entry.buffer->address};
     }
-    emulation::refuse("queue: AllocTensor, but none of the %d buffers was freed", (int)entries_.size());
+    emulation::refuse("queue: AllocTensor, but none of the %d buffers was freed",
+                      (int)entries_.size());
   }
 
   template <class T>
@@ -120,8 +124,9 @@ class TQueBind {
   template <class T>
   void FreeTensor(LocalTensor<T>& tensor) {
     Entry& entry = find(tensor.buffer());
-    emulation::require(entry.buffer->state == Buffer::kDequeued || entry.buffer->state == Buffer::kAllocated,
-                       "queue: FreeTensor of a tensor that %s", Buffer::kNames[entry.buffer->state]);
+    emulation::require(
+        entry.buffer->state == Buffer::kDequeued || entry.buffer->state == Buffer::kAllocated,
+        "queue: FreeTensor of a tensor that %s", Buffer::kNames[entry.buffer->state]);
     entry.buffer->state = Buffer::kFree;
     entry.freed = give<kBackward>();
   }
@@ -130,9 +135,11 @@ class TQueBind {
   ~TQueBind() noexcept(false) {
     if (std::uncaught_exceptions()) return;
     for (const Entry& entry : entries_) {
-      emulation::require(entry.buffer->state == Buffer::kFree, "queue: a tensor is not freed at the end of the kernel");
+      emulation::require(entry.buffer->state == Buffer::kFree,
+                         "queue: a tensor is not freed at the end of the kernel");
       if (entry.freed >= 0)
-        emulation::core.wait_flag(detail::ends(kBackward).from, detail::ends(kBackward).to, entry.freed);
+        emulation::core.wait_flag(detail::ends(kBackward).from, detail::ends(kBackward).to,
+                                  entry.freed);
     }
   }
 
@@ -158,7 +165,8 @@ class TQueBind {
     find(buffer);
     emulation::require(buffer->state == Buffer::kAllocated || buffer->state == Buffer::kDequeued,
                        "queue: EnQue of a tensor that %s", Buffer::kNames[buffer->state]);
-    emulation::require((int)queue_.size() < depth, "queue: EnQue into a full queue of depth %d", depth);
+    emulation::require((int)queue_.size() < depth, "queue: EnQue into a full queue of depth %d",
+                       depth);
     buffer->state = Buffer::kEnqueued;
     queue_.push_back({buffer, event, give<event>()});
     return true;
@@ -188,7 +196,8 @@ class TQueBind {
 
 // 资源管理/TQue/TQue简介.md
 template <TPosition position, int32_t depth>
-using TQue = std::conditional_t<position == TPosition::VECOUT, TQueBind<TPosition::VECOUT, TPosition::GM, depth>,
+using TQue = std::conditional_t<position == TPosition::VECOUT,
+                                TQueBind<TPosition::VECOUT, TPosition::GM, depth>,
                                 TQueBind<TPosition::GM, TPosition::VECIN, depth>>;
 
 // 资源管理/TBuf
@@ -220,11 +229,12 @@ class TPipe {
     // The buffers of one position hold the event ids of their way: TQue简介.md, TQue Buffer限制
     int& events = queue_buffers_[static_cast<int>(queue.kPosition)];
     events += number;
-    emulation::require(events <= 8, "queue: %d buffers at one position; there are 8 events", events);
+    emulation::require(events <= 8, "queue: %d buffers at one position; there are 8 events",
+                       events);
     for (int i = 0; i < number; ++i) {
       const uint32_t address = take(bytes);
-      queue.entries_.push_back(
-          {std::make_unique<Buffer>(Buffer{address, round_up(bytes), queue.kPosition, Buffer::kFree})});
+      queue.entries_.push_back({std::make_unique<Buffer>(
+          Buffer{address, round_up(bytes), queue.kPosition, Buffer::kFree})});
     }
     return true;
   }
@@ -244,7 +254,8 @@ class TPipe {
         used |= 1 << id;
         return static_cast<TEventID>(id);
       }
-    emulation::refuse("event: all 8 ids of %s_%s are taken", emulation::kPipeNames[detail::ends(event).from],
+    emulation::refuse("event: all 8 ids of %s_%s are taken",
+                      emulation::kPipeNames[detail::ends(event).from],
                       emulation::kPipeNames[detail::ends(event).to]);
   }
   template <HardEvent event>
@@ -271,7 +282,8 @@ class TPipe {
   uint32_t take(uint32_t bytes) {
     const uint32_t address = used_;
     used_ += round_up(bytes);
-    emulation::require(used_ <= emulation::core.product->usable, "budget: %u bytes of unified buffer; %s has %u", used_,
+    emulation::require(used_ <= emulation::core.product->usable,
+                       "budget: %u bytes of unified buffer; %s has %u", used_,
                        emulation::core.product->name, emulation::core.product->usable);
     emulation::require(++buffers_ <= 64, "budget: more than 64 buffers");
     return address;

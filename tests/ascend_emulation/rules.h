@@ -1,4 +1,5 @@
-// Kernels that break one rule each (and some that keep it), by the name that test_rules.py calls them by.
+// Kernels that break one rule each (and some that keep it), by the name that test_rules.py calls
+// them by.
 #pragma once
 
 #include <functional>
@@ -12,7 +13,8 @@ namespace rules {
 using namespace AscendC;
 using Kernel = std::function<void(uint8_t* input, uint8_t* output)>;
 
-// What most kernels start from: 64 floats in and 64 floats out by queues, and a buffer to compute in.
+// What most kernels start from: 64 floats in and 64 floats out by queues, and a buffer to compute
+// in.
 struct Frame {
   TPipe pipe;
   TQue<TPosition::VECIN, 1> in;
@@ -137,12 +139,16 @@ inline const std::map<std::string, Kernel>& kernels() {
          TQue<TPosition::VECIN, 1> more;
          f.pipe.InitBuffer(more, 7, 32);
        })},
-      {"repeat of 256", framed([](Frame& f) { Add(f.work, f.work, f.work, 64, 256, {1, 1, 1, 0, 0, 0}); })},
-      {"repeat of 0", framed([](Frame& f) { Add(f.work, f.work, f.work, 64, 0, {1, 1, 1, 8, 8, 8}); })},
-      {"mask of 65", framed([](Frame& f) { Add(f.work, f.work, f.work, 65, 1, {1, 1, 1, 8, 8, 8}); })},
+      {"repeat of 256",
+       framed([](Frame& f) { Add(f.work, f.work, f.work, 64, 256, {1, 1, 1, 0, 0, 0}); })},
+      {"repeat of 0",
+       framed([](Frame& f) { Add(f.work, f.work, f.work, 64, 0, {1, 1, 1, 8, 8, 8}); })},
+      {"mask of 65",
+       framed([](Frame& f) { Add(f.work, f.work, f.work, 65, 1, {1, 1, 1, 8, 8, 8}); })},
       {"blocks of a transfer", framed([](Frame& f) {
          LocalTensor<float> x = f.in.AllocTensor<float>();
-         DataCopyPad(x, f.input, DataCopyExtParams(4096, 32, 0, 0, 0), DataCopyPadExtParams<float>());
+         DataCopyPad(x, f.input, DataCopyExtParams(4096, 32, 0, 0, 0),
+                     DataCopyPadExtParams<float>());
        })},
       {"overlap of a repeat with the next", framed([](Frame& f) {
          Duplicate(f.work, 0.0f, 192);
@@ -171,8 +177,10 @@ inline const std::map<std::string, Kernel>& kernels() {
          f.store(f.load(), 64 * GetBlockIdx());
          f.in.FreeTensor(f.x);
        })},
-      {"scalar stores in one cache line", framed([](Frame& f) { f.output.SetValue(8 * GetBlockIdx(), 1.0f); })},
-      {"scalar stores in two cache lines", framed([](Frame& f) { f.output.SetValue(16 * GetBlockIdx(), 1.0f); })},
+      {"scalar stores in one cache line",
+       framed([](Frame& f) { f.output.SetValue(8 * GetBlockIdx(), 1.0f); })},
+      {"scalar stores in two cache lines",
+       framed([](Frame& f) { f.output.SetValue(16 * GetBlockIdx(), 1.0f); })},
       {"order: MTE2 to V without a queue", framed([](Frame& f) {
          TBuf<TPosition::VECIN> plain;
          f.pipe.InitBuffer(plain, 256);
@@ -207,7 +215,8 @@ inline const std::map<std::string, Kernel>& kernels() {
          TBuf<TPosition::VECIN> plain;
          f.pipe.InitBuffer(plain, 256);
          for (int i = 0; i < 2; ++i) {
-           DataCopyPad(plain.Get<float>(), f.input, DataCopyExtParams(1, 256, 0, 0, 0), DataCopyPadExtParams<float>());
+           DataCopyPad(plain.Get<float>(), f.input, DataCopyExtParams(1, 256, 0, 0, 0),
+                       DataCopyPadExtParams<float>());
            SetFlag<HardEvent::MTE2_MTE3>(0);
            WaitFlag<HardEvent::MTE2_MTE3>(0);
            DataCopyPad(f.output[i * 64], plain.Get<float>(), DataCopyExtParams(1, 256, 0, 0, 0));
@@ -237,8 +246,10 @@ inline const std::map<std::string, Kernel>& kernels() {
            f.in.FreeTensor(f.x);
          }
        })},
-      {"order: addresses without a barrier before", framed([](Frame& f) { f.transpose(false, true); })},
-      {"order: addresses without a barrier behind", framed([](Frame& f) { f.transpose(true, false); })},
+      {"order: addresses without a barrier before",
+       framed([](Frame& f) { f.transpose(false, true); })},
+      {"order: addresses without a barrier behind",
+       framed([](Frame& f) { f.transpose(true, false); })},
       {"order: addresses between barriers", framed([](Frame& f) { f.transpose(true, true); })},
       {"event: set twice", framed([](Frame&) {
          SetFlag<HardEvent::V_S>(1);
@@ -247,7 +258,8 @@ inline const std::map<std::string, Kernel>& kernels() {
       {"event: wait without a set", framed([](Frame&) { WaitFlag<HardEvent::V_S>(1); })},
       {"event: set and never waited for", framed([](Frame&) { SetFlag<HardEvent::V_S>(1); })},
       {"position of a transfer", framed([](Frame& f) {
-         DataCopyPad(f.work, f.input, DataCopyExtParams(1, 256, 0, 0, 0), DataCopyPadExtParams<float>());
+         DataCopyPad(f.work, f.input, DataCopyExtParams(1, 256, 0, 0, 0),
+                     DataCopyPadExtParams<float>());
        })},
       {"fp8 on A2", framed([](Frame& f) {
          Duplicate(f.work, 0.0f, 64);

@@ -58,8 +58,8 @@ class GlobalTensor {
  private:
   void touch(uint64_t offset, bool write) const {
     emulation::core.issue(emulation::kScalar);
-    emulation::memory.touch(emulation::core, reinterpret_cast<uintptr_t>(data_ + offset), sizeof(T), write,
-                            write ? "SetValue" : "GetValue", true);
+    emulation::memory.touch(emulation::core, reinterpret_cast<uintptr_t>(data_ + offset), sizeof(T),
+                            write, write ? "SetValue" : "GetValue", true);
   }
 
   T* data_ = nullptr;
@@ -78,7 +78,9 @@ class LocalTensor {
   LocalTensor() = default;
   LocalTensor(Buffer* buffer, uint32_t address) : buffer_(buffer), address_(address) {}
 
-  LocalTensor operator[](uint32_t offset) const { return {buffer_, address_ + offset * (uint32_t)sizeof(T)}; }
+  LocalTensor operator[](uint32_t offset) const {
+    return {buffer_, address_ + offset * (uint32_t)sizeof(T)};
+  }
 
   template <class U>
   LocalTensor<U> ReinterpretCast() const {
@@ -101,13 +103,15 @@ class LocalTensor {
   TPosition position() const { return buffer_->position; }
   Buffer* buffer() const { return buffer_; }
 
-  // [offset, offset + bytes) from the tensor's start lies in its buffer, and the buffer is the kernel's to use.
+  // [offset, offset + bytes) from the tensor's start lies in its buffer, and the buffer is the
+  // kernel's to use.
   void check(uint32_t offset, uint32_t bytes, const char* what) const {
     using emulation::require;
     require(buffer_, "queue: %s uses a tensor that no queue or buffer gave out", what);
-    require(buffer_->state != Buffer::kFree && buffer_->state != Buffer::kEnqueued, "queue: %s uses a tensor that %s",
-            what, Buffer::kNames[buffer_->state]);
-    require(address_ + offset + bytes <= buffer_->address + buffer_->bytes && address_ >= buffer_->address,
+    require(buffer_->state != Buffer::kFree && buffer_->state != Buffer::kEnqueued,
+            "queue: %s uses a tensor that %s", what, Buffer::kNames[buffer_->state]);
+    require(address_ + offset + bytes <= buffer_->address + buffer_->bytes &&
+                address_ >= buffer_->address,
             "bounds: %s goes %d bytes past the end of its buffer", what,
             (int)(address_ + offset + bytes - buffer_->address - buffer_->bytes));
   }
@@ -115,7 +119,8 @@ class LocalTensor {
   // 通用说明和约束.md, 通用地址对齐约束
   void check_aligned(const char* what) const {
     emulation::require(address_ % emulation::kBlock == 0,
-                       "alignment: %s at %u of the unified buffer, not a multiple of 32", what, address_);
+                       "alignment: %s at %u of the unified buffer, not a multiple of 32", what,
+                       address_);
   }
 
  private:
@@ -125,14 +130,16 @@ class LocalTensor {
     check(index * sizeof(T), sizeof(T), what);
     emulation::core.issue(emulation::kScalar);
     ++emulation::core.counts.scalar_local;
-    return write ? emulation::core.write(at, sizeof(T), what) : emulation::core.read(at, sizeof(T), what);
+    return write ? emulation::core.write(at, sizeof(T), what)
+                 : emulation::core.read(at, sizeof(T), what);
   }
 
   Buffer* buffer_ = nullptr;
   uint32_t address_ = 0;
 };
 
-inline int64_t GetBlockIdx() { return emulation::core.index; }   // 工具接口/系统资源与变量/GetBlockIdx.md
-inline int64_t GetBlockNum() { return emulation::block_count; }  // 工具接口/系统资源与变量/GetBlockNum.md
+// 工具接口/系统资源与变量/{GetBlockIdx,GetBlockNum}.md
+inline int64_t GetBlockIdx() { return emulation::core.index; }
+inline int64_t GetBlockNum() { return emulation::block_count; }
 
 }  // namespace AscendC

@@ -54,7 +54,8 @@ struct Repeats {
   int value;
 };
 
-// How an instruction runs through its operands: `repeats` of `lanes` elements, of which the last has `last`.
+// How an instruction runs through its operands: `repeats` of `lanes` elements, of which the last
+// has `last`.
 struct Shape {
   int lanes, repeats, last;
 };
@@ -66,8 +67,8 @@ constexpr int lanes() {
 
 template <class... T>
 Shape sliced(uint64_t mask, Repeats repeats) {
-  emulation::require(mask >= 1 && mask <= (uint64_t)lanes<T...>(), "range: mask %d; it is 1 to %d", (int)mask,
-                     lanes<T...>());
+  emulation::require(mask >= 1 && mask <= (uint64_t)lanes<T...>(), "range: mask %d; it is 1 to %d",
+                     (int)mask, lanes<T...>());
   return {(int)mask, repeats.value, (int)mask};
 }
 
@@ -85,7 +86,9 @@ struct Strided {
   const LocalTensor<T>& tensor;
   int block, repeat;
 
-  uint32_t offset(int r, int b) const { return (uint32_t)(r * repeat + b * block) * emulation::kBlock; }
+  uint32_t offset(int r, int b) const {
+    return (uint32_t)(r * repeat + b * block) * emulation::kBlock;
+  }
 };
 
 template <class T>
@@ -93,7 +96,8 @@ void load(const Strided<T>& s, int repeat, int n, const char* name, T* out) {
   for (int done = 0, b = 0; done < n; done += s.kPerBlock, ++b) {
     const int bytes = std::min(n - done, s.kPerBlock) * (int)sizeof(T);
     s.tensor.check(s.offset(repeat, b), bytes, name);
-    std::memcpy(out + done, emulation::core.read(s.tensor.address() + s.offset(repeat, b), bytes, name), bytes);
+    std::memcpy(out + done,
+                emulation::core.read(s.tensor.address() + s.offset(repeat, b), bytes, name), bytes);
   }
 }
 
@@ -102,33 +106,39 @@ void store(const Strided<T>& s, int repeat, int n, const char* name, const T* va
   for (int done = 0, b = 0; done < n; done += s.kPerBlock, ++b) {
     const int bytes = std::min(n - done, s.kPerBlock) * (int)sizeof(T);
     s.tensor.check(s.offset(repeat, b), bytes, name);
-    std::memcpy(emulation::core.write(s.tensor.address() + s.offset(repeat, b), bytes, name), values + done, bytes);
+    std::memcpy(emulation::core.write(s.tensor.address() + s.offset(repeat, b), bytes, name),
+                values + done, bytes);
   }
 }
 
-// In one repeat, a source and the target may be the same or apart. 通用说明和约束.md, 通用地址重叠约束
+// In one repeat, a source and the target may be the same or apart. 通用说明和约束.md,
+// 通用地址重叠约束
 template <class T, class S>
-void check_overlap(const Strided<T>& target, const Strided<S>& source, int repeat, int n, const char* name) {
+void check_overlap(const Strided<T>& target, const Strided<S>& source, int repeat, int n,
+                   const char* name) {
   const uint32_t t = target.tensor.address() + target.offset(repeat, 0),
                  s = source.tensor.address() + source.offset(repeat, 0);
-  if (t == s && (target.block == source.block || n <= target.kPerBlock) && sizeof(T) == sizeof(S)) return;
+  if (t == s && (target.block == source.block || n <= target.kPerBlock) && sizeof(T) == sizeof(S))
+    return;
   for (int i = 0; i * target.kPerBlock < n; ++i)
     for (int j = 0; j * source.kPerBlock < n; ++j)
-      emulation::require(t + i * target.block * emulation::kBlock != s + j * source.block * emulation::kBlock,
-                         "overlap: %s writes at %u part of what the same repeat reads", name,
-                         t + i * target.block * emulation::kBlock);
+      emulation::require(
+          t + i * target.block * emulation::kBlock != s + j * source.block * emulation::kBlock,
+          "overlap: %s writes at %u part of what the same repeat reads", name,
+          t + i * target.block * emulation::kBlock);
 }
 
 // The frame of every instruction that works element by element.
 template <class T, class F, class... S>
-void elementwise(const char* name, Shape shape, Strided<T> target, F compute, Strided<S>... source) {
+void elementwise(const char* name, Shape shape, Strided<T> target, F compute,
+                 Strided<S>... source) {
   emulation::core.issue(emulation::kVector);
   emulation::Count& count = emulation::core.counts.vector[std::string(name) + "/" + type_name<T>()];
   count.instructions += 1, count.repeats += shape.repeats;
   target.tensor.check_aligned(name);
   (source.tensor.check_aligned(name), ...);
-  emulation::require(target.block != 0 || shape.lanes <= target.kPerBlock, "range: %s with a target block stride of 0",
-                     name);
+  emulation::require(target.block != 0 || shape.lanes <= target.kPerBlock,
+                     "range: %s with a target block stride of 0", name);
   for (int r = 0; r < shape.repeats; ++r) {
     const int n = r + 1 < shape.repeats ? shape.lanes : shape.last;
     (check_overlap(target, source, r, n, name), ...);
@@ -144,7 +154,8 @@ void elementwise(const char* name, Shape shape, Strided<T> target, F compute, St
   }
 }
 
-// Exp, Div and Sqrt are right to one ulp (Exp.md and Div.md say so of the 950); with a seed, they are wrong by as much.
+// Exp, Div and Sqrt are right to one ulp (Exp.md and Div.md say so of the 950); with a seed, they
+// are wrong by as much.
 inline float approximate(float exact) {
   if (!emulation::core.noise || exact == 0 || !std::isfinite(exact)) return exact;
   uint32_t bits;
@@ -166,34 +177,40 @@ inline uint32_t float_to_bits(float value) {
 
 }  // namespace detail
 
-// 基础算术/{Add,Sub,Mul,Div,Max}.md. Types on A2 and A3: half, float, int32_t, (int16_t); only float is emulated.
-#define DSV4_BINARY(NAME, VALUE)                                                                                     \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a, const LocalTensor<float>& b,       \
-                   uint64_t mask, detail::Repeats repeats, const BinaryRepeatParams& p) {                            \
-    detail::elementwise(                                                                                             \
-        #NAME, detail::sliced<float>(mask, repeats), detail::Strided<float>{target, p.dstBlkStride, p.dstRepStride}, \
-        [](float x, float y) { return VALUE; }, detail::Strided<float>{a, p.src0BlkStride, p.src0RepStride},         \
-        detail::Strided<float>{b, p.src1BlkStride, p.src1RepStride});                                                \
-  }                                                                                                                  \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a, const LocalTensor<float>& b,       \
-                   int32_t count) {                                                                                  \
-    detail::elementwise(                                                                                             \
-        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},                               \
-        [](float x, float y) { return VALUE; }, detail::Strided<float>{a, 1, 8}, detail::Strided<float>{b, 1, 8});   \
+// 基础算术/{Add,Sub,Mul,Div,Max}.md. Types on A2 and A3: half, float, int32_t, (int16_t); only
+// float is emulated.
+#define DSV4_BINARY(NAME, VALUE)                                                        \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a,       \
+                   const LocalTensor<float>& b, uint64_t mask, detail::Repeats repeats, \
+                   const BinaryRepeatParams& p) {                                       \
+    detail::elementwise(                                                                \
+        #NAME, detail::sliced<float>(mask, repeats),                                    \
+        detail::Strided<float>{target, p.dstBlkStride, p.dstRepStride},                 \
+        [](float x, float y) { return VALUE; },                                         \
+        detail::Strided<float>{a, p.src0BlkStride, p.src0RepStride},                    \
+        detail::Strided<float>{b, p.src1BlkStride, p.src1RepStride});                   \
+  }                                                                                     \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& a,       \
+                   const LocalTensor<float>& b, int32_t count) {                        \
+    detail::elementwise(                                                                \
+        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},  \
+        [](float x, float y) { return VALUE; }, detail::Strided<float>{a, 1, 8},        \
+        detail::Strided<float>{b, 1, 8});                                               \
   }
 DSV4_BINARY(Add, x + y)
 DSV4_BINARY(Sub, x - y)
-DSV4_BINARY(Mul, x * y)
+DSV4_BINARY(Mul, x* y)
 DSV4_BINARY(Div, detail::approximate(x / y))
 DSV4_BINARY(Max, x > y || x != x ? x : y)
 #undef DSV4_BINARY
 
 // 基础算术/{Abs,Exp,Sqrt}.md
-#define DSV4_UNARY(NAME, VALUE)                                                                                       \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, int32_t count) {               \
-    detail::elementwise(                                                                                              \
-        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8}, [](float x) { return VALUE; }, \
-        detail::Strided<float>{source, 1, 8});                                                                        \
+#define DSV4_UNARY(NAME, VALUE)                                                        \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, \
+                   int32_t count) {                                                    \
+    detail::elementwise(                                                               \
+        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8}, \
+        [](float x) { return VALUE; }, detail::Strided<float>{source, 1, 8});          \
   }
 DSV4_UNARY(Abs, std::fabs(x))
 DSV4_UNARY(Exp, detail::approximate(std::exp(x)))
@@ -201,21 +218,22 @@ DSV4_UNARY(Sqrt, detail::approximate(std::sqrt(x)))
 #undef DSV4_UNARY
 
 // 基础算术/{Adds,Muls,Maxs}.md
-#define DSV4_SCALAR(NAME, VALUE)                                                                                       \
-  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, float y, int32_t count) {       \
-    detail::elementwise(                                                                                               \
-        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8}, [y](float x) { return VALUE; }, \
-        detail::Strided<float>{source, 1, 8});                                                                         \
+#define DSV4_SCALAR(NAME, VALUE)                                                                \
+  inline void NAME(const LocalTensor<float>& target, const LocalTensor<float>& source, float y, \
+                   int32_t count) {                                                             \
+    detail::elementwise(                                                                        \
+        #NAME, detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},          \
+        [y](float x) { return VALUE; }, detail::Strided<float>{source, 1, 8});                  \
   }
 DSV4_SCALAR(Adds, x + y)
-DSV4_SCALAR(Muls, x * y)
+DSV4_SCALAR(Muls, x* y)
 DSV4_SCALAR(Maxs, x > y || x != x ? x : y)
 #undef DSV4_SCALAR
 
 // 数据填充/Duplicate.md
 inline void Duplicate(const LocalTensor<float>& target, float value, int32_t count) {
-  detail::elementwise("Duplicate", detail::contiguous<float>(count), detail::Strided<float>{target, 1, 8},
-                      [value] { return value; });
+  detail::elementwise("Duplicate", detail::contiguous<float>(count),
+                      detail::Strided<float>{target, 1, 8}, [value] { return value; });
 }
 
 // 数据填充/Brcb.md: eight elements a repeat, each into a block of its own
@@ -225,24 +243,39 @@ void Brcb(const LocalTensor<T>& target, const LocalTensor<T>& source, detail::Re
   static_assert(sizeof(T) == 2 || sizeof(T) == 4);
   using emulation::require;
   emulation::core.issue(emulation::kVector);
-  emulation::Count& count = emulation::core.counts.vector[std::string("Brcb/") + detail::type_name<T>()];
+  emulation::Count& count =
+      emulation::core.counts.vector[std::string("Brcb/") + detail::type_name<T>()];
   count.instructions += 1, count.repeats += repeats.value;
   target.check_aligned("Brcb"), source.check_aligned("Brcb");
   require(p.dstBlkStride != 0, "range: Brcb with a target block stride of 0");
-  require(target.buffer() != source.buffer() || target.address() != source.address(), "overlap: Brcb onto its source");
+  require(target.buffer() != source.buffer() || target.address() != source.address(),
+          "overlap: Brcb onto its source");
   for (int r = 0; r < repeats.value; ++r)
     for (int j = 0; j < 8; ++j) {
-      const uint32_t from = (r * 8 + j) * sizeof(T), to = (r * p.dstRepStride + j * p.dstBlkStride) * emulation::kBlock;
+      const uint32_t from = (r * 8 + j) * sizeof(T),
+                     to = (r * p.dstRepStride + j * p.dstBlkStride) * emulation::kBlock;
       source.check(from, sizeof(T), "Brcb"), target.check(to, emulation::kBlock, "Brcb");
       T value, filled[emulation::kBlock / sizeof(T)];
-      std::memcpy(&value, emulation::core.read(source.address() + from, sizeof(T), "Brcb"), sizeof(T));
+      std::memcpy(&value, emulation::core.read(source.address() + from, sizeof(T), "Brcb"),
+                  sizeof(T));
       std::fill(std::begin(filled), std::end(filled), value);
-      std::memcpy(emulation::core.write(target.address() + to, emulation::kBlock, "Brcb"), filled, emulation::kBlock);
+      std::memcpy(emulation::core.write(target.address() + to, emulation::kBlock, "Brcb"), filled,
+                  emulation::kBlock);
     }
 }
 
-// 类型转换/Cast.md; rules of rounding: 数据结构/precision_conversion.md (to nearest even here; out of range saturates)
-enum class RoundMode { CAST_NONE, CAST_RINT, CAST_FLOOR, CAST_CEIL, CAST_ROUND, CAST_TRUNC, CAST_ODD, CAST_HYBRID };
+// 类型转换/Cast.md; rules of rounding: 数据结构/precision_conversion.md (to nearest even here; out
+// of range saturates)
+enum class RoundMode {
+  CAST_NONE,
+  CAST_RINT,
+  CAST_FLOOR,
+  CAST_CEIL,
+  CAST_ROUND,
+  CAST_TRUNC,
+  CAST_ODD,
+  CAST_HYBRID
+};
 
 namespace detail {
 
@@ -258,7 +291,8 @@ inline half to_half(float x) {
   const float magnitude = std::fabs(x);
   if (x != x) return {0x7e00};
   if (magnitude >= 65520.0f) return {(uint16_t)(sign | (std::isinf(x) ? 0x7c00 : 0x7bff))};
-  if (magnitude < 0x1p-14f) return {(uint16_t)(sign | (float_to_bits(magnitude + 0.5f) - float_to_bits(0.5f)))};
+  if (magnitude < 0x1p-14f)
+    return {(uint16_t)(sign | (float_to_bits(magnitude + 0.5f) - float_to_bits(0.5f)))};
   const uint32_t bits = float_to_bits(magnitude);
   return {(uint16_t)(sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10)))};
 }
@@ -274,15 +308,18 @@ inline fp8_e4m3fn_t to_fp8(float x) {
   const uint8_t sign = float_to_bits(x) >> 24 & 0x80;
   if (x != x) return {(uint8_t)(sign | 0x7f)};
   const float magnitude = std::min(std::fabs(x), 448.0f);
-  if (magnitude < 0x1p-6f) return {(uint8_t)(sign | (float_to_bits(magnitude + 16384.0f) - float_to_bits(16384.0f)))};
+  if (magnitude < 0x1p-6f)
+    return {(uint8_t)(sign | (float_to_bits(magnitude + 16384.0f) - float_to_bits(16384.0f)))};
   const uint32_t bits = float_to_bits(magnitude);
   return {(uint8_t)(sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3)))};
 }
 
-// The table of the document, as far as it is emulated. What a NaN becomes as an integer is not documented: 0 here.
+// The table of the document, as far as it is emulated. What a NaN becomes as an integer is not
+// documented: 0 here.
 template <class I>
 I saturate(float x) {
-  const float rounded = std::nearbyint(x), most = std::numeric_limits<I>::max(), least = std::numeric_limits<I>::min();
+  const float rounded = std::nearbyint(x), most = std::numeric_limits<I>::max(),
+              least = std::numeric_limits<I>::min();
   return x != x ? 0 : static_cast<I>(std::min(std::max(rounded, least), most));
 }
 inline float convert(float x, float*) { return x; }
@@ -297,7 +334,8 @@ inline int8_t convert(half x, int8_t*) { return saturate<int8_t>(from_half(x)); 
 }  // namespace detail
 
 template <class T, class U>
-void Cast(const LocalTensor<T>& target, const LocalTensor<U>& source, RoundMode mode, uint32_t count) {
+void Cast(const LocalTensor<T>& target, const LocalTensor<U>& source, RoundMode mode,
+          uint32_t count) {
   constexpr bool widens = std::is_same_v<U, bfloat16_t> && std::is_same_v<T, float>;
   emulation::require(mode == (widens ? RoundMode::CAST_NONE : RoundMode::CAST_RINT),
                      "range: Cast with a mode that is not emulated");
@@ -311,8 +349,9 @@ void Cast(const LocalTensor<T>& target, const LocalTensor<U>& source, RoundMode 
       detail::Strided<U>{source, 1, 8 * (int)sizeof(U) / (int)std::max(sizeof(T), sizeof(U))});
 }
 
-// 数据排布转换/TransDataTo5HD.md, elements of 32 bits: element i of source block w goes to element w % 8 of target
-// block 2 * i + w / 8. With one repeat the start is moved by the strides, as the document says.
+// 数据排布转换/TransDataTo5HD.md, elements of 32 bits: element i of source block w goes to element
+// w % 8 of target block 2 * i + w / 8. With one repeat the start is moved by the strides, as the
+// document says.
 constexpr int NCHW_CONV_ADDR_LIST_SIZE = 16;
 struct TransDataTo5HDParams {
   TransDataTo5HDParams(bool, bool, detail::Repeats repeats, uint16_t target, uint16_t source)
@@ -321,8 +360,8 @@ struct TransDataTo5HDParams {
 };
 
 template <class T>
-void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE], uint64_t sources[NCHW_CONV_ADDR_LIST_SIZE],
-                    const TransDataTo5HDParams& p) {
+void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE],
+                    uint64_t sources[NCHW_CONV_ADDR_LIST_SIZE], const TransDataTo5HDParams& p) {
   static_assert(std::is_same_v<T, float>, "only float is emulated");
   constexpr const char* kName = "TransDataTo5HD";
   emulation::Core& core = emulation::core;
@@ -332,20 +371,23 @@ void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE], uint64_t sources
   auto address = [&](uint64_t list, int stride, int repeat) {
     const uint64_t at = list - reinterpret_cast<uint64_t>(core.memory) +
                         uint64_t(p.repeatTimes == 1 ? stride : repeat * stride) * emulation::kBlock;
-    emulation::require(at % emulation::kBlock == 0, "alignment: %s at %d, not a multiple of 32", kName, (int)at);
-    emulation::require(at < emulation::kUnifiedBuffer, "bounds: %s outside the unified buffer", kName);
+    emulation::require(at % emulation::kBlock == 0, "alignment: %s at %d, not a multiple of 32",
+                       kName, (int)at);
+    emulation::require(at < emulation::kUnifiedBuffer, "bounds: %s outside the unified buffer",
+                       kName);
     return static_cast<uint32_t>(at);
   };
   for (int r = 0; r < p.repeatTimes; ++r) {
     float blocks[16][8], turned[16][8];
     for (int w = 0; w < 16; ++w)
-      std::memcpy(blocks[w], core.read(address(sources[w], p.srcRepStride, r), emulation::kBlock, kName),
+      std::memcpy(blocks[w],
+                  core.read(address(sources[w], p.srcRepStride, r), emulation::kBlock, kName),
                   sizeof blocks[w]);
     for (int w = 0; w < 16; ++w)
       for (int i = 0; i < 8; ++i) turned[2 * i + w / 8][w % 8] = blocks[w][i];
     for (int t = 0; t < 16; ++t)
-      std::memcpy(core.write(address(targets[t], p.dstRepStride, r), emulation::kBlock, kName), turned[t],
-                  sizeof turned[t]);
+      std::memcpy(core.write(address(targets[t], p.dstRepStride, r), emulation::kBlock, kName),
+                  turned[t], sizeof turned[t]);
   }
 }
 

@@ -1,5 +1,5 @@
-// csrc/cpu/probe.h with clocks of the tests' own: `probe READING MEMORY` says whether rows that take MEMORY nanoseconds
-// each are cold, by a clock whose readings take READING nanoseconds.
+// csrc/cpu/probe.h with clocks of the tests' own: `probe READING MEMORY` says whether rows that
+// take MEMORY nanoseconds each are cold, by a clock whose readings take READING nanoseconds.
 
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,8 @@ int main(int, char** argv) {
   int64_t now = 0;
   int readings = 0;
   const auto clock = [&] {
-    if (++readings == 3) now += dsv4::kSamples * memory;  // between the second and the third lie the rows
+    // Between the second and the third lie the rows.
+    if (++readings == 3) now += dsv4::kSamples * memory;
     return now += reading;
   };
   std::puts(dsv4::memory_is_cold(rows, clock) ? "cold" : "warm");
