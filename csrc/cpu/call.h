@@ -1,9 +1,10 @@
-// One layer's call, as the kernels see it, and the kernels: one of each algorithm and instruction
-// set.
+// What is compiled once per instruction set: the kernels, and the calls that they get.
 //
-// Plain pointers: the kernels are compiled for newer CPUs and must not instantiate the standard
-// library. `static`: this header is compiled once per instruction set, and a shared inline copy
-// built for AVX-512 could be the one that the linker keeps for every CPU.
+// CMakeLists.txt compiles their files with the options of an instruction set, DSV4_ISA for its
+// name and DSV4_LANES for the floats of a vector; exports.cpp picks at run time. A file defines
+// functions of namespace dsv4::DSV4_ISA. All else in it, and in the headers that it includes, is
+// `static` or in a nameless namespace, and it instantiates nothing of the standard library: of a
+// shared inline function the linker keeps one copy, which could be the one built for AVX-512.
 #pragma once
 
 #include "../plan.h"
@@ -24,25 +25,34 @@ struct LayerCall {
   const int64_t *positions, *requests, *state_slots, *k_slots, *windows, *sources;
 };
 
-static inline float* state_row(const LayerCall& call, int64_t slot) {
-  const LayerArguments& l = call.layer;
-  return l.state + slot / l.state_page * l.state_page_stride +
-         slot % l.state_page * l.state_row_stride;
-}
-
 using Kernel = bool (*)(const LayerCall& call);  // false: parallel_for failed
 
-#define DSV4_KERNELS(isa)                       \
-  namespace isa {                               \
-  bool one_pass(const LayerCall& call);         \
-  bool overlay_scan(const LayerCall& call);     \
-  bool scatter_pool(const LayerCall& call);     \
-  bool floor(const LayerCall& call);            \
-  bool floor_past_cache(const LayerCall& call); \
+#define DSV4_KERNELS(isa)                          \
+  namespace isa {                                  \
+  bool one_pass(const LayerCall& call);            \
+  bool one_pass_past_cache(const LayerCall& call); \
+  bool overlay_scan(const LayerCall& call);        \
+  bool scatter_pool(const LayerCall& call);        \
+  bool floor(const LayerCall& call);               \
+  bool floor_past_cache(const LayerCall& call);    \
   }
 DSV4_KERNELS(generic)
 DSV4_KERNELS(avx2)
 DSV4_KERNELS(avx512)
 #undef DSV4_KERNELS
+
+struct ProjectionCall {
+  const uint16_t* x;  // [tokens, hidden] bf16
+  int64_t x_stride;
+  int64_t tokens;
+  int64_t hidden;
+  const uint16_t* packed;  // the weight: projection.cpp
+  float* out;              // [tokens, 512]
+  ParallelFor parallel_for;
+};
+
+namespace avx512_bf16 {
+int32_t project(const ProjectionCall& call);  // 0, or what parallel_for returned
+}
 
 }  // namespace dsv4

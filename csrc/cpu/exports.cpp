@@ -1,7 +1,6 @@
-// The exported functions: make a plan, run a layer.
+// The exported functions: make a plan, run a layer, project.
 
 #include <cstring>
-#include <new>
 
 #include "call.h"
 #include "planner.h"
@@ -42,9 +41,11 @@ int64_t run(const LayerArguments* layer, ParallelFor parallel_for, const int64_t
   return kernel(call) ? header.entries : kThreadsFailed;
 }
 
-// Whether this build has the kernels of `isa` and this CPU runs them.
+// Whether this build has the code for `isa` and this CPU runs it.
 bool usable(const char* isa) {
 #if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx512_bf16"))
+    return usable("avx512") && __builtin_cpu_supports("avx512bf16");
   if (!std::strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -62,13 +63,12 @@ struct Runner {
   Run run;
 };
 
-#define DSV4_RUNNERS(isa)                                               \
-  {"one_pass", #isa, run<isa::one_pass, kPlanLayout>},                  \
-      {"overlay_scan", #isa, run<isa::overlay_scan, kStateOnlyLayout>}, \
-      {"scatter_pool", #isa, run<isa::scatter_pool, kStateOnlyLayout>}, \
-      {"floor", #isa, run<isa::floor, kPlanLayout>}, {                  \
-    "floor_past_cache", #isa, run<isa::floor_past_cache, kPlanLayout>   \
-  }
+#define DSV4_RUNNER(isa, algorithm, layout) {#algorithm, #isa, run<isa::algorithm, layout>}
+#define DSV4_RUNNERS(isa)                                                                      \
+  DSV4_RUNNER(isa, one_pass, kPlanLayout), DSV4_RUNNER(isa, one_pass_past_cache, kPlanLayout), \
+      DSV4_RUNNER(isa, overlay_scan, kStateOnlyLayout),                                        \
+      DSV4_RUNNER(isa, scatter_pool, kStateOnlyLayout), DSV4_RUNNER(isa, floor, kPlanLayout),  \
+      DSV4_RUNNER(isa, floor_past_cache, kPlanLayout)
 
 constexpr Runner kRunners[] = {
 #if defined(__x86_64__)
@@ -78,21 +78,17 @@ constexpr Runner kRunners[] = {
     DSV4_RUNNERS(generic),
 };
 #undef DSV4_RUNNERS
+#undef DSV4_RUNNER
 
 }  // namespace
 }  // namespace dsv4
 
 extern "C" {
 
-// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth *
-// tokens].
+// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth * T].
 int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan,
                           dsv4::Violation* violation) {
-  try {
-    return dsv4::make_plan(*step, static_cast<dsv4::Rule>(rule), plan, *violation);
-  } catch (const std::bad_alloc&) {
-    return dsv4::kNoMemory;
-  }
+  return dsv4::make_plan(*step, static_cast<dsv4::Rule>(rule), plan, *violation);
 }
 
 // The algorithm of that name compiled for `isa`, or null if either is unknown or this CPU lacks the
@@ -102,6 +98,24 @@ dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa) {
     if (!std::strcmp(r.algorithm, algorithm) && !std::strcmp(r.isa, isa) && dsv4::usable(isa))
       return r.run;
   return nullptr;
+}
+
+#if defined(__x86_64__)
+// out = x * weight^T for at least one token, on a CPU that has the instructions (ProjectionCall
+// says what is what). Returns 0, or what parallel_for returned.
+int32_t dsv4_indexer_project(dsv4::ParallelFor parallel_for, const uint16_t* x, int64_t x_stride,
+                             int64_t tokens, int64_t hidden, const uint16_t* packed, float* out) {
+  return dsv4::avx512_bf16::project({x, x_stride, tokens, hidden, packed, out, parallel_for});
+}
+#endif
+
+// 0: this CPU lacks the instructions. 1: it has them. 2: and they do more products in the same time
+// than fp32 multiply-adds: on AMD's CPUs twice as many, on Intel's half as many.
+int32_t dsv4_indexer_bf16_dot() {
+#if defined(__x86_64__)
+  if (dsv4::usable("avx512_bf16")) return __builtin_cpu_is("amd") ? 2 : 1;
+#endif
+  return 0;
 }
 
 // The digest of the sources that this library was built from (CMakeLists.txt), which ops/library.py

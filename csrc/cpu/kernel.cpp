@@ -1,5 +1,4 @@
-// The product's kernel: one layer of a planned step, compiled once per instruction set (DSV4_ISA,
-// DSV4_LANES; see CMakeLists.txt).
+// One pass, the product's kernel: one layer of a planned step.
 //
 // Phase 1 pools the EARLY windows, some of whose rows come from the state or from another request's
 // tokens (and the first window of a request). Phase 2 saves the rows of this call and pools the
@@ -9,7 +8,7 @@
 
 #include <time.h>
 
-#include "entry.h"
+#include "entries.h"
 #include "probe.h"
 
 namespace {
@@ -119,31 +118,39 @@ bool rows_are_cold(const LayerCall& call) {
   return memory_is_cold(rows, nanoseconds);
 }
 
-bool goes_past_cache(const LayerCall& call) {
+bool fits_past_cache(const LayerCall& call) {
   constexpr int64_t kFewTokens = 32;
   const LayerArguments& a = call.layer;
   const auto aligned = [](int64_t floats) { return floats % kLanes == 0; };
   return kHasStoresPastCache && call.tokens >= kFewTokens &&
          reinterpret_cast<uintptr_t>(a.state) % sizeof(Floats) == 0 &&
-         aligned(a.state_page_stride) && aligned(a.state_row_stride) && rows_are_cold(call);
+         aligned(a.state_page_stride) && aligned(a.state_row_stride);
 }
 
 template <class T>
-bool run(const LayerCall& call) {
+bool run(const LayerCall& call, bool past_cache) {
   Job job{call, norm_weight(call.layer)};
   if (!call.unique) {  // in order, so that the last token wins
     pool_early<T>(0, call.tokens, &job);
     save_and_pool<T, false>(0, call.tokens, &job);
     return true;
   }
-  const Task save =
-      goes_past_cache(call) ? save_and_pool<T, kHasStoresPastCache> : save_and_pool<T, false>;
+  const Task save = past_cache ? save_and_pool<T, kHasStoresPastCache> : save_and_pool<T, false>;
   return (call.early == 0 || call.parallel_for(0, call.tokens, kGrain, pool_early<T>, &job) == 0) &&
          call.parallel_for(0, call.tokens, kGrain, save, &job) == 0;
+}
+
+bool run(const LayerCall& call, bool past_cache) {
+  return call.is_bf16 ? run<bfloat16>(call, past_cache) : run<float>(call, past_cache);
 }
 
 }  // namespace
 
 bool dsv4::DSV4_ISA::one_pass(const LayerCall& call) {
-  return call.is_bf16 ? run<bfloat16>(call) : run<float>(call);
+  return run(call, fits_past_cache(call) && rows_are_cold(call));
+}
+
+// With stores around the caches wherever they are possible: the same bits, for tests.
+bool dsv4::DSV4_ISA::one_pass_past_cache(const LayerCall& call) {
+  return run(call, fits_past_cache(call));
 }

@@ -3,7 +3,8 @@
 #include "planner.h"
 
 #include <algorithm>
-#include <vector>
+#include <cstdlib>
+#include <memory>
 
 #include "../plan.h"
 
@@ -13,9 +14,13 @@ namespace {
 // The last token of each slot, in an open-addressing table.
 class LastTokens {
  public:
-  LastTokens(const int64_t* slots, size_t most) : slots_(slots) {
+  // For the slots of at most `most` of the tokens. False: there is no memory.
+  bool allocate(const int64_t* slots, uint64_t most) {
+    slots_ = slots;
     while (size() < 2 * most) ++bits_;
-    table_.assign(size(), kNone);
+    table_.reset(static_cast<int64_t*>(std::malloc(size() * sizeof(int64_t))));
+    if (table_) std::fill_n(table_.get(), size(), kNone);
+    return table_ != nullptr;
   }
 
   static constexpr int64_t kNone = -1;
@@ -39,9 +44,13 @@ class LastTokens {
     return &table_[i];
   }
 
-  const int64_t* slots_;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+
+  const int64_t* slots_ = nullptr;
   int bits_ = 4;
-  std::vector<int64_t> table_;
+  std::unique_ptr<int64_t[], Free> table_;
 };
 
 bool in_range(int64_t value, int64_t lowest, int64_t end) { return value >= lowest && value < end; }
@@ -53,11 +62,11 @@ class Planner {
         rule_(rule),
         plan_(plan),
         windows_(plan + plan_windows(step.tokens)),
-        sources_(plan + plan_sources(step.tokens)),
-        last_tokens_(step.state_slots, step.tokens) {}
+        sources_(plan + plan_sources(step.tokens)) {}
 
   int64_t make(Violation& violation) {
     violation.code = kNoViolation;
+    if (!last_tokens_.allocate(a_.state_slots, a_.tokens)) return kNoMemory;
     std::fill_n(sources_, kWindow * a_.tokens, kMasked);
     int64_t run = 0;  // tokens up to this one that are consecutive positions of one request
     for (int64_t token = 0; token < a_.tokens; ++token) {
@@ -72,9 +81,9 @@ class Planner {
       }
       if (a_.state_slots[token] >= 0 && last_tokens_.insert(token)) unique_ = false;
     }
-    find_sources();
+    if (!find_sources()) return kNoMemory;
     write_sections();
-    return static_cast<int64_t>(closing_.size());
+    return entries_;
   }
 
  private:
@@ -135,7 +144,7 @@ class Planner {
         if (!in_range(page_of(token, q), 1, a_.state_pages)) return kTableEntry;
       }
     windows_[token] = own ? kLate : kEarly;
-    closing_.push_back(token);
+    ++entries_;
     return kNoViolation;
   }
 
@@ -157,18 +166,22 @@ class Planner {
   }
 
   // With slots that are not unique every window is pooled before any row is saved, and rows and
-  // entries are written in the order of the tokens, so that the last one wins.
-  void find_sources() {
-    LastTokens entries(a_.k_slots, closing_.size());
-    for (const int64_t token : closing_)
-      if (entries.insert(token)) unique_ = false;
-    for (const int64_t token : closing_) {
+  // entries are written in the order of the tokens, so that the last one wins. False: there is no
+  // memory.
+  bool find_sources() {
+    LastTokens entries;
+    if (!entries.allocate(a_.k_slots, entries_)) return false;
+    for (int64_t token = 0; token < a_.tokens; ++token)
+      if (windows_[token] != kNoWindow && entries.insert(token)) unique_ = false;
+    for (int64_t token = 0; token < a_.tokens; ++token) {
+      if (windows_[token] == kNoWindow) continue;
       if (!unique_ || rule_ == kStateOnly) windows_[token] = kEarly;
       if (windows_[token] == kLate) continue;
       ++early_;
       for (int j = 0; j < kWindow; ++j)
         sources_[token * kWindow + j] = source(token, a_.positions[token] - kWindow + 1 + j);
     }
+    return true;
   }
 
   // The row rule: the request's own token; else any request's token with this position and this
@@ -196,9 +209,8 @@ class Planner {
 
   void write_sections() {
     const int64_t layout = rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout;
-    const int64_t entries = static_cast<int64_t>(closing_.size());
     std::fill_n(plan_, kPlanHeader, 0);
-    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,    entries,
+    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,    entries_,
                                              early_,        unique_,      a_.state_pages,
                                              a_.state_page, a_.k_entries, a_.max_pos};
     std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
@@ -214,9 +226,8 @@ class Planner {
   int64_t* const plan_;
   int64_t *const windows_, *const sources_;
   LastTokens last_tokens_;
-  std::vector<int64_t> closing_;  // tokens that close a window
   bool unique_ = true;
-  int64_t early_ = 0;
+  int64_t entries_ = 0, early_ = 0;
 };
 
 }  // namespace

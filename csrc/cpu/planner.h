@@ -6,7 +6,7 @@
 namespace dsv4 {
 
 // Writes the plan [kPlanHeader + kPlanWidth * tokens] and returns how many windows the step closes,
-// or a Failure. Throws std::bad_alloc.
+// or a Failure.
 int64_t make_plan(const StepArguments& step, Rule rule, int64_t* plan, Violation& violation);
 
 }  // namespace dsv4

@@ -1,9 +1,14 @@
-"""How the native kernel tells whether the state's rows are in memory alone (csrc/cpu/probe.h)."""
+"""How the native kernel tells whether the state's rows are in memory alone (csrc/cpu/probe.h), and
+that it then stores the same bytes."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from batches import assert_identical, make_batch
+from vllm_dsv4_indexer.ops import cpu
 
 HERE = Path(__file__).parent
 
@@ -44,3 +49,23 @@ def test_a_cpu_without_stores_past_the_cache_says_so():
     ]
     command += [f"-I{HERE.parents[1] / 'csrc/cpu'}", "-fsyntax-only", "-x", "c++", "-"]
     subprocess.run(command, input=source, text=True, check=True)
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kv_dtype": torch.bfloat16, "layout": "engine", "padding": 5},
+        {"k_format": "int8_hadamard", "page": 2, "layout": "padded"},
+    ],
+    ids=str,
+)
+def test_stores_around_the_caches_store_the_same_bytes(isa, options, monkeypatch):
+    past_cache = cpu.algorithm_for(cpu.native().library, "one_pass_past_cache", isa)
+    if not past_cache:
+        pytest.skip(f"this CPU or build lacks {isa}")
+    batch = make_batch([(5, 150), (0, 130), (67, 1), (128, 30), (0, 3)], **options)
+    expected = batch.clone().run("cpu")
+    monkeypatch.setitem(cpu.native().algorithms, "one_pass", past_cache)
+    assert_identical(batch.run("cpu"), expected)

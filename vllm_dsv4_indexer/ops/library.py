@@ -65,7 +65,7 @@ def _sources(folder: str) -> str | None:
         return None
     sources = sorted(
         path.relative_to(csrc).as_posix()
-        for pattern in ("*.h", "CMakeLists.txt", f"{folder}/*.*")
+        for pattern in ("*.h", "CMakeLists.txt", f"{folder}/**/*.*")
         for path in csrc.glob(pattern)
         if path.suffix != ".md"
     )

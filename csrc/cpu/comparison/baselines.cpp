@@ -1,9 +1,9 @@
-// The two algorithms that the one in kernel.cpp replaces, kept to be measured against it; compiled
-// once per instruction set. The same checks, threads and arithmetic: only where a window's rows
-// come from, and when the state is written, differ. Their plan is kStateOnly: all windows are
-// EARLY, all sources rows of the state.
+// Overlay scan, and scatter, then pool: the two algorithms that one pass (../kernel.cpp) is
+// compared with. They have its checks, threads and arithmetic. Only where a window's rows come
+// from, and when the state is written, differ. Their plan is kStateOnly: all windows are EARLY, all
+// sources rows of the state.
 
-#include "entry.h"
+#include "../entries.h"
 
 namespace {
 

@@ -2,8 +2,8 @@
 // moving the bytes that it must move, kv_score in once, every state row and K entry out once, to
 // where the arguments say.
 
-#include "call.h"
-#include "vec.h"
+#include "../pages.h"
+#include "../vec.h"
 
 namespace {
 
@@ -21,11 +21,9 @@ void move_bytes(int64_t begin, int64_t end, void* context) {
       for (int c = 0; c < kRowWidth; c += kLanes) store_row(row + c, load(from + c));
     }
     if (const int64_t slot = call.k_slots[token]; slot >= 0) {
-      uint8_t* page = static_cast<uint8_t*>(call.layer.k_cache) +
-                      slot / kFp8PageEntries * call.layer.k_page_stride;
-      std::memcpy(page + slot % kFp8PageEntries * kHeadDim, from, kHeadDim);
-      std::memcpy(page + kFp8ScaleOffset + slot % kFp8PageEntries * sizeof(float), from,
-                  sizeof(float));
+      const Fp8Place place = fp8_place(call.layer, slot);
+      std::memcpy(place.codes, from, kHeadDim);
+      std::memcpy(place.scale, from, sizeof(float));
     }
   }
   wait_for_stores();

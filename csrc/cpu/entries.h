@@ -1,0 +1,56 @@
+// From pooled windows to stored entries, some at a time.
+#pragma once
+
+#include "formats.h"
+
+namespace {
+
+// Pooled windows on their way to the cache. They are finished some at a time and step by step:
+// within an entry each step waits for a sum over all of it, which other entries fill.
+class Entries {
+ public:
+  Entries(const LayerCall& call, const Entry& norm_weight)
+      : call_(call), a_(call.layer), norm_weight_(norm_weight) {}
+
+  // `token` closes the window.
+  void add(int64_t token, const Entry& pooled) {
+    token_[count_] = token;
+    entry_[count_++] = pooled;
+    if (count_ == kMost) finish();
+  }
+
+  // To be called after the last one.
+  void finish() {
+    float scale[kMost];
+    for (int i = 0; i < count_; ++i) scale[i] = inverse_rms(entry_[i], static_cast<float>(a_.eps));
+    for (int i = 0; i < count_; ++i) {
+      normalise(entry_[i], scale[i], norm_weight_);
+      rotate(entry_[i], a_.cos_sin + (call_.positions[token_[i]] - kRatio + 1) * a_.cos_sin_stride);
+    }
+    a_.k_format == kFp8Pow2 ? store_fp8() : store_int8();
+    count_ = 0;
+  }
+
+ private:
+  static constexpr int kMost = 4;
+
+  void store_fp8() {
+    int32_t largest[kMost];
+    for (int i = 0; i < count_; ++i) largest[i] = largest_magnitude(entry_[i]);
+    for (int i = 0; i < count_; ++i)
+      ::store_fp8(a_, call_.k_slots[token_[i]], entry_[i], largest[i]);
+  }
+
+  void store_int8() {
+    for (int i = 0; i < count_; ++i) ::store_int8(a_, call_.k_slots[token_[i]], entry_[i]);
+  }
+
+  const LayerCall& call_;
+  const LayerArguments& a_;
+  const Entry& norm_weight_;
+  Entry entry_[kMost];
+  int64_t token_[kMost];
+  int count_ = 0;
+};
+
+}  // namespace

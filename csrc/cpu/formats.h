@@ -1,0 +1,139 @@
+// The formats of the K cache: how an entry is rounded and quantised. ops/reference.py is the same
+// in torch, pages.h has the layouts.
+#pragma once
+
+#include "entry.h"
+
+namespace {
+
+constexpr int32_t kInfinity = 0x7f800000;
+
+// The bits of a float rounded to bfloat16, to nearest, ties to even. Of a NaN the sum carries into
+// the sign, hence unsigned: such a lane's result is not used.
+template <class U>
+U rounded_bits(U bits) {
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) & ~0xffffu;
+}
+
+Ints bits_as_bfloat16(Ints bits) { return (Ints)rounded_bits((UnsignedInts)bits); }
+int32_t bits_as_bfloat16(int32_t bits) {
+  return static_cast<int32_t>(rounded_bits(static_cast<uint32_t>(bits)));
+}
+
+// The bits of the largest magnitude. Magnitudes are compared as integers, which order floats and
+// put a NaN above infinity.
+int32_t largest_magnitude(const Entry& x) {
+  Ints most = {};
+  DSV4_UNROLL
+  for (int i = 0; i < kPairVectors; ++i)
+    most = larger(larger(magnitude_bits(x.even[i]), magnitude_bits(x.odd[i])), most);
+  return fold(most, [](Ints a, Ints b) { return larger(a, b); });
+}
+
+// At least kAmaxFloor; a NaN counts as infinity.
+int32_t amax_bits(int32_t largest) {
+  const int32_t least = bits_of(kAmaxFloor);
+  return largest < least ? least : largest < kInfinity ? largest : kInfinity;
+}
+
+// The e4m3fn codes of v, to nearest, ties to even. Unless all is `finite`, magnitudes above 448
+// saturate, and a NaN becomes 0x7f, whatever sign the CPU gave it.
+template <bool finite>
+Ints fp8_codes(Floats v) {
+  const Ints sign = (Ints)v >> 24 & 0x80;
+  Floats magnitude = (Floats)magnitude_bits(v);
+  if (!finite) magnitude = magnitude > kFp8Max ? broadcast(kFp8Max) : magnitude;
+  const UnsignedInts bits = (UnsignedInts)magnitude;  // of a NaN the sum below goes beyond an int
+  const Ints normal =
+      (Ints)((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120 << 3);  // exponent bias 127 -> 7
+  constexpr float kSubnormalRounder = 16384.0f;  // its last place is 2^-9, the smallest e4m3fn
+  const Ints subnormal = (Ints)(magnitude + kSubnormalRounder) - bits_of(kSubnormalRounder);
+  const Ints code = sign | (magnitude < 0x1p-6f ? subnormal : normal);
+  return finite ? code : v == v ? code : broadcast(0x7f);
+}
+
+template <bool finite>
+void store_fp8_codes(uint8_t* to, const Entry& x, float inverse) {
+  const auto code = [inverse](Floats v) {
+    const Floats rounded = (Floats)bits_as_bfloat16((Ints)v);
+    return fp8_codes<finite>((finite ? rounded : v == v ? rounded : v) * inverse);
+  };
+  DSV4_UNROLL
+  for (int i = 0; i < kPairVectors; ++i)
+    store_bytes(to + 2 * i * kLanes, code(x.even[i]), code(x.odd[i]));
+}
+
+// The scale is the least power of two that brings the largest magnitude to 448 or less.
+void store_fp8(const LayerArguments& a, int64_t slot, const Entry& x, int32_t largest) {
+  const int32_t bits = bits_as_bfloat16(amax_bits(largest));
+  const int32_t exponent =
+      (bits >> 23) - 127 - 8 + ((bits & 0x7fffff) > 0x600000);  // 448 = 1.75 * 2^8
+  const float scale = float_of((127 + exponent) << 23), inverse = float_of((127 - exponent) << 23);
+  const Fp8Place place = fp8_place(a, slot);
+  (bits < kInfinity ? store_fp8_codes<true> : store_fp8_codes<false>)(place.codes, x, inverse);
+  std::memcpy(place.scale, &scale, sizeof scale);
+}
+
+// Multiplies by the Sylvester-Hadamard matrix of order 128, scaled to be orthonormal.
+void hadamard(Entry& x) {
+  constexpr float kOrthonormal = 0.08838834764831845f;  // 128^-1/2
+  alignas(64) float pairs[2][kHeadDim / 2];
+  DSV4_UNROLL
+  for (int i = 0; i < kPairVectors; ++i) {
+    store(pairs[0] + i * kLanes, x.even[i] + x.odd[i]);
+    store(pairs[1] + i * kLanes, x.even[i] - x.odd[i]);
+  }
+  for (float* half : pairs)
+    for (int stride = 1; stride < kHeadDim / 2; stride *= 2)
+      for (int block = 0; block < kHeadDim / 2; block += 2 * stride)
+        for (int k = block; k < block + stride; ++k) {
+          const float p = half[k], q = half[k + stride];
+          half[k] = p + q;
+          half[k + stride] = p - q;
+        }
+  DSV4_UNROLL
+  for (int i = 0; i < kPairVectors; ++i) {
+    x.even[i] = load(pairs[0] + i * kLanes) * kOrthonormal;
+    x.odd[i] = load(pairs[1] + i * kLanes) * kOrthonormal;
+  }
+}
+
+// IEEE half of x >= 0, to nearest, ties to even.
+uint16_t half_of(float x) {
+  constexpr float kSubnormalRounder = 0.5f;  // its last place is 2^-24, the smallest half
+  if (x < 0x1p-14f) return bits_of(x + kSubnormalRounder) - bits_of(kSubnormalRounder);
+  const int32_t bits = bits_of(x), code = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+  constexpr int32_t kHalfInfinity = 0x7c00;
+  return code < kHalfInfinity ? code : kHalfInfinity;
+}
+
+// To the nearest integer within +-127; a NaN becomes 0.
+Ints int8_codes(Floats v) {
+  const Ints code = (Ints)(v + kRounder) - bits_of(kRounder);
+  const Ints bounded = code > 127 ? broadcast(127) : code < -127 ? broadcast(-127) : code;
+  return v == v ? bounded : Ints{};
+}
+
+// int8 entry: rounded, Hadamard rotation, then the scale that brings the largest magnitude to 127.
+void store_int8(const LayerArguments& a, int64_t slot, Entry& x) {
+  const auto rounded = [](Floats v) { return v == v ? (Floats)bits_as_bfloat16((Ints)v) : v; };
+  DSV4_UNROLL
+  for (int i = 0; i < kPairVectors; ++i) {
+    x.even[i] = rounded(x.even[i]);
+    x.odd[i] = rounded(x.odd[i]);
+  }
+  hadamard(x);
+  const float most = float_of(amax_bits(largest_magnitude(x))), scale = most / kInt8Max,
+              inverse = kInt8Max / most;
+  const Int8Place place = int8_place(a, slot);
+  DSV4_UNROLL
+  for (int i = 0; i < kPairVectors; ++i)
+    store_bytes(place.codes + 2 * i * kLanes, int8_codes(x.even[i] * inverse),
+                int8_codes(x.odd[i] * inverse));
+  if (a.k_scale_is_fp16)
+    static_cast<uint16_t*>(a.k_scale)[place.scale] = half_of(scale);
+  else
+    static_cast<float*>(a.k_scale)[place.scale] = scale;
+}
+
+}  // namespace

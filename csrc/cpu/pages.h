@@ -1,0 +1,39 @@
+// Where the caches have what: the state its rows, the K cache its entries in the layout of a
+// format.
+#pragma once
+
+#include "call.h"
+
+namespace dsv4 {
+
+static inline float* state_row(const LayerCall& call, int64_t slot) {
+  const LayerArguments& l = call.layer;
+  return l.state + slot / l.state_page * l.state_page_stride +
+         slot % l.state_page * l.state_row_stride;
+}
+
+// An fp8 page: the codes of all its entries, then their scales.
+struct Fp8Place {
+  uint8_t* codes;
+  uint8_t* scale;
+};
+
+static inline Fp8Place fp8_place(const LayerArguments& l, int64_t slot) {
+  uint8_t* page = static_cast<uint8_t*>(l.k_cache) + slot / kFp8PageEntries * l.k_page_stride;
+  const int64_t entry = slot % kFp8PageEntries;
+  return {page + entry * kHeadDim, page + kFp8ScaleOffset + entry * sizeof(float)};
+}
+
+// int8: the codes in one tensor, the scales in another.
+struct Int8Place {
+  int8_t* codes;
+  int64_t scale;  // in elements of k_scale
+};
+
+static inline Int8Place int8_place(const LayerArguments& l, int64_t slot) {
+  const int64_t page = slot / l.k_page, entry = slot % l.k_page;
+  return {static_cast<int8_t*>(l.k_cache) + page * l.k_page_stride + entry * l.k_entry_stride,
+          page * l.k_scale_page_stride + entry * l.k_scale_entry_stride};
+}
+
+}  // namespace dsv4
