@@ -50,13 +50,12 @@ class Finish {
     LoadGamma(pipe);
   }
 
-  // Room for the next window, in which the caller puts its pooled channels and its row of the
-  // table.
+  // Room for the pooled channels of the next window.
   __aicore__ inline LocalTensor<float> Pooled() { return pooled_[windows_ * kHeadDim]; }
-  __aicore__ inline LocalTensor<float> CosSin() { return cos_sin_[windows_ * kRopeDim]; }
 
-  // The window is complete; its entry goes to `slot`.
-  __aicore__ inline void Take(int64_t slot) {
+  // The window is pooled; `cos_sin` is its row of the table, and its entry goes to `slot`.
+  __aicore__ inline void Take(const LocalTensor<float>& cos_sin, int64_t slot) {
+    Copy(cos_sin_[windows_ * kRopeDim], cos_sin, kRopeDim, 1, {1, 1, 8, 8});
     slots_[windows_++] = slot;
     if (windows_ == kBatch) Flush();
   }

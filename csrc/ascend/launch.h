@@ -4,15 +4,40 @@
 
 #include <cstring>
 
+#include "comparison/baselines.h"
 #include "compress.h"
 #include "planner.h"
 
 namespace dsv4 {
 
-template <Algorithm kName>
+// The kernels of a layer. kOnePass is the product's.
+enum LayerKernel { kOnePass, kSave, kPoolState, kPoolScan };
+
+template <LayerKernel kName>
 struct Launch {
-  static constexpr Algorithm kAlgorithm = kName;
+  static constexpr LayerKernel kKernel = kName;
 };
+
+template <class Kernel, class Arguments>
+__aicore__ inline void run_kernel(const Arguments& arguments, const Tiling& tiling) {
+  TPipe pipe;
+  Kernel kernel;
+  kernel.Init(&pipe, arguments, tiling);
+  kernel.Process();
+}
+
+template <class Tokens>
+__aicore__ inline void plan(const PlanArguments& arguments, const Tiling& tiling) {
+  run_kernel<Planner<Tokens>>(arguments, tiling);
+}
+
+template <LayerKernel kKernel, int64_t kFormat>
+__aicore__ inline void run(const RunArguments& arguments, const Tiling& tiling) {
+  if constexpr (kKernel == kOnePass) run_kernel<Compress<kFormat>>(arguments, tiling);
+  if constexpr (kKernel == kSave) run_kernel<SaveRows>(arguments, tiling);
+  if constexpr (kKernel == kPoolState) run_kernel<PoolRows<kFormat, false>>(arguments, tiling);
+  if constexpr (kKernel == kPoolScan) run_kernel<PoolRows<kFormat, true>>(arguments, tiling);
+}
 
 // Calls `launch(Launch<...>{})` for each launch of `algorithm`; false: there is no such algorithm.
 template <class F>

@@ -14,6 +14,7 @@
 #include "listed.h"
 #include "piece.h"
 #include "requests.h"
+#include "span.h"
 #include "table.h"
 #include "tiling.h"
 
@@ -25,8 +26,7 @@ class Planner {
   __aicore__ inline void Init(TPipe* pipe, const PlanArguments& a, const Tiling& tiling) {
     pipe_ = pipe;
     args_ = a;
-    begin_ = AscendC::GetBlockIdx() * tiling.tokens_per_core;
-    end_ = begin_ + tiling.tokens_per_core < a.tokens ? begin_ + tiling.tokens_per_core : a.tokens;
+    span_ = OwnSpan(a.tokens, tiling);
     plan_gm_.SetGlobalBuffer((__gm__ int64_t*)a.plan);
     table_.Init(a.block_table, a.block_table_stride, a.requests, a.table_columns, a.state_page,
                 a.state_pages);
@@ -39,9 +39,9 @@ class Planner {
 
   __aicore__ inline void Process() {
     if (AscendC::GetBlockIdx() == 0) StoreHeader();
-    for (int64_t first = begin_; first < end_; first += kPiece) {
+    for (int64_t first = span_.begin; first < span_.end; first += kPiece) {
       Order<HardEvent::MTE3_S>(pipe_);  // the piece before has gone out
-      piece_.Begin(first, end_ - first < kPiece ? end_ - first : kPiece);
+      piece_.Begin(first, span_.end - first < kPiece ? span_.end - first : kPiece);
       tokens_.Fill(piece_);
       Decide();
       if (low_ <= high_) Claim();
@@ -147,8 +147,8 @@ class Planner {
 
   TPipe* pipe_;
   PlanArguments args_;
-  int64_t begin_, end_;  // the core's tokens
-  int early_;            // windows of the piece that are pooled early, and their tokens
+  Span span_;
+  int early_;  // windows of the piece that are pooled early, and their tokens
   int64_t early_tokens_[kPiece];
   int64_t low_, high_;
   Tokens tokens_;
@@ -158,13 +158,5 @@ class Planner {
   TBuf<TPosition::VECOUT> header_buffer_, sources_buffer_;
   LocalTensor<int64_t> sources_;
 };
-
-template <class Tokens>
-__aicore__ inline void plan(const PlanArguments& arguments, const Tiling& tiling) {
-  TPipe pipe;
-  Planner<Tokens> planner;
-  planner.Init(&pipe, arguments, tiling);
-  planner.Process();
-}
 
 }  // namespace dsv4

@@ -104,14 +104,14 @@ void launch(int64_t cores, F kernel) {
   emulation::memory.end_launch();
 }
 
-template <Algorithm kAlgorithm>
+template <LayerKernel kKernel>
 void launch_run(const RunArguments& a) {
   const Tiling tiling = cut(a.tokens, machine.cores);
   launch(tiling.cores, [&] {
     if (a.k_format == kFp8Amax)
-      run<kAlgorithm, kFp8Amax>(a, tiling);
+      run<kKernel, kFp8Amax>(a, tiling);
     else
-      run<kAlgorithm, kInt8Hadamard>(a, tiling);
+      run<kKernel, kInt8Hadamard>(a, tiling);
   });
 }
 
@@ -183,7 +183,7 @@ int64_t dsv4_indexer_ascend_run(const char* algorithm, const RunArguments* argum
   emulation::memory.regions = regions_of(*arguments);
   return reporting(message, size, [&] {
     const bool known =
-        for_each_launch(algorithm, [&](auto kernel) { launch_run<kernel.kAlgorithm>(*arguments); });
+        for_each_launch(algorithm, [&](auto kernel) { launch_run<kernel.kKernel>(*arguments); });
     emulation::require(known, "no algorithm %s", algorithm);
   });
 }
