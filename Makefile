@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint docs accuracy test-aarch64 ascend-cost ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint docs accuracy sanitize fuzz test-aarch64 ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,17 +54,29 @@ accuracy: venv ## find needles by length and depth, then with planted faults (3 
 	@$(RUN) vllm-dsv4-indexer accuracy needles build/needle $(ARGS)
 	@$(RUN) python tests/accuracy/run_faults.py build/needle build/accuracy/faults.json
 
-# It needs tools that the set-up does not install, so `make test` leaves it out.
+sanitize: venv ## run random calls of the native op under sanitizers (10 minutes; ARGS="--seconds 60")
+	@$(RUN) python tests/native/sanitize.py $(ARGS)
+
+# The targets below want tools that the set-up does not install, and so are not in `make test`.
+
+# To keep what it has found new: build/fuzz/fuzz -merge=1 tests/native/corpus build/fuzz/found
+fuzz: ## feed the native op with what libFuzzer makes up, by clang (10 minutes; ARGS="-max_total_time=60")
+	@command -v clang++ >/dev/null || { echo "No clang++ found. On Debian and Ubuntu: apt-get install clang" >&2; exit 1; }
+	@$(MAKE) --no-print-directory venv
+	@$(RUN) env CXX=clang++ cmake -S tests/native -B build/fuzz -DSANITIZE=address,undefined -DFUZZ=ON
+	@$(RUN) cmake --build build/fuzz --target fuzz
+	@mkdir -p build/fuzz/found
+	build/fuzz/fuzz -artifact_prefix=build/fuzz/ -len_control=0 -max_len=600 $(or $(ARGS),-max_total_time=600) \
+		build/fuzz/found tests/native/corpus
+
 test-aarch64: ## build the native op for aarch64 and run it under emulation
 	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool >/dev/null || { echo \
 		"No $$tool found. On Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
 	@$(MAKE) --no-print-directory venv
-	@$(RUN) cmake -S csrc -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	@$(RUN) cmake -S tests/native -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=$(AARCH64_CXX)
 	@$(RUN) cmake --build build/aarch64
-	$(AARCH64_CXX) -std=c++17 tests/op/aarch64.cpp -o build/aarch64/driver \
-		-Lbuild/aarch64 -l:libdsv4_indexer_cpu.so -Wl,-rpath,$(CURDIR)/build/aarch64
-	@$(RUN) pytest tests/op/aarch64.py
+	@$(RUN) pytest tests/native/aarch64.py
 
 ascend-cost: venv ## what the kernels for NPUs would cost, modelled from counts of their emulation
 	@$(RUN) python tests/ascend_emulation/cost_model.py

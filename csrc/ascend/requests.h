@@ -72,7 +72,7 @@ class RequestTokens {
     }
     --position_;
     const int64_t token = position_ - shift_;
-    const bool writes = !(maps_ && ReadFresh(mapping_gm_[token * stride_]) < 0);
+    const bool writes = !maps_ || ReadFresh(mapping_gm_[token * stride_]) >= 0;
     *candidate = {token, position_, writes ? state_table_.Slot(request_, position_) : -1};
     return true;
   }

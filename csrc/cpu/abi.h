@@ -99,4 +99,34 @@ enum Failure : int64_t {
   kPlanDoesNotFit = -4,  // the layer or the tokens; nothing was written
 };
 
+// Runs a planned layer. Returns how many entries were written, or a Failure.
+using Run = int64_t (*)(const LayerArguments*, ParallelFor, const int64_t* plan, const KvScore*);
+
 }  // namespace dsv4
+
+extern "C" {
+
+// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth * T].
+int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan,
+                          dsv4::Violation* violation);
+
+// The algorithm of that name compiled for `isa` ("avx512", "avx2" or "generic"), or null if either
+// is unknown or this CPU lacks the instructions. "one_pass" is the product's; "one_pass_past_cache"
+// always stores around the caches; "overlay_scan" and "scatter_pool", on a plan of kStateOnly, and
+// "floor" and "floor_past_cache" are for comparison.
+dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa);
+
+// out [tokens, 512] = x [tokens, hidden] * weight^T, on a CPU that has the instructions (x86-64
+// alone), for at least one token; projection.cpp says how the weight is packed. Returns 0, or what
+// parallel_for returned.
+int32_t dsv4_indexer_project(dsv4::ParallelFor parallel_for, const uint16_t* x, int64_t x_stride,
+                             int64_t tokens, int64_t hidden, const uint16_t* packed, float* out);
+
+// 0: this CPU lacks the instructions. 1: it has them. 2: and they do more products in the same time
+// than fp32 multiply-adds: on AMD's CPUs twice as many, on Intel's half as many.
+int32_t dsv4_indexer_bf16_dot();
+
+// The digest of the sources that the library was built from (CMakeLists.txt), which ops/library.py
+// compares.
+const char* dsv4_indexer_sources();
+}

@@ -21,7 +21,7 @@ class Entries {
 
   // To be called after the last one.
   void finish() {
-    float scale[kMost];
+    float scale[kMost] = {};
     for (int i = 0; i < count_; ++i) scale[i] = inverse_rms(entry_[i], static_cast<float>(a_.eps));
     for (int i = 0; i < count_; ++i) {
       normalise(entry_[i], scale[i], norm_weight_);

@@ -1,4 +1,4 @@
-// The exported functions: make a plan, run a layer, project.
+// The exported functions (abi.h).
 
 #include <cstring>
 
@@ -17,7 +17,6 @@ bool fits(const PlanHeader& plan, int64_t layout, const LayerArguments& layer,
          plan.k_entries <= layer.k_pages * layer.k_page && plan.max_pos <= layer.cos_sin_rows;
 }
 
-// Returns how many entries were written, or a Failure.
 template <Kernel kernel, int64_t layout>
 int64_t run(const LayerArguments* layer, ParallelFor parallel_for, const int64_t* plan,
             const KvScore* kv_score) {
@@ -55,8 +54,6 @@ bool usable(const char* isa) {
   return !std::strcmp(isa, "generic");
 }
 
-using Run = int64_t (*)(const LayerArguments*, ParallelFor, const int64_t*, const KvScore*);
-
 struct Runner {
   const char* algorithm;
   const char* isa;
@@ -85,14 +82,11 @@ constexpr Runner kRunners[] = {
 
 extern "C" {
 
-// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth * T].
 int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan,
                           dsv4::Violation* violation) {
   return dsv4::make_plan(*step, static_cast<dsv4::Rule>(rule), plan, *violation);
 }
 
-// The algorithm of that name compiled for `isa`, or null if either is unknown or this CPU lacks the
-// instructions.
 dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa) {
   for (const dsv4::Runner& r : dsv4::kRunners)
     if (!std::strcmp(r.algorithm, algorithm) && !std::strcmp(r.isa, isa) && dsv4::usable(isa))
@@ -101,16 +95,12 @@ dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa) {
 }
 
 #if defined(__x86_64__)
-// out = x * weight^T for at least one token, on a CPU that has the instructions (ProjectionCall
-// says what is what). Returns 0, or what parallel_for returned.
 int32_t dsv4_indexer_project(dsv4::ParallelFor parallel_for, const uint16_t* x, int64_t x_stride,
                              int64_t tokens, int64_t hidden, const uint16_t* packed, float* out) {
   return dsv4::avx512_bf16::project({x, x_stride, tokens, hidden, packed, out, parallel_for});
 }
 #endif
 
-// 0: this CPU lacks the instructions. 1: it has them. 2: and they do more products in the same time
-// than fp32 multiply-adds: on AMD's CPUs twice as many, on Intel's half as many.
 int32_t dsv4_indexer_bf16_dot() {
 #if defined(__x86_64__)
   if (dsv4::usable("avx512_bf16")) return __builtin_cpu_is("amd") ? 2 : 1;
@@ -118,7 +108,5 @@ int32_t dsv4_indexer_bf16_dot() {
   return 0;
 }
 
-// The digest of the sources that this library was built from (CMakeLists.txt), which ops/library.py
-// compares.
 const char* dsv4_indexer_sources() { return DSV4_SOURCES; }
 }

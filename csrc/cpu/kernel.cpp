@@ -67,7 +67,7 @@ void pool_early(int64_t begin, int64_t end, void* context) {
 
 // The last rows of a task, where they were formed: in the state, or here.
 struct Recent {
-  const float* row[kWindow];
+  const float* row[kWindow] = {};
   alignas(64) float own[kWindow][kRowWidth];
 };
 

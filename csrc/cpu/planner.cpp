@@ -193,7 +193,7 @@ class Planner {
     if (own >= 0) return own;
     const int64_t slot = page_of(token, q) * a_.state_page + q % a_.state_page;
     int64_t other = last_tokens_.find(slot);
-    while (other >= 0 && !(a_.state_slots[other] == slot && a_.positions[other] == q))
+    while (other >= 0 && (a_.state_slots[other] != slot || a_.positions[other] != q))
       other = unique_ ? -1 : other - 1;  // a slot that occurs twice hides earlier tokens
     return other >= 0 ? other : row_source(slot);
   }

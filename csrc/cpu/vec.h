@@ -17,10 +17,10 @@
 namespace {
 
 constexpr int kLanes = DSV4_LANES;
-typedef float Floats __attribute__((vector_size(4 * DSV4_LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * DSV4_LANES)));
-typedef uint32_t UnsignedInts __attribute__((vector_size(4 * DSV4_LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * DSV4_LANES)));
+using Floats = float __attribute__((vector_size(4 * DSV4_LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * DSV4_LANES)));
+using UnsignedInts = uint32_t __attribute__((vector_size(4 * DSV4_LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * DSV4_LANES)));
 
 struct bfloat16 {
   uint16_t bits;

@@ -8,7 +8,9 @@
 #include "pipe.h"
 #include "vector.h"
 
+// NOLINTBEGIN(bugprone-reserved-identifier): the names are the vendor's.
 #define __aicore__
 #define __global__
 #define __vector__
 #define __gm__
+// NOLINTEND(bugprone-reserved-identifier)

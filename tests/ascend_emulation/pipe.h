@@ -132,7 +132,7 @@ class TQueBind {
   }
 
   // At the end of the kernel, the framework waits for the events of the buffers that were freed.
-  ~TQueBind() noexcept(false) {
+  ~TQueBind() noexcept(false) {  // NOLINT(bugprone-unsafe-to-allow-exceptions): a test reads them
     if (std::uncaught_exceptions()) return;
     for (const Entry& entry : entries_) {
       emulation::require(entry.buffer->state == Buffer::kFree,
@@ -300,7 +300,7 @@ inline TPipe* GetTPipePtr() { return TPipe::current(); }  // 资源管理/GetTPi
 template <TPosition source, TPosition target, int32_t depth>
 template <HardEvent event>
 int TQueBind<source, target, depth>::give() {
-  const int id = GetTPipePtr()->AllocEventID<event>();
+  const TEventID id = GetTPipePtr()->AllocEventID<event>();
   SetFlag<event>(id);
   return id;
 }

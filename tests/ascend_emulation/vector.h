@@ -299,7 +299,7 @@ inline half to_half(float x) {
 inline float from_half(half x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
   const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                          : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                          : exponent     ? std::ldexp(1024.0f + (float)mantissa, exponent - 25)
                                          : std::ldexp((float)mantissa, -24);
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }

@@ -7,7 +7,8 @@
 #include "../../csrc/cpu/probe.h"
 
 int main(int, char** argv) {
-  const int64_t reading = std::atoll(argv[1]), memory = std::atoll(argv[2]);
+  const int64_t reading = std::strtoll(argv[1], nullptr, 10),
+                memory = std::strtoll(argv[2], nullptr, 10);
   float row[1] = {1.0f};
   const float* const rows[dsv4::kSamples] = {row, row, row, row};
   int64_t now = 0;

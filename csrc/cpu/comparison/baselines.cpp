@@ -80,8 +80,10 @@ Entry pool_with_overlay(const LayerCall& call, int64_t token, Chunk chunk) {
   }
   const int64_t first = call.positions[token] - kWindow + 1;
   for (int64_t u = chunk.begin; u < chunk.end; ++u) {
-    const int64_t j = call.positions[u] - first;
-    if (j < 0 || j >= kWindow || call.positions[u] < 0) continue;  // a padding row has any position
+    const int64_t place = call.positions[u] - first;
+    if (place < 0 || place >= kWindow || call.positions[u] < 0)
+      continue;  // padding has any position
+    const int j = static_cast<int>(place);
     const T* from = kv_score_row<T>(call, u) + half_of_row(j);
     widen(from, kHeadDim, window[j].values);
     add(from + kKvWidth, bias(call, u) + half_of_row(j), kHeadDim, window[j].values + kKvWidth);
