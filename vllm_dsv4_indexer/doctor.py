@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,9 +51,9 @@ def examine() -> Iterator[Finding]:
     yield from _software()
     yield from _processor()
     yield from _plugin()
-    yield _settings()
     device, engine = _engine()
     yield engine
+    yield _settings(device)
     if find_spec("torch") is not None:  # the libraries run on its threads
         yield from _libraries(device)
 
@@ -81,7 +81,7 @@ def _version(what: str, *distributions: str, remedy: str = "") -> Finding:
 
 
 def _processor() -> Iterator[Finding]:
-    yield Finding("CPU", f"{processor.model()}, {os.cpu_count()} cores")
+    yield Finding("CPU", f"{processor.model()}, {len(os.sched_getaffinity(0))} cores")
     yield Finding("its instructions", " ".join(processor.instruction_sets()) or "not known")
 
 
@@ -100,12 +100,21 @@ def _plugin() -> Iterator[Finding]:
         yield Finding("VLLM_PLUGINS", found, problem=True)
 
 
-def _settings() -> Finding:
+def _settings(device: str) -> Finding:
+    """What the defaults mean on this device, as far as that is known without a model."""
     try:
-        defaults = asdict(Settings.read({}))
+        settings = Settings.read({})
     except UserError as error:
         return Finding("settings", str(error), problem=True)
-    return Finding("settings", ", ".join(f"{name} {value}" for name, value in defaults.items()))
+    if device == "cpu":
+        from .engines.vllm_cpu import projects_exactly
+
+        exact = projects_exactly(settings)
+        settings = replace(settings.on("cpu"), projection="exact" if exact else "engine")
+    elif device == "npu":
+        settings = settings.on("ascend")
+    chosen = ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
+    return Finding("settings", f"by default {chosen}")
 
 
 def _engine() -> tuple[str, Finding]:

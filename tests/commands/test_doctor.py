@@ -18,6 +18,12 @@ from vllm_dsv4_indexer.ops import ascend, cpu
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def logging_level(monkeypatch):
+    """What the command sets for itself is gone after the test."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 def doctor_of(*options: str, **environment: str) -> tuple[int, str]:
     """The command's status and output in a process of its own."""
     command = [sys.executable, *options, "-m", "vllm_dsv4_indexer.cli", "doctor"]
@@ -37,7 +43,7 @@ def test_where_all_is_well_it_says_what_would_be_chosen():
     for what in (
         f"vLLM            {versions.VLLM_CPU}",
         "entry point     vllm.general_plugins: vllm_dsv4_indexer.plugin:register",
-        "settings        impl auto, projection auto, state_save full",
+        "settings        by default impl cpu, projection ",
         "engine          vllm_dsv4_indexer.engines.vllm_cpu serves this vLLM",
         f"instruction set {cpu.native().isa}, of ",
         "libdsv4_indexer_cpu.so, built from these sources",

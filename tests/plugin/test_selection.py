@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from vllm_dsv4_indexer import plugin, selection
-from vllm_dsv4_indexer.engines import require_indexer
+from vllm_dsv4_indexer.engines import require_indexer, vllm_cpu
 from vllm_dsv4_indexer.engines.vllm_cpu import compressor as compressors
 from vllm_dsv4_indexer.engines.vllm_cpu import projection
 from vllm_dsv4_indexer.errors import UserError
@@ -339,9 +339,9 @@ def test_the_projection_is_exact_unless_the_cpu_has_a_matrix_unit_or_the_user_sa
     monkeypatch, capabilities: dict, exact: bool
 ):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
-    assert projection.projects_exactly(Settings()) is exact
-    assert projection.projects_exactly(Settings(projection="exact"))
-    assert not projection.projects_exactly(Settings(projection="engine"))
+    assert vllm_cpu.projects_exactly(Settings()) is exact
+    assert vllm_cpu.projects_exactly(Settings(projection="exact"))
+    assert not vllm_cpu.projects_exactly(Settings(projection="engine"))
 
 
 def test_an_unknown_environment_variable_of_ours_is_refused(checkpoint: Path, monkeypatch):

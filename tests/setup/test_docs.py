@@ -159,9 +159,10 @@ def test_every_command_of_ours_that_is_named_exists_and_takes_the_options():
     wrong = []
     for page, words in commands("vllm-dsv4-indexer"):
         shown = help_of(command_in(words))
-        if "error:" in shown or options_in(words) - set(OPTION.findall(shown)):
+        if not shown.startswith("usage:") or options_in(words) - set(OPTION.findall(shown)):
             wrong.append((page, " ".join(words)))
     assert wrong == []
+    assert not help_of(["no-such-command"]).startswith("usage:")
 
 
 def test_every_option_that_is_named_without_a_command_is_one_of_ours_or_of_vllm():

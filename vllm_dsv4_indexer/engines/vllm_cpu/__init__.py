@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_dsv4_indexer.engines.versions import VLLM_CPU
 from vllm_dsv4_indexer.errors import NotInstalled
+from vllm_dsv4_indexer.settings import Settings
 
 
 def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) -> None:
@@ -35,3 +36,18 @@ def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) 
     from vllm_dsv4_indexer.engines.vllm_cpu import configuration
 
     configuration.configure(vllm_config, check_and_update_config)
+
+
+def projects_exactly(settings: Settings) -> bool:
+    """Whether our projection takes the place of the engine's: as set, else where the engine's would
+    not be faster.
+
+    A matrix unit (AMX on x86, bfloat16 matrix multiply-adds on Arm) does several times as many
+    products of bfloat16 as anything else on its core.
+    """
+    import torch
+
+    if settings.projection == "auto":
+        has = torch.cpu.get_capabilities()
+        return not (has.get("amx_bf16") or has.get("bf16"))
+    return settings.projection == "exact"

@@ -12,20 +12,6 @@ from vllm_dsv4_indexer.contract import ROW_WIDTH
 from vllm_dsv4_indexer.engines.versions import VLLM_CPU
 from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.ops import projection
-from vllm_dsv4_indexer.settings import Settings
-
-
-def projects_exactly(settings: Settings) -> bool:
-    """Whether our projection takes the place of the engine's: as set, else where the engine's would
-    not be faster.
-
-    A matrix unit (AMX on x86, bfloat16 matrix multiply-adds on Arm) does several times as many
-    products of bfloat16 as anything else on its core.
-    """
-    if settings.projection == "auto":
-        has = torch.cpu.get_capabilities()
-        return not (has.get("amx_bf16") or has.get("bf16"))
-    return settings.projection == "exact"
 
 
 class ExactProjection(UnquantizedLinearMethod):

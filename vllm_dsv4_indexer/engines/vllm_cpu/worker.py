@@ -15,9 +15,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.engines import indexers_of_stage
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.vllm_cpu import projects_exactly
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import K_FORMAT, replace_compressors
 from vllm_dsv4_indexer.engines.vllm_cpu.patches import metadata_on_cpu
-from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections, projects_exactly
+from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections
 from vllm_dsv4_indexer.settings import Settings
 
 logger = init_logger("vllm.dsv4_indexer")
