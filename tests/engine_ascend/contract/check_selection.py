@@ -19,6 +19,7 @@ from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
 from vllm_dsv4_indexer import ops, plugin
 from vllm_dsv4_indexer.engines import account, vllm_ascend
+from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
 from vllm_dsv4_indexer.engines.vllm_ascend import configuration, loading
 from vllm_dsv4_indexer.engines.vllm_ascend import worker as workers
 from vllm_dsv4_indexer.engines.vllm_ascend.attention import Attention
@@ -250,10 +251,25 @@ def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(mo
     with pytest.raises(NotInstalled) as refused:
         vllm_ascend.configure(None, None)
     message = str(refused.value)
-    assert "with vLLM 0.27.0" in message
-    assert (
-        "vllm-ascend 0.26.0rc1 with vLLM 0.26.0 and vllm-ascend 0.23.0 with vLLM 0.23.0" in message
-    )
+    assert "with vLLM 0.27.0;" in message
+    for ours, its in VLLM_ASCEND.items():
+        assert f"vllm-ascend {ours} with vLLM {its}" in message
+
+
+@pytest.mark.parametrize("local", ["", "+empty", "+g0123abc.d20261129"])
+def test_the_local_part_of_a_version_does_not_matter(monkeypatch, local):
+    here = [version.public for version in vllm_ascend.found()]
+    monkeypatch.setattr(vllm_ascend, "version", lambda package: here[0] + local)
+    monkeypatch.setattr(vllm, "__version__", here[1] + local)
+    assert [str(version) for version in vllm_ascend.found()] == here
+    assert VLLM_ASCEND[here[0]] == here[1]
+
+
+@pytest.mark.parametrize("between", ["0.26.1.dev3+g0123abc", "0.23.0rc1", "0.30.1.dev3"])
+def test_a_build_between_releases_is_refused_by_its_version(monkeypatch, between):
+    monkeypatch.setattr(vllm_ascend, "version", lambda package: between)
+    with pytest.raises(NotInstalled, match=f"vllm-ascend {between.split('+')[0]} with"):
+        vllm_ascend.configure(None, None)
 
 
 CALLED = [

@@ -1,4 +1,4 @@
-"""Runs in a process of its own, with vLLM 0.26.0 or 0.23.0 and its vllm-ascend first on the path:
+"""Runs in a process of its own, with a vLLM and its vllm-ascend first on the path:
 test_contract.py."""
 
 import npu

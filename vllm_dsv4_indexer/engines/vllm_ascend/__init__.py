@@ -16,15 +16,22 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
 from vllm_dsv4_indexer.errors import NotInstalled
 
 
-def found() -> tuple[str, str]:
-    """The versions here of vllm-ascend and of vLLM; vLLM's own is "+empty" without a device."""
+def found() -> tuple[Version, Version]:
+    """The versions here of vllm-ascend and of vLLM, without their local parts: vLLM's is "+empty"
+    where it was built for no device."""
     import vllm
 
-    return version("vllm-ascend").split("+")[0], vllm.__version__.split("+")[0]
+    return _public(version("vllm-ascend")), _public(vllm.__version__)
+
+
+def _public(version: str) -> Version:
+    return Version(Version(version).public)
 
 
 def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) -> None:
@@ -34,12 +41,12 @@ def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) 
     check_and_update_config: the platform's own function, called in between.
     Raises UserError that says what was found, what is supported and what to do.
     """
-    if found() not in VLLM_ASCEND.items():
+    if found() not in ((Version(ours), Version(its)) for ours, its in VLLM_ASCEND.items()):
         pairs = (f"vllm-ascend {ours} with vLLM {its}" for ours, its in VLLM_ASCEND.items())
         raise NotInstalled(
             "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the "
             "backend supports {}. Install one of these pairs, or leave the option out.".format(
-                *found(), " and ".join(pairs)
+                *found(), ", ".join(pairs)
             )
         )
     from vllm_dsv4_indexer.engines.vllm_ascend import configuration

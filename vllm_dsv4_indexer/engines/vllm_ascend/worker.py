@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from packaging.version import Version
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm_ascend.worker.worker import NPUWorker
@@ -19,8 +20,9 @@ from vllm_dsv4_indexer.engines.vllm_ascend.loading import (
 )
 from vllm_dsv4_indexer.settings import Settings
 
-# 0.23.0 does it after a dummy run's metadata are built, which so have the slots of the step before.
-SLOTS_ARE_VOIDED_LATE = found()[0] == "0.23.0"
+# 0.23.0 (not its post1) does it after a dummy run's metadata are built, which so have the slots of
+# the step before.
+SLOTS_ARE_VOIDED_LATE = found()[0] == Version("0.23.0")
 
 logger = init_logger("vllm.dsv4_indexer")
 
