@@ -25,11 +25,12 @@ ALSO = ("gguf-0.19.0",)  # vLLM 0.23.0 imports it, and the environment has none
 WHOLE = ("A2", ".")
 # Selection and steps are the same for all products.
 RUNS = {
-    "0.26.0rc1": [WHOLE, ("A5", "check_layer.py check_prefix.py")],
+    "0.30.0rc2": [WHOLE, ("A5", "check_layer.py check_prefix.py check_second_family.py")],
+    "0.26.0rc1": [("A5", "check_layer.py check_prefix.py")],
     "0.23.0.post1": [WHOLE],
 }
 if named := os.environ.get("TEST_VLLM_ASCEND"):
-    RUNS = dict.fromkeys(named.split(","), RUNS["0.26.0rc1"])
+    RUNS = dict.fromkeys(named.split(","), RUNS["0.30.0rc2"])
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,16 @@ class Accountable:
         self._give_account()
         super().shutdown()  # type: ignore[misc]
 
+    def settings(self) -> Settings:
+        """The user's."""
+        return Settings.read(self.vllm_config.additional_config)
+
     def _give_account(self) -> None:
         """Log what the op did in this process so far, and add it to the file that the settings
         name."""
         logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
         self._account_due = time.monotonic() + SECONDS
-        file = Settings.read(self.vllm_config.additional_config).account
+        file = self.settings().account
         if file is None:
             return
         try:

@@ -2,27 +2,26 @@
 told."""
 
 import math
-from collections import defaultdict
+import pickle
 from types import SimpleNamespace
 
+import family
 import npu
 import pytest
 import torch
 import vllm
 from layer import make_attention
 from vllm.platforms import current_platform
-from vllm_ascend.attention import dsa_v1
-from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPImpl
 from vllm_ascend.attention.dsa_v1 import AscendDSABackend, AscendDSAImpl
 from vllm_ascend.ops import rope_dsv4
-from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
 from vllm_dsv4_indexer import ops, plugin
 from vllm_dsv4_indexer.engines import account, vllm_ascend
 from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
 from vllm_dsv4_indexer.engines.vllm_ascend import configuration, loading
 from vllm_dsv4_indexer.engines.vllm_ascend import worker as workers
-from vllm_dsv4_indexer.engines.vllm_ascend.attention import Attention
+from vllm_dsv4_indexer.engines.vllm_ascend.carried import Carried
+from vllm_dsv4_indexer.engines.vllm_ascend.indexer import Keys
 from vllm_dsv4_indexer.errors import NotInstalled, UserError
 
 REFERENCE = dict(additional_config={"dsv4_indexer": {"impl": "reference"}}, enforce_eager=True)
@@ -44,8 +43,9 @@ def load(config, layers: int = 2, draft_layers: int = 0) -> torch.nn.Module:
     return made
 
 
-def implementations(model: torch.nn.Module) -> list[type]:
-    return [type(layer.dsa_attn.dsa_attn.impl) for layer in model]
+def keys(model: torch.nn.Module) -> list[Keys | None]:
+    """Of each layer, ours; None for stock's."""
+    return [family.keys(layer.dsa_attn.dsa_attn.impl) for layer in model]
 
 
 def test_the_platform_that_checks_the_configuration_is_the_one_we_have_an_engine_for():
@@ -73,8 +73,8 @@ def test_a_configuration_that_is_checked_again_keeps_our_worker(configure):
 
 def test_our_worker_gives_every_indexer_our_attention_under_the_stock_backend(configure):
     model = load(configure(**REFERENCE))
-    assert implementations(model) == [Attention, Attention]
-    assert all(layer.dsa_attn.dsa_attn.get_attn_backend() is AscendDSABackend for layer in model)
+    assert all(keys(model)) and len(model) == 2
+    assert all(layer.dsa_attn.dsa_attn.get_attn_backend() is family.Backend for layer in model)
 
 
 def test_layers_made_before_and_after_are_stock(configure):
@@ -84,23 +84,19 @@ def test_layers_made_before_and_after_are_stock(configure):
         load(config),
         make_attention(config, ours=False),
     )
-    assert implementations([before, *ours, after]) == [
-        AscendDSAImpl,
-        Attention,
-        Attention,
-        AscendDSAImpl,
-    ]
+    assert [bool(found) for found in keys([before, *ours, after])] == [False, True, True, False]
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_stock_backend(configure):
-    with pytest.raises(KeyError), loading.one_pass_indexers():
+    with pytest.raises(KeyError), loading.family().while_loading():
         raise KeyError
     assert AscendDSABackend.get_impl_cls.__qualname__ == "AscendDSABackend.get_impl_cls"
 
 
 def test_impl_stock_leaves_the_stock_attention(configure):
     model = load(configure(additional_config={"dsv4_indexer": {"impl": "stock"}}))
-    assert implementations(model) == [AscendDSAImpl, AscendDSAImpl]
+    assert keys(model) == [None, None]
+    assert [type(layer.dsa_attn.dsa_attn.impl) for layer in model] == [AscendDSAImpl] * 2
 
 
 def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded(
@@ -110,12 +106,12 @@ def test_the_op_is_looked_for_on_the_platforms_device_before_the_model_is_loaded
     monkeypatch.setattr(workers.ops, "prepare", lambda *arguments: asked.append(arguments))
     model = load(configure())
     assert asked == [("ascend", "npu", {"A2": "int8_hadamard", "A5": "fp8_amax"}[npu.PRODUCT])]
-    assert {layer.dsa_attn.dsa_attn.impl.impl for layer in model} == {"ascend"}
+    assert {found.impl for found in keys(model)} == {"ascend"}
 
 
 def test_all_indexers_share_one_table_of_cosines_and_sines_as_long_as_the_model(configure):
     config = configure(**REFERENCE)
-    first, second = (layer.dsa_attn.dsa_attn.impl.cos_sin for layer in load(config))
+    first, second = (found.cos_sin for found in keys(load(config)))
     assert first is second and first.shape == (config.model_config.max_model_len, 64)
     cos, sin = rope_dsv4.get_full_cos_and_sin_dsa("c4")
     for half, table in ((first[:, :32], cos), (first[:, 32:], sin)):
@@ -166,7 +162,7 @@ def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypa
         workers.NPUWorker, "shutdown", lambda worker: said.append("stock's own shut-down")
     )
     worker = workers.Worker.__new__(workers.Worker)
-    worker.rank, worker.vllm_config = 3, SimpleNamespace(additional_config={})
+    worker.rank, worker.vllm_config = 3, SimpleNamespace(additional_config=Carried.of({}))
     steps = [SimpleNamespace(total_num_scheduled_tokens=tokens) for tokens in (20, 6)]
     assert [worker.execute_model(step) for step in steps] == steps
     worker.shutdown()
@@ -197,7 +193,6 @@ def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypa
             "the worker is 'vllm_ascend.xlite",
         ),
         (dict(worker_cls="some.other.Worker"), "the worker is 'some.other.Worker'"),
-        (dict(additional_config={"weight_nz_mode": 2}), "weight_nz_mode is 2"),
         (
             dict(hf_overrides={"compress_ratios": [0, 128, 128, 0]}),
             "no layer of this model has an indexer",
@@ -224,6 +219,20 @@ def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
     assert found in str(refused.value)
 
 
+def test_weights_in_the_devices_private_layout_are_refused_where_ours_would_be(configure):
+    """From 0.28 on vllm-ascend keeps wkv and wgate plain whatever weight_nz_mode says."""
+    options = dict(additional_config={"weight_nz_mode": 2})
+    if not family.FIRST:
+        assert configure(**options).parallel_config.worker_cls == configuration.WORKER
+        compressor = make_attention(configure(**options), ours=True).indexer.compressor
+        assert compressor.wkv.skip_weight_nz_conversion
+        assert compressor.wgate.skip_weight_nz_conversion
+    else:
+        with pytest.raises(ValueError, match="weight_nz_mode is 2"):
+            configure(**options)
+
+
+@pytest.mark.skipif(not family.FIRST, reason="vllm-ascend asserts that drafts have none")
 def test_a_draft_model_with_an_indexer_is_refused_by_the_name_of_its_layer(configure):
     with pytest.raises(
         ValueError, match=r"layers\.1\..*indexer\.compressor\.wkv is in an indexer of a draft model"
@@ -233,17 +242,70 @@ def test_a_draft_model_with_an_indexer_is_refused_by_the_name_of_its_layer(confi
 
 @pytest.mark.parametrize("quantised", ["wkv", "wgate"])
 def test_a_quantised_projection_is_refused_by_its_name(configure, quantised):
-    class OneLayer(AscendModelSlimConfig):
+    class Description(dict):
+        def __missing__(self, name: str) -> str:
+            return "W8A8_DYNAMIC" if f"indexer.compressor.{quantised}." in name else "FLOAT"
+
+        def get(self, name: str, default=None) -> str:
+            return self[name] if name.endswith(".weight") else default
+
+    class OneLayer(family.AscendModelSlimConfig):
         def is_layer_skipped_ascend(self, prefix: str, *mapping) -> bool:
+            """What the first family asks; the second goes by the description."""
             return not prefix.endswith(f"indexer.compressor.{quantised}")
 
     quantisation = OneLayer()
-    quantisation.quant_description = defaultdict(lambda: "W8A8_DYNAMIC")
+    quantisation.quant_description = Description()
     make_attention(configure(), ours=False, quant_config=quantisation)
     with pytest.raises(
         ValueError, match=rf"indexer\.compressor\.{quantised} is quantised \(AscendLinearMethod\)"
     ):
-        make_attention(configure(), ours=True, quant_config=quantisation)
+        module = make_attention(configure(), ours=True, quant_config=quantisation)
+        loading.finish_loading(module, "reference", 1, 512)
+
+
+@pytest.mark.parametrize(
+    "name, value, found",
+    [
+        ("dtype", torch.bfloat16, "the dtype of its K cache is torch.bfloat16"),
+        ("head_dim", 64, "the width of its K cache is 64"),
+    ],
+)
+def test_a_k_cache_of_another_kind_is_refused_when_the_model_is_loaded(
+    configure, name, value, found
+):
+    module = make_attention(configure(), ours=True)
+    setattr(module.indexer.k_cache, name, value)
+    with pytest.raises(ValueError, match=rf"layers\.1\..*indexer\.k_cache: {found}"):
+        loading.finish_loading(module, "reference", 1, 512)
+
+
+def test_the_settings_come_along_and_leave_no_key_that_vllm_ascend_may_refuse(configure):
+    config = configure(**REFERENCE)
+    assert "dsv4_indexer" not in config.additional_config
+    worker = workers.Worker.__new__(workers.Worker)
+    worker.vllm_config = pickle.loads(pickle.dumps(config))
+    assert worker.settings().impl == "reference"
+
+
+def test_model_runner_v2_is_refused_by_name(configure, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="Model Runner V2 is on"):
+        configure()
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("use_index_cache", "use_index_cache is set"),
+        ("vision_n_layers", "the model has a vision tower"),
+    ],
+)
+def test_a_model_with_what_is_not_tested_is_refused_by_name(configure, monkeypatch, name, found):
+    config = configure()
+    monkeypatch.setattr(config.model_config.hf_config, name, 1, raising=False)
+    with pytest.raises(ValueError, match=found):
+        configuration.configure(config, lambda config: None)
 
 
 def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(monkeypatch):
@@ -273,16 +335,14 @@ def test_a_build_between_releases_is_refused_by_its_version(monkeypatch, between
 
 
 CALLED = [
-    (AscendDSAImpl, "_indexer_qkv_prepare"),
-    (AscendDSAImpl, "cv_indexer_select_qli"),
-    (AscendDSACPImpl, "_update_indexer_cache"),
     (loading.DeviceOperator, "unpack_dsa_indexer_kv_cache"),
-    (dsa_v1, "rotate_activation"),
     (rope_dsv4, "get_full_cos_and_sin_dsa"),
+    *loading.family().CALLED,
+    *((owner, method.__name__) for method, owner in loading.family().OVERRIDDEN.items()),
 ]
 
 
-@pytest.mark.parametrize("owner, name", [*CALLED, (AscendDSAImpl, "forward")])
+@pytest.mark.parametrize("owner, name", CALLED)
 def test_another_signature_is_named(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda more: None)
     with pytest.raises(
@@ -292,7 +352,11 @@ def test_another_signature_is_named(monkeypatch, owner, name):
         loading.check_signatures()
 
 
-@pytest.mark.parametrize("owner, name", CALLED)
+def is_inherited(owner: object, name: str) -> bool:
+    return any(hasattr(base, name) for base in getattr(owner, "__mro__", ())[1:])
+
+
+@pytest.mark.parametrize("owner, name", [one for one in CALLED if not is_inherited(*one)])
 def test_what_is_gone_is_named(monkeypatch, owner, name):
     monkeypatch.delattr(owner, name)
     with pytest.raises(

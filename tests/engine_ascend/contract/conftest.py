@@ -5,6 +5,7 @@ import npu
 
 npu.install()
 
+import family
 import pytest
 import torch
 import vllm_ascend.ops  # noqa: F401  before dsa_v1, which it imports in a circle
@@ -14,7 +15,6 @@ from vllm.distributed import ensure_model_parallel_initialized, init_distributed
 from vllm.engine.arg_utils import EngineArgs
 from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPMetadataBuilder
 from vllm_ascend.attention.dsa_v1 import AscendDSAMetadataBuilder
-from vllm_ascend.models import deepseek_v4
 
 from vllm_dsv4_indexer import plugin
 from vllm_dsv4_indexer.checkpoint import make_checkpoint
@@ -23,7 +23,7 @@ npu.define_what_a_layer_calls()
 plugin.register()
 # As a class that is loaded already: vLLM would inspect one that is named in a process without our
 # stubs.
-ModelRegistry.register_model("DeepseekV4ForCausalLM", deepseek_v4.AscendDeepseekV4ForCausalLM)
+ModelRegistry.register_model("DeepseekV4ForCausalLM", family.AscendDeepseekV4ForCausalLM)
 
 
 @pytest.fixture(scope="session")

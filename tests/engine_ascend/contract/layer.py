@@ -5,8 +5,10 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
+import family
 import torch
 from npu import PRODUCT
 from torch import Tensor
@@ -17,10 +19,10 @@ from vllm.platforms import current_platform
 from vllm_ascend.attention.attention_v1 import AscendAttentionState
 from vllm_ascend.attention.dsa_v1 import AscendDSABackend
 from vllm_ascend.attention.utils import AscendCommonAttentionMetadata
-from vllm_ascend.models import deepseek_v4
 
 from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, HEAD_DIM, ROW_WIDTH
 from vllm_dsv4_indexer.engines.vllm_ascend import loading
+from vllm_dsv4_indexer.engines.vllm_ascend.indexer import Keys
 
 INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
 POSITIONS = 128  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
@@ -51,10 +53,10 @@ def make_attention(
     """vllm-ascend's attention with an indexer, on the CPU. `ours`: made where our worker lets its
     model be made."""
     prefix = f"model{next(_models)}.layers.{INDEXER}.self_attn"  # vLLM wants every name once
-    classes = loading.one_pass_indexers() if ours else contextlib.nullcontext()
+    classes = loading.family().while_loading() if ours else contextlib.nullcontext()
     on_cpu = mock.patch.object(type(current_platform), "device_type", "cpu")
     with set_current_vllm_config(config), classes, on_cpu:
-        return deepseek_v4.DeepseekV4Attention(
+        return family.DeepseekV4Attention(
             config,
             config.model_config.hf_config,
             POSITIONS,
@@ -89,8 +91,13 @@ class Layer:
             cache, "cache_dtype", cache.cache_dtype
         ):  # an A5's specs change it for layers to come
             self._read_specs()
-            self._make_builders()
+            with set_current_vllm_config(config):
+                self._make_builders()
         self.allocate()
+
+    @property
+    def keys(self) -> Keys:
+        return family.keys(self.attention)
 
     def _draw_weights(self) -> None:
         """Random, but for the projection's: multiples of 1/32 that make every sum of products exact
@@ -107,7 +114,8 @@ class Layer:
         indexer = self.module.indexer
         self.state_spec = indexer.compressor.state_cache.get_kv_cache_spec(self.config)
         self.k_spec = indexer.k_cache.get_kv_cache_spec(self.config)
-        self.page, self.k_page = self.state_spec.block_size, self.k_spec.block_size
+        self.page = self.state_spec.block_size
+        self.k_page = family.entries_of_page(self.k_spec)
 
     def allocate(self) -> None:
         """Random bytes, and among them numbers in the state, since padding may ask for rows of page
@@ -135,7 +143,7 @@ class Layer:
 
         def paged(storage: Tensor, spec, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
             stride = spec.page_size_bytes // dtype.itemsize
-            shape = (BLOCKS, spec.block_size, 1, width)
+            shape = (BLOCKS, self.page if spec is state else self.k_page, 1, width)
             return storage.view(dtype).as_strided(
                 shape, (stride, width, width, 1), offset // dtype.itemsize
             )
@@ -143,7 +151,7 @@ class Layer:
         parts = (
             paged(storages[0], state, ROW_WIDTH, state.dtype),
             paged(storages[1], keys, HEAD_DIM, keys.dtype),
-            paged(storages[1], keys, 1, keys.scale_dtype, keys.block_size * HEAD_DIM),
+            paged(storages[1], keys, 1, keys.scale_dtype, self.k_page * HEAD_DIM),
         )
         return (
             parts
@@ -155,18 +163,18 @@ class Layer:
         """One for each of the layer's caches, in the order in which the layer gets their
         metadata."""
         module, attention = self.module, self.module.dsa_attn.dsa_attn
-        caches = {
-            "attn": attention,
-            "compressor.state_cache": module.compressor.state_cache,
-            "indexer.compressor.state_cache": module.indexer.compressor.state_cache,
-            "indexer.k_cache": module.indexer.k_cache,
-            "swa_cache": module.dsa_attn.swa_cache_layer,
-        }
-        self.specs = [cache.get_kv_cache_spec(self.config) for cache in caches.values()]
+        caches = (
+            attention,
+            module.compressor.state_cache,
+            module.indexer.compressor.state_cache,
+            module.indexer.k_cache,
+            module.dsa_attn.swa_cache_layer,
+        )
+        self.specs = [cache.get_kv_cache_spec(self.config) for cache in caches]
         builder, device = AscendDSABackend.get_builder_cls(), torch.device("cpu")
         self.builders = [
             builder(spec, [f"{self.prefix}.{name}"], self.config, device)
-            for name, spec in zip(caches, self.specs)
+            for name, spec in zip(family.CACHES, self.specs)
         ]
 
     def metadata(self, rows: Rows, padding: int = 0, dummy: bool = False) -> list:
@@ -182,7 +190,7 @@ class Layer:
         tokens = int(query_start_loc[-1])
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths)])
         positions = torch.cat([positions, torch.zeros(padding, dtype=torch.int64)])
-        shared = [{}, {}, {}]
+        shared = {"prefill": {}, "decode": {}, "common": {}}
         result = []
         for builder, spec, table in zip(self.builders, self.specs, self._tables(rows, padding)):
             common = AscendCommonAttentionMetadata(
@@ -202,20 +210,7 @@ class Layer:
                 is_prefilling=lengths > builder.decode_threshold,
                 attn_state=AscendAttentionState.ChunkedPrefill,
             )
-            names = (
-                "prefill_ratio_to_sas_metadata",
-                "decode_ratio_to_sas_metadata",
-                "common_ratio_to_sas_metadata",
-            )
-            result.append(
-                builder.build(
-                    0,
-                    common,
-                    num_reqs_actual=len(rows.lengths),
-                    block_size=spec.block_size,
-                    **dict(zip(names, shared)),
-                )
-            )
+            result.append(family.build(builder, common, len(rows.lengths), spec.block_size, shared))
         return result
 
     def _tables(self, rows: Rows, padding: int) -> list[Tensor]:
@@ -236,28 +231,29 @@ class Layer:
         shape = (tokens, self.config.model_config.hf_config.hidden_size)
         return torch.randint(-2, 3, shape, generator=self.numbers).bfloat16()
 
-    def run(self, x: Tensor, metadata: list) -> None:
-        """One forward call of the model, as far as this layer is concerned."""
-        with forward_call(metadata, len(x)):
+    def run(self, x: Tensor, metadata: list, executor: Any = None) -> None:
+        """One forward call of the model, as far as this layer is concerned. `executor`: of what the
+        builders leave to another stream."""
+        metadata = family.as_the_attention_gets_them(self.prefix, metadata)
+        with forward_call(metadata, len(x), executor):
             self.attention.forward(
                 f"{self.prefix}.attn", x, self.kv_cache, metadata, output=torch.empty_like(x)
             )
 
-    def run_context_parallel(self, x: Tensor, metadata: list) -> None:
-        """The one step of context parallelism's `_forward` that is ours; before and after it ranks
-        talk."""
-        with forward_call(metadata, len(x)):
-            starts = metadata[0].req_metadata.query_start_loc
-            self.attention._update_indexer_cache(x, self.kv_cache, metadata, starts)
+    def run_context_parallel(self, x: Tensor, metadata: list, executor: Any = None) -> None:
+        """One forward call with context parallelism, as far as the keys are concerned."""
+        metadata = family.as_the_attention_gets_them(self.prefix, metadata)
+        with forward_call(metadata, len(x), executor):
+            family.update_context_parallel(self.attention, self.prefix, x, self.kv_cache, metadata)
 
 
 @contextlib.contextmanager
-def forward_call(metadata: list, tokens: int) -> Iterator[None]:
+def forward_call(metadata: list, tokens: int, executor: Any = None) -> Iterator[None]:
     """What vllm-ascend's runner has around the model's forward call."""
     context = forward_context.ForwardContext(
         no_compile_layers={}, attn_metadata=metadata, slot_mapping={}
     )
-    context.num_tokens = tokens
+    context.num_tokens, context.device_metadata_executor = tokens, executor
     with torch.inference_mode(), forward_context.override_forward_context(context):
         yield
 

@@ -140,6 +140,14 @@ def npu_vllm_quant_lightning_indexer(query: Tensor, **kwargs) -> tuple[Tensor, N
     return torch.zeros(len(query), 1, 512, dtype=torch.int32), None
 
 
+def npu_quant_lightning_indexer_v2_metadata(**kwargs) -> Tensor:
+    return torch.zeros(1024, dtype=torch.int32)
+
+
+def npu_quant_lightning_indexer_v2(query: Tensor, **kwargs) -> tuple[Tensor, None]:
+    return npu_vllm_quant_lightning_indexer(query)
+
+
 def npu_kv_quant_sparse_attn_sharedkv_metadata(**kwargs) -> Tensor:
     return torch.zeros(1024, dtype=torch.int32)
 
@@ -161,9 +169,17 @@ def npu_scatter_nd_update_v2(cache: Tensor, slots: Tensor, values: Tensor) -> No
         cache[block, offset] = values[: len(slots)][written].view(-1, *cache.shape[2:])
 
 
+def npu_scatter_nd_update_sk(cache: Tensor, slots: Tensor, values: Tensor) -> None:
+    npu_scatter_nd_update_v2(cache, slots, values)
+
+
 def compressor_metadata(cos: Tensor, sin: Tensor, *args) -> tuple[Tensor, Tensor, None]:
     """That of the main compressor: our indexer does not ask."""
     return cos[:0], sin[:0], None
+
+
+def compressor_metadata_out(*args) -> None:
+    """Of the stock compressors that no window is closed for."""
 
 
 def compressor(x: Tensor, wkv: Tensor, *args, **kwargs) -> Tensor:
@@ -188,13 +204,17 @@ STOCK_OPERATORS = (
     inplace_partial_rotary_mul,
     npu_vllm_quant_lightning_indexer,
     npu_vllm_quant_lightning_indexer_metadata,
+    npu_quant_lightning_indexer_v2,
+    npu_quant_lightning_indexer_v2_metadata,
     npu_sparse_attn_sharedkv,
     npu_sparse_attn_sharedkv_metadata,
     npu_kv_quant_sparse_attn_sharedkv,
     npu_kv_quant_sparse_attn_sharedkv_metadata,
     npu_scatter_nd_update_v2,
+    npu_scatter_nd_update_sk,
     kv_compress_epilog,
     compressor_metadata,
+    compressor_metadata_out,
     compressor,
 )
 _aten = torch.library.Library("aten", "IMPL")

@@ -5,10 +5,12 @@ vllm-ascend is imported by worker processes alone: vllm-ascend's worker module l
 library, and a process that does not own an NPU must not.
 
     configuration.py   what is accepted, and what is refused with which remedy
-    worker.py          loads the model with our indexers, logs the account
-    loading.py         how the model gets our indexers, and what is checked of vllm-ascend
+    carried.py         how the settings reach the workers
+    worker.py          loads the model with our keys, logs the account
+    loading.py         how the model gets our keys, and what is checked of vllm-ascend
+    family1.py         where they go in vllm-ascend before 0.27
+    family2.py         where they go from 0.27 on
     indexer.py         an indexer's keys: the projection and the op
-    attention.py       vllm-ascend's attention implementations, with those keys
     step.py            a step's requests, from vllm-ascend's metadata
 """
 

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable
 
+from packaging.version import Version
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm_ascend.ascend_config import get_ascend_config
 
 from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
+from vllm_dsv4_indexer.engines.vllm_ascend import found
+from vllm_dsv4_indexer.engines.vllm_ascend.carried import Carried
 from vllm_dsv4_indexer.settings import Settings
 
 STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
 WORKER = "vllm_dsv4_indexer.engines.vllm_ascend.worker.Worker"
-# vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too
+# vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too;
+# from 0.28 on not wkv and wgate
 NZ_FOR_BF16 = 2
+WKV_AND_WGATE_STAY_PLAIN = found()[0] >= Version("0.28.0rc1")
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -27,7 +32,8 @@ def configure(
 
     vllm_config: the configuration, complete but for what the platform sets.
     check_and_update_config: the platform's own function, called in between.
-    Raises UserError that says what was found, what is supported and what to do.
+    Raises UserError that says what was found, what is supported and what to do. Afterwards
+    `additional_config` is a `Carried`.
     """
     if vllm_config.model_config is None:  # as vLLM's own tools have it
         return check_and_update_config(vllm_config)
@@ -36,6 +42,8 @@ def configure(
         Settings.read(vllm_config.additional_config).on("ascend"),
         vllm_config.model_config.enforce_eager,
     )
+    _refuse_unsupported(vllm_config)
+    vllm_config.additional_config = Carried.of(vllm_config.additional_config or {})
     check_and_update_config(vllm_config)
 
     parallel = vllm_config.parallel_config
@@ -45,7 +53,7 @@ def configure(
             f"{STOCK_WORKER!r} (A2, A3, A5)",
             "leave the option out",
         )
-    if get_ascend_config().weight_nz_mode == NZ_FOR_BF16:
+    if get_ascend_config().weight_nz_mode == NZ_FOR_BF16 and not WKV_AND_WGATE_STAY_PLAIN:
         refuse(
             "weight_nz_mode is 2",
             "0 and 1: wkv and wgate are joined, in the plain layout",
@@ -56,6 +64,18 @@ def configure(
         "DSV4_INDEXER: vllm-ascend has reset the attention backend; %s honours it all the same",
         WORKER,
     )
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    config, cache_dtype = vllm_config.model_config.hf_config, vllm_config.cache_config.cache_dtype
+    if vllm_config.use_v2_model_runner:
+        refuse("Model Runner V2 is on", "Model Runner V1", "set VLLM_USE_V2_MODEL_RUNNER=0")
+    if str(cache_dtype).startswith("turboquant"):
+        refuse(f"the KV cache is {cache_dtype}", "it without", "leave --kv-cache-dtype out")
+    if getattr(config, "use_index_cache", False):
+        refuse("use_index_cache is set", "an indexer in every layer", "leave it out")
+    if getattr(config, "vision_n_layers", 0):
+        refuse("the model has a vision tower", "text alone", "leave the option out")
 
 
 def _check_settings(settings: Settings, eager: bool) -> None:

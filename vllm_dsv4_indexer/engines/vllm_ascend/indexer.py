@@ -1,13 +1,13 @@
-"""The keys of vllm-ascend's indexer, by our op.
+"""The keys of one of vllm-ascend's indexers, by our op.
 
-They replace, per layer, the stock chain (compressor, Hadamard product, quantisation, two scatters
-on A2 and A3; compressor, Hadamard product, one fused store on A5) by two launches: the projection,
-one matmul of torch_npu's for `wkv` and `wgate` joined, and the op with the step's plan. Nothing
-here waits for the device, so that a graph can be captured.
+They replace the stock chain (compressor, Hadamard product, quantisation, two scatters on A2 and A3;
+compressor, Hadamard product, one fused store on A5) by two launches: the projection, one matmul of
+torch_npu's for `wkv` and `wgate` joined, and the op with the step's plan. Nothing here waits for
+the device, so that a graph can be captured.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import vllm_ascend.ops  # noqa: F401  before dsa_v1, which it imports in a circle
@@ -17,53 +17,59 @@ from vllm_ascend import utils
 from vllm_ascend.device.device_op import DeviceOperator
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import KV_WIDTH, Layer
+from vllm_dsv4_indexer.contract import (
+    HEAD_DIM,
+    KV_WIDTH,
+    RATIO,
+    ROPE_DIM,
+    ROW_WIDTH,
+    Layer,
+    Requests,
+)
 from vllm_dsv4_indexer.engines import refuse
 from vllm_dsv4_indexer.engines.plans import once_a_step
-from vllm_dsv4_indexer.engines.vllm_ascend.step import Metadata, plan_requests, requests_of
+from vllm_dsv4_indexer.engines.vllm_ascend.step import Metadata, plan_requests
 
 
-class OnePassIndexer:
-    """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our
-    op."""
+class Keys:
+    """The keys of one indexer: its weights joined, and the op on its tensors."""
 
-    indexer: Any  # vllm-ascend's, None in layers that have none
-    parts: Callable[..., list[Metadata]]  # of a step's metadata, in the order of their tokens
-    made: ClassVar[list["OnePassIndexer"]]  # those with an indexer, while a model is loaded
-    impl: str
-    cos_sin: Tensor
-    wkv_wgate: Tensor | None = None
-    bound: ops.BoundLayer | None = None
-    bound_to: tuple[Tensor | None, ...]  # the tensors that `bound` was made of
+    def __init__(
+        self,
+        indexer: Any,
+        requests_of: Callable[[Metadata], Requests],
+        impl: str,
+        cos_sin: Tensor,
+    ) -> None:
+        """indexer: vllm-ascend's, loaded. Its wkv and wgate become views of one joined weight, so
+        that weights which are loaded again arrive here, too.
+        requests_of: a step's requests, in the order of their tokens, from the metadata of this
+        indexer's state and K cache.
+        cos_sin: [positions, 64], 32 cosines and 32 sines each.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.indexer is not None:  # layers of ratio 128 and of the sliding window have none
-            refuse_quantised(self.indexer.compressor)
-            self.made.append(self)
-
-    def finish_loading(self, impl: str, cos_sin: Tensor) -> None:
-        """Join the loaded wkv and wgate. They become views, so that weights which are loaded again
-        arrive here, too."""
-        wkv, wgate = self.indexer.compressor.wkv, self.indexer.compressor.wgate
+        Raises UserError for what the op cannot be given."""
+        self.compressor, self.requests_of = indexer.compressor, requests_of
         self.impl, self.cos_sin = impl, cos_sin
+        self.bound: ops.BoundLayer | None = None
+        self.bound_to: tuple[Tensor | None, ...] = ()  # the tensors that `bound` was made of
+        refuse_quantised(self.compressor)
+        refuse_other_shapes(indexer)
+        wkv, wgate = self.compressor.wkv, self.compressor.wgate
         self.wkv_wgate = torch.cat([wkv.weight.data, wgate.weight.data])
         wkv.weight.data, wgate.weight.data = self.wkv_wgate.split(KV_WIDTH)
 
     def project(self, x: Tensor) -> Tensor:
         """[T, hidden] to kv_score [T, 512] in fp32, not rounded in between."""
-        assert self.wkv_wgate is not None, "finish_loading has run"
         return torch.mm(x, self.wkv_wgate.t(), out_dtype=torch.float32)
 
     def bind(self, kv_cache: tuple[Tensor, ...]) -> ops.BoundLayer:
         """The op on this layer's tensors: made in the first step, and again if one of them has been
         replaced."""
-        compressor = self.indexer.compressor
         caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
-        tensors = compressor.ape, compressor.norm.weight, self.cos_sin, *caches
+        tensors = self.compressor.ape, self.compressor.norm.weight, self.cos_sin, *caches
         if self.bound is None or any(new is not old for new, old in zip(tensors, self.bound_to)):
             layer = Layer(*tensors[:3], *_without_heads(*caches))
-            options = dict(eps=compressor.norm_eps, k_format=k_format(), impl=self.impl)
+            options = dict(eps=self.compressor.norm_eps, k_format=k_format(), impl=self.impl)
             self.bound, self.bound_to = ops.BoundLayer(layer, **options), tensors
         return self.bound
 
@@ -73,9 +79,7 @@ class OnePassIndexer:
 
         def make() -> Tensor:
             k_page = bound.layer.k_cache.shape[1]
-            return plan_requests(
-                requests_of(*self.parts(*metadata)), bound.extents, k_page, self.impl
-            )
+            return plan_requests(self.requests_of(metadata), bound.extents, k_page, self.impl)
 
         # What was made before a capture began is not used in it: a graph makes its plan again in
         # every replay.
@@ -87,6 +91,28 @@ class OnePassIndexer:
         bound = self.bind(kv_cache)
         plan = self.plan(metadata, bound)
         bound.run(self.project(x), plan)
+
+    def compress_beside(
+        self,
+        x: Tensor,
+        kv_cache: tuple[Tensor, ...],
+        metadata: Metadata,
+        beside: Any,
+        meanwhile: Callable[[], Tensor],
+    ) -> Tensor:
+        """The same with the op on the stream `beside`, since it needs vector cores only: beside the
+        matrix products of `meanwhile`, whose result is returned."""
+        bound = self.bind(kv_cache)
+        plan = self.plan(metadata, bound)
+        kv_score = self.project(x)
+        main = torch.npu.current_stream()  # type: ignore[attr-defined]
+        projected = main.record_event()
+        with utils.npu_stream_switch(beside, enabled=True):
+            beside.wait_event(projected)
+            bound.run(kv_score, plan)
+        result = meanwhile()
+        main.wait_stream(beside)
+        return result
 
 
 def k_format() -> str:
@@ -116,4 +142,26 @@ def refuse_quantised(compressor: Any) -> None:
                 f"{layer.prefix} is quantised ({type(layer.quant_method).__name__})",
                 "bf16 or fp16",
                 "use a checkpoint that leaves the indexer's wkv and wgate unquantised",
+            )
+
+
+def refuse_other_shapes(indexer: Any) -> None:
+    """Refuse at the start what the op would refuse in the first step, after minutes of loading."""
+    compressor, state, keys = indexer.compressor, indexer.compressor.state_cache, indexer.k_cache
+    k_dtype = {"int8_hadamard": torch.int8, "fp8_amax": torch.float8_e4m3fn}[k_format()]
+    for what, found, supported in (
+        ("the dtype of its K cache", keys.dtype, k_dtype),
+        ("the width of its K cache", keys.head_dim, HEAD_DIM),
+        ("the dtype of its state", state.dtype, torch.float32),
+        ("the width of its state", state.state_dim, ROW_WIDTH),
+        ("its ratio", compressor.compress_ratio, RATIO),
+        ("its number of rotated dimensions", compressor.rope_head_dim, ROPE_DIM),
+        ("the shape of its ape", tuple(compressor.ape.shape), (RATIO, KV_WIDTH)),
+        ("the dtype of its ape", compressor.ape.dtype, torch.float32),
+    ):
+        if found != supported:
+            refuse(
+                f"{keys.prefix}: {what} is {found}",
+                f"{supported} on this device",
+                "leave the option out, or the setting that changes it",
             )

@@ -14,9 +14,8 @@ from vllm_dsv4_indexer.engines.vllm_ascend import found
 from vllm_dsv4_indexer.engines.vllm_ascend.indexer import k_format
 from vllm_dsv4_indexer.engines.vllm_ascend.loading import (
     check_signatures,
+    family,
     finish_loading,
-    one_pass_indexers,
-    refuse_drafts,
 )
 from vllm_dsv4_indexer.settings import Settings
 
@@ -30,8 +29,11 @@ logger = init_logger("vllm.dsv4_indexer")
 class Worker(Accountable, NPUWorker):
     """vllm-ascend's worker; its model's indexers call our op."""
 
+    def settings(self) -> Settings:
+        return Settings.read(self.vllm_config.additional_config.settings)
+
     def load_model(self) -> None:
-        impl = Settings.read(self.vllm_config.additional_config).on("ascend").impl
+        impl = self.settings().on("ascend").impl
         indexers = indexers_of_stage(self.vllm_config)
         if impl == "stock":
             super().load_model()
@@ -43,7 +45,7 @@ class Worker(Accountable, NPUWorker):
             return
         ops.prepare(impl, current_platform.device_type, k_format())
         check_signatures()
-        with one_pass_indexers() as made:
+        with family().while_loading():
             super().load_model()
         finish_loading(
             self.model_runner.get_model(),
@@ -51,7 +53,6 @@ class Worker(Accountable, NPUWorker):
             indexers,
             self.vllm_config.model_config.max_model_len,
         )
-        refuse_drafts(made)
         logger.info(
             "DSV4_INDEXER: impl=%s compresses for the indexers of %d layers", impl, indexers
         )

@@ -1,20 +1,42 @@
-"""vllm-ascend's attention implementations, with keys from our op."""
+"""vllm-ascend before 0.27: the indexer's code is in the attention implementations.
 
-from typing import Any
+While the worker loads its model, `AscendDSABackend.get_impl_cls` answers with our subclasses; the
+backend itself stays the stock one, since vllm-ascend compares it by identity.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 import torch_npu
 import vllm_ascend.ops  # noqa: F401  before dsa_v1, which it imports in a circle
 from torch import Tensor
-from vllm_ascend import utils
 from vllm_ascend.attention import dsa_v1
 from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPImpl
-from vllm_ascend.attention.dsa_v1 import AscendDSAImpl
+from vllm_ascend.attention.dsa_v1 import AscendDSABackend, AscendDSAImpl
 from vllm_ascend.device.device_op import DeviceOperator
 
-from vllm_dsv4_indexer.contract import HEAD_DIM, ROPE_DIM
-from vllm_dsv4_indexer.engines.vllm_ascend.indexer import OnePassIndexer
-from vllm_dsv4_indexer.engines.vllm_ascend.step import Metadata
+from vllm_dsv4_indexer.contract import HEAD_DIM, ROPE_DIM, Requests
+from vllm_dsv4_indexer.engines import refuse
+from vllm_dsv4_indexer.engines.vllm_ascend.indexer import Keys, refuse_quantised
+from vllm_dsv4_indexer.engines.vllm_ascend.step import Metadata, requests_of
+
+
+class OnePassIndexer:
+    """Mixed into vllm-ascend's attention implementations: the keys of their indexer come from our
+    op."""
+
+    indexer: Any  # vllm-ascend's, None in layers that have none
+    requests_of: Callable[[Metadata], Requests]
+    made: ClassVar[list["OnePassIndexer"]] = []  # those with an indexer, since loading began
+    keys: Keys  # when the model is loaded
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.indexer is not None:  # layers of ratio 128 and of the sliding window have none
+            refuse_quantised(self.indexer.compressor)
+            self.made.append(self)
 
 
 class Attention(OnePassIndexer, AscendDSAImpl):
@@ -51,14 +73,11 @@ class Attention(OnePassIndexer, AscendDSAImpl):
             self.mixed = None
 
     @staticmethod
-    def parts(state: Any, keys: Any) -> list[Metadata]:
-        """The metadata of the decode and of the prefill requests, if there are any, in the order of
-        their tokens."""
-        return [
-            part
-            for part in ((state.decode, keys.decode), (state.prefill, keys.prefill))
-            if part[1] is not None
-        ]
+    def requests_of(metadata: Metadata) -> Requests:
+        """Of the decode and of the prefill requests, if there are any."""
+        state, keys = metadata
+        parts = (state.decode, keys.decode), (state.prefill, keys.prefill)
+        return requests_of(*(part for part in parts if part[1] is not None))
 
     def to_compress(self, x: Tensor, with_prefill: bool) -> Tensor | None:
         """The hidden states that this call compresses: its own, or a mixed step's in the first
@@ -83,7 +102,7 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         nothing."""
         state, keys = attn_metadata[2:4]
         if (tokens := self.to_compress(x, with_prefill)) is not None:
-            self.compress(tokens, kv_cache, (state, keys))
+            self.keys.compress(tokens, kv_cache, (state, keys))
         q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
         _, *caches = DeviceOperator.unpack_dsa_indexer_kv_cache(kv_cache)
         return q, None, *caches, state, keys, None, with_prefill
@@ -100,23 +119,16 @@ class Attention(OnePassIndexer, AscendDSAImpl):
         with_prefill=False,
         qr_pertoken_scale=None,
     ):
-        """The indexer on two streams, vllm-ascend's default: our op, which needs vector cores only,
-        beside the query's matrix products."""
+        """The indexer on two streams, vllm-ascend's default."""
         state, keys = attn_metadata[2:4]
-        if (tokens := self.to_compress(x, with_prefill)) is None:
+
+        def query() -> Tensor:
             return self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
-        bound = self.bind(kv_cache)
-        plan = self.plan((state, keys), bound)
-        kv_score = self.project(tokens)
-        main = torch.npu.current_stream()  # type: ignore[attr-defined]
+
+        if (tokens := self.to_compress(x, with_prefill)) is None:
+            return query()
         beside = dsa_v1.dsv4_dsa_overlap_stream()
-        projected = main.record_event()
-        with utils.npu_stream_switch(beside, enabled=True):
-            beside.wait_event(projected)
-            bound.run(kv_score, plan)
-        q = self.query(qr, qr_pertoken_scale, cos, sin, keys.hadamard, x.dtype)
-        main.wait_stream(beside)
-        return q
+        return self.keys.compress_beside(tokens, kv_cache, (state, keys), beside, query)
 
     def query(
         self,
@@ -161,10 +173,64 @@ class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
     own tokens."""
 
     @staticmethod
-    def parts(state: Any, keys: Any) -> list[Metadata]:
-        """All requests are one part."""
-        return [(state.req_metadata, keys.req_metadata)]
+    def requests_of(metadata: Metadata) -> Requests:
+        """Decode and prefill requests are one part."""
+        state, keys = metadata
+        return requests_of((state.req_metadata, keys.req_metadata))
 
     def _update_indexer_cache(self, x, kv_cache, attn_metadata, actual_seq_lengths_query):
         state, keys = attn_metadata[2:4]
-        self.compress(x, kv_cache, (state, keys))
+        self.keys.compress(x, kv_cache, (state, keys))
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+OURS = {AscendDSAImpl: Attention, AscendDSACPImpl: ContextParallelAttention}
+OVERRIDDEN: dict[Callable[..., Any], type] = {
+    Attention.forward: AscendDSAImpl,
+    Attention._indexer_qkv_prepare: AscendDSAImpl,
+    Attention.cv_indexer_select_qli: AscendDSAImpl,
+    ContextParallelAttention._update_indexer_cache: AscendDSACPImpl,
+}
+CALLED = {
+    (AscendDSABackend, "get_impl_cls"): (),
+    (dsa_v1, "dsv4_dsa_overlap_stream"): (),
+    (dsa_v1, "rotate_activation"): ("x", "hadamard"),
+    (dsa_v1, "_is_w8a8_dynamic"): ("linear",),
+}
+
+
+@contextmanager
+def while_loading() -> Iterator[None]:
+    """Attention layers that are made inside get our implementations."""
+    stock = vars(AscendDSABackend)["get_impl_cls"]
+    AscendDSABackend.get_impl_cls = staticmethod(lambda: OURS[stock()])
+    OnePassIndexer.made.clear()
+    try:
+        yield
+    finally:
+        AscendDSABackend.get_impl_cls = stock
+
+
+def with_indexers(model: Any) -> list[OnePassIndexer]:
+    """The attention implementations of a model that have an indexer."""
+    found = (getattr(module, "impl", None) for module in model.modules())
+    return [
+        attention
+        for attention in found
+        if isinstance(attention, OnePassIndexer) and attention.indexer is not None
+    ]
+
+
+def install(found: Iterable[OnePassIndexer], keys_of: Callable[..., Keys]) -> None:
+    """Give each its keys. Refuses an indexer that was made while the model was loaded, and does not
+    belong to it."""
+    for attention in found:
+        attention.keys = keys_of(attention.indexer, attention.requests_of)
+    for attention in OnePassIndexer.made:
+        if not hasattr(attention, "keys"):
+            refuse(
+                f"{attention.indexer.compressor.wkv.prefix} is in an indexer of a draft model",
+                "draft models whose layers have none, as the published ones",
+                "take another draft model, or leave the speculative configuration out",
+            )
