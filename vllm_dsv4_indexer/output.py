@@ -29,6 +29,11 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]], names: int = 1)
     return made
 
 
+def show(*parts: "Table | str") -> None:
+    """Prints tables and lines, with an empty line around each."""
+    print("", text(*parts), "", sep="\n", flush=True)
+
+
 def text(*parts: "Table | str") -> str:
     """Tables and lines as they are printed, with an empty line between two of them."""
     return "\n\n".join(map(_text, parts))

@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> None:
     cases, contestants = _cases(arguments), _contestants(arguments)
     output.check(arguments.output, files)
     result = _measure(arguments, cases, contestants, getattr(torch, arguments.kv_dtype))
-    print(output.text(*report.tables(result)))
+    output.show(*report.tables(result))
     output.write(arguments.output, {name: _file(name, result) for name in files})
 
 
@@ -213,11 +213,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     from . import report, result
 
     before, after = result.read(arguments.before), result.read(arguments.after)
-    print(output.text(*report.compare(before, after)))
+    output.show(*report.compare(before, after))
 
 
 def _cost(arguments: argparse.Namespace) -> None:
     need("rich", "bench cost")
     from . import cost
 
-    print(output.text(*cost.tables()))
+    output.show(*cost.tables())

@@ -75,14 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import recall, report
 
     for title, agreements in measured["agreement"].items():
-        print(output.text(report.agreement_table(title, agreements)))
+        output.show(report.agreement_table(title, agreements))
     if 0 < arguments.tokens <= recall.ALL_SELECTED:
         print(
             f"(Up to {recall.ALL_SELECTED} tokens all entries are selected, and a wrong compressor "
             "need not show.)"
         )
     if arguments.tasks:
-        print(output.text(report.task_table(arguments.servers, measured["scores"])))
+        output.show(report.task_table(arguments.servers, measured["scores"]))
     output.write(arguments.output, {"compare.json": json.dumps(given(arguments) | measured)})
 
 

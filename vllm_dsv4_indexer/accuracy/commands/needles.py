@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     finder, lengths = _finder(arguments), sorted(arguments.lengths)
     documents = needles.find(finder, lengths, arguments.seed, arguments.chunk)
-    print(output.text(report.needle_table(documents)))
+    output.show(report.needle_table(documents))
     result = json.dumps(given(arguments) | {"documents": documents})
     picture = output.svg(plot.heat_map(documents, _who(arguments)))
     output.write(arguments.output, dict(zip(FILES, (result, picture))))

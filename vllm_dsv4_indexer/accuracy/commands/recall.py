@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{json.dumps(settings)}: {arguments.prompts} x {longest} tokens", flush=True)
         others = (arguments.model, longest, arguments.chunk, seeds)
         recalls.append(process.with_settings(recall.measure, settings, *others))
-    print(output.text(report.recall_table(recalls, sorted(arguments.lengths))))
+    output.show(report.recall_table(recalls, sorted(arguments.lengths)))
     result = given(arguments) | {"recall": recalls}
     output.write(arguments.output, {"recall.json": json.dumps(result)})
 
