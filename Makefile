@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint docs accuracy sanitize fuzz test-aarch64 ascend-cost ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint docs accuracy sanitize fuzz test-aarch64 wheel ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -69,14 +69,22 @@ fuzz: ## feed the native op with what libFuzzer makes up, by clang (10 minutes; 
 	build/fuzz/fuzz -artifact_prefix=build/fuzz/ -len_control=0 -max_len=600 $(or $(ARGS),-max_total_time=600) \
 		build/fuzz/found tests/native/corpus
 
-test-aarch64: ## build the native op for aarch64 and run it under emulation
+test-aarch64: aarch64-tools venv ## build the native op for aarch64 and run it under emulation
+	@$(MAKE) --no-print-directory build/aarch64/replay
+	@$(RUN) pytest tests/native/aarch64.py
+
+wheel: aarch64-tools venv .venv/tools.done ## build the sdist and wheels for x86-64 and aarch64, and check them
+	@AARCH64_CXX="$(AARCH64_CXX)" sh requirements/wheel.sh
+
+.PHONY: aarch64-tools build/aarch64/replay
+aarch64-tools:
 	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool >/dev/null || { echo \
 		"No $$tool found. On Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
-	@$(MAKE) --no-print-directory venv
+
+build/aarch64/replay:
 	@$(RUN) cmake -S tests/native -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=$(AARCH64_CXX)
-	@$(RUN) cmake --build build/aarch64
-	@$(RUN) pytest tests/native/aarch64.py
+	@$(RUN) cmake --build build/aarch64 --target replay
 
 ascend-cost: venv ## what the kernels for NPUs would cost, modelled from counts of their emulation
 	@$(RUN) python tests/ascend_emulation/cost_model.py

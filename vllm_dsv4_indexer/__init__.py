@@ -4,4 +4,6 @@
 Importing this package imports neither torch nor vLLM.
 """
 
-__version__ = "0.1.0"
+import importlib.metadata
+
+__version__ = importlib.metadata.version("vllm-dsv4-indexer")  # of pyproject.toml

@@ -4,6 +4,7 @@
 where it could only be skipped on machines without a cross compiler and an emulator.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from sanitize import replay
 
 PROGRAM = Path(__file__).parents[2] / "build/aarch64/replay"
 EMULATED = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", PROGRAM]
+# Another library than the one that the program was built with: that of a wheel.
+if library := os.environ.get("AARCH64_LIBRARY"):
+    EMULATED[1:1] = ["-E", f"LD_PRELOAD={library}"]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
