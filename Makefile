@@ -36,14 +36,17 @@ check: lint ## check the sources, then run the op's tests (under three minutes)
 IN_TWO_PROCESSES = -n 2 --dist loadgroup --no-loadscope-reorder
 
 TOOLS = .venv/tools/bin
-NATIVE = $(shell git ls-files '*.cpp' '*.h' '*.asc')
+NATIVE = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.asc')
 
 lint: venv .venv/tools.done ## check format, style, types, spelling and scripts, without running anything
 	@$(TOOLS)/ruff format --quiet --check . || { echo "Format them: $(TOOLS)/ruff format ." >&2; exit 1; }
 	@$(TOOLS)/ruff check --quiet .
 	@$(TOOLS)/clang-format --dry-run -Werror $(NATIVE) || { echo "Format them: $(TOOLS)/clang-format -i FILE" >&2; exit 1; }
+	@$(RUN) cmake -S tests/native -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
+	@$(TOOLS)/run-clang-tidy.py -quiet -p build/tidy -clang-tidy-binary $(TOOLS)/clang-tidy >build/tidy.log 2>&1 || \
+		{ cat build/tidy.log >&2; exit 1; }
 	@$(TOOLS)/mypy --python-executable $(BIN)/python
-	@$(TOOLS)/shellcheck .ci/run $(shell git ls-files '*.sh')
+	@$(TOOLS)/shellcheck .ci/run $(shell find requirements tests -name '*.sh')
 	@$(TOOLS)/codespell
 
 docs: .venv/tools.done ## serve the documentation on port 8000, until Ctrl-C
