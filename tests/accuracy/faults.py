@@ -119,9 +119,8 @@ def _(a):
 def _(store):
     def without_carry(x, slots, k_cache):
         carries = (reference._amax(x).view(torch.int32) & 0x7FFFFF) > 0x600000
-        store(
-            x * torch.where(carries, 0.5, 1.0)[:, None], slots, k_cache
-        )  # the same codes, with half the scale
+        # The same codes, with half the scale.
+        store(x * torch.where(carries, 0.5, 1.0)[:, None], slots, k_cache)
 
     return without_carry
 

@@ -24,11 +24,8 @@ STARTS = (*range(10), 63, 64, 65, 127, 128, 129)
 LENGTHS = (*range(1, 10), 127, 128, 129)
 MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
 CASES, CASES_PER_TEST = 3000, 250
-BLOCK_SIZES = (
-    128,
-    64,
-    32,
-)  # of vLLM Ascend, in K entries; a state page has a sixteenth as many rows
+# Of vLLM Ascend, in K entries; a state page has a sixteenth as many rows.
+BLOCK_SIZES = (128, 64, 32)
 FORMATS = (
     {"k_format": "int8_hadamard", "scale_dtype": torch.float16},
     {"k_format": "int8_hadamard", "scale_dtype": torch.float32},
@@ -132,9 +129,8 @@ def test_the_host_gives_every_token_to_a_core_and_no_core_is_idle(ascend_emulati
     for tokens in (1, 3, 4, 5, 127, 128, 1000, 8192, 49151, 49152, 100001):
         per_core, cores = ascend_emulation.cut(tokens, vector_cores)
         assert (cores - 1) * per_core < tokens <= cores * per_core and cores <= vector_cores
-        assert (
-            per_core % (64 if tokens >= 64 * 16 * vector_cores else 4) == 0
-        )  # sixteens of entries where there are many
+        # Sixteens of entries where there are many.
+        assert per_core % (64 if tokens >= 64 * 16 * vector_cores else 4) == 0
 
 
 @pytest.mark.parametrize("options", FORMATS[:1], ids=str)
@@ -280,9 +276,8 @@ def test_random_batches_equal_the_reference(ascend_emulation, first):
 def test_a_last_bit_in_exp_div_and_sqrt_turns_few_entries(ascend_emulation, options):
     cases = [{"requests": [(0, 400)], "seed": seed, "k_page": 128, **options} for seed in range(5)]
     for noise in (1, 2):
-        compare(
-            ascend_emulation, cases, codes=0.1, scales=0.7, noise=noise
-        )  # an fp32 scale is itself a quotient
+        # An fp32 scale is itself a quotient.
+        compare(ascend_emulation, cases, codes=0.1, scales=0.7, noise=noise)
 
 
 def test_large_gates_and_zeros_equal_the_reference(ascend_emulation):

@@ -201,10 +201,8 @@ def assert_only(path, contents):
 
 def refusal(capsys, path) -> str:
     """The one line that the command prints."""
-    assert (
-        cli.main(["make-checkpoint", str(path), "--layers", "3", "--hidden", "64", "--seed", "1"])
-        == 2
-    )
+    options = ["--layers", "3", "--hidden", "64", "--seed", "1"]
+    assert cli.main(["make-checkpoint", str(path), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

@@ -131,9 +131,8 @@ def test_a_disk_that_is_full_is_found_out_before(tmp_path, monkeypatch):
             return self
 
         def __exit__(self, *_):
-            raise OSError(
-                errno.ENOSPC, os.strerror(errno.ENOSPC)
-            )  # where a small write reaches the disk
+            # Where a small write reaches the disk.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         def write(self, _):
             pass

@@ -60,41 +60,28 @@ def test_overlay_scan_is_right_for_every_ring(seed):
     )
 
 
+def wrong_entries(batch: Batch, algorithm: str) -> list[int]:
+    """Those in which the algorithm differs from one pass."""
+    return differing_entries(batch.clone().compress(algorithm), batch.clone().compress("cpu"))
+
+
 @pytest.mark.parametrize("length, ring, wrong", [(128, 134, [0]), (129, 136, [])])
 def test_scatter_pool_is_wrong_at_a_ring_of_n_plus_6_and_right_at_n_plus_7(length, ring, wrong):
     batch = make_batch([(11, length)], ring=ring, page=2)
-    assert (
-        differing_entries(batch.clone().compress("scatter_pool"), batch.clone().compress("cpu"))
-        == wrong
-    )
+    assert wrong_entries(batch, "scatter_pool") == wrong
 
 
 def test_scatter_pool_is_wrong_in_both_windows_of_a_token_without_a_state_row():
     batch = make_batch([(4, 12)])
-    batch.inner_state_slot_mapping[
-        2
-    ] = -1  # position 6: in the group of entry 1, and the previous group of entry 2
-    assert differing_entries(
-        batch.clone().compress("scatter_pool"), batch.clone().compress("cpu")
-    ) == [0, 1]
-    assert (
-        differing_entries(batch.clone().compress("overlay_scan"), batch.clone().compress("cpu"))
-        == []
-    )
+    # Position 6: in the group of entry 1, and the previous group of entry 2.
+    batch.inner_state_slot_mapping[2] = -1
+    assert wrong_entries(batch, "scatter_pool") == [0, 1]
+    assert wrong_entries(batch, "overlay_scan") == []
 
 
 def test_scatter_pool_leaves_out_a_row_without_a_page():
     """The contract asks for the pages of history alone; nothing is read outside the caches."""
     batch = make_batch([(8, 17)])
     batch.inner_state_block_table[:, 3:] = 10**6
-    assert differing_entries(
-        batch.clone().compress("scatter_pool"), batch.clone().compress("cpu")
-    ) == [
-        1,
-        2,
-        3,
-    ]
-    assert (
-        differing_entries(batch.clone().compress("overlay_scan"), batch.clone().compress("cpu"))
-        == []
-    )
+    assert wrong_entries(batch, "scatter_pool") == [1, 2, 3]
+    assert wrong_entries(batch, "overlay_scan") == []

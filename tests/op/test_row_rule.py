@@ -116,10 +116,8 @@ def test_of_two_tokens_at_one_slot_and_position_the_last_is_taken(impl):
         batch.inner_state_slot_mapping[:64] = batch.inner_state_slot_mapping[64:128]
         if spoil:
             batch.inner_state_slot_mapping[70] = batch.inner_state_slot_mapping[60]
-        assert (
-            batch.clone().compress(impl).entries()[-1]
-            == one_after_the_other(batch.clone(), impl).entries()[-1]
-        )
+        together, apart = batch.clone().compress(impl), one_after_the_other(batch.clone(), impl)
+        assert together.entries()[-1] == apart.entries()[-1]
 
 
 def calls_of(

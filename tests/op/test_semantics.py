@@ -190,11 +190,8 @@ def test_scatter_first_breaks_at_a_ring_of_n_plus_6_and_not_of_n_plus_7(impl):
 
 @pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
 def test_pages_freed_by_one_call_may_be_recycled_by_the_next(impl):
-    length, chunk, recycled = (
-        200,
-        16,
-        7,
-    )  # seven pages of four hold a chunk and the window before it
+    # Seven pages of four hold a chunk and the window before it.
+    length, chunk, recycled = 200, 16, 7
     expected = make_batch([(0, length)]).compress(impl)
     batch = make_batch([(0, length)], ring=4 * recycled)
     table = batch.inner_state_block_table
@@ -227,10 +224,8 @@ def test_a_nan_stays_in_the_windows_that_hold_it(impl):
     poisoned.kv_score[9] = torch.nan
     clean, dirty = batch.compress(impl).entries(), poisoned.compress(impl).entries()
     differing = {i for i, (a, b) in enumerate(zip(clean, dirty)) if a != b}
-    assert differing == {
-        2,
-        3,
-    }  # position 9 is in the group of entry 2, and the previous group of entry 3
+    # Position 9 is in the group of entry 2, and the previous group of entry 3.
+    assert differing == {2, 3}
 
 
 def test_extreme_values_equal_the_reference():

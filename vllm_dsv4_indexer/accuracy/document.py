@@ -89,11 +89,8 @@ def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
     """hosts: the entries with a needle, and the last offset that the key of each may have."""
     entries = length // GROUP
     tokens = draw.choices(FILLERS, k=length)
-    needles, keys, decoys = (
-        [],
-        draw.sample(range(len(KEYS)), entries),
-        iter(draw.sample(DECOYS, entries)),
-    )
+    keys, decoys = draw.sample(range(len(KEYS)), entries), iter(draw.sample(DECOYS, entries))
+    needles = []
     free = 0  # the first position that no pair holds
     for entry in range(entries):
         near_needle = entry - 1 in hosts or entry + 1 in hosts

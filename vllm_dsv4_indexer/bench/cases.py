@@ -24,13 +24,7 @@ _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep":
 _HIDDEN_MAX = 0.05
 _WEIGHT_STDS = (0.0293, 0.0512)
 _KV, _GATE = (4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS)
-_FLASH = Spread(
-    kv=_KV,
-    gate=_GATE,
-    ape=0.1528,
-    norm_mean=0.685,
-    norm=0.261,
-)
+_FLASH = Spread(kv=_KV, gate=_GATE, ape=0.1528, norm_mean=0.685, norm=0.261)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,8 @@ class Layer:
         self._draw_weights()
         compressor = self.module.indexer.compressor
         self.projection = torch.cat([compressor.wkv.weight, compressor.wgate.weight])
-        self.attention._forward_o_proj = lambda o_proj_input, output: (
-            None
-        )  # its weights are nobody's concern here
+        # Its weights are nobody's concern here.
+        self.attention._forward_o_proj = lambda o_proj_input, output: None
         if ours:
             loading.finish_loading(self.module, "reference", 1, config.model_config.max_model_len)
         cache = config.cache_config

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 ABSENT = ("torch_npu", "acl", "torchair")
-PRODUCT = os.environ[
-    "TEST_PRODUCT"
-]  # A2 or A5: vllm-ascend is built for one, and the wheel says which
+# A2 or A5: vllm-ascend is built for one, and the wheel says which.
+PRODUCT = os.environ["TEST_PRODUCT"]
 calls: Counter[str] = Counter()  # of the operators below, by name
 streams: list[str] = []  # what was launched, and which stream waited for which
 

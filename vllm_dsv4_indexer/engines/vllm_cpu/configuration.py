@@ -117,31 +117,17 @@ def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
     """Tail-only saving is right where only the request itself reads its state, and each of its
     steps starts where the last one ended. Preemption computes a request again from its start; a
     session with streamed input goes back to the end of its last prompt at the furthest."""
-    cache = vllm_config.cache_config
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    drafts, connector = vllm_config.speculative_config, vllm_config.kv_transfer_config
     for unsafe, found, remedy in (
         (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
-        (
-            vllm_config.kv_transfer_config,
-            "a KV connector is configured",
-            "leave --kv-transfer-config out",
-        ),
+        (connector, "a KV connector is configured", "leave --kv-transfer-config out"),
         (cache.kv_offloading_size, "KV offloading is on", "leave --kv-offloading-size out"),
         (vllm_config.kv_events_config, "KV events are configured", "leave --kv-events-config out"),
-        (
-            vllm_config.scheduler_config.scheduler_cls,
-            "a scheduler is configured",
-            "leave --scheduler-cls out",
-        ),
-        (
-            vllm_config.speculative_config,
-            "rejected drafts go back",
-            "leave --speculative-config out",
-        ),
+        (scheduler.scheduler_cls, "a scheduler is configured", "leave --scheduler-cls out"),
+        (drafts, "rejected drafts go back", "leave --speculative-config out"),
     ):
         if unsafe:
+            found = f"dsv4_indexer.state_save is 'tail', but {found}"
             supported = "'tail' where nobody but the request itself can come back to its state"
-            refuse(
-                f"dsv4_indexer.state_save is 'tail', but {found}",
-                supported,
-                f"{remedy}, or leave state_save out",
-            )
+            refuse(found, supported, f"{remedy}, or leave state_save out")
