@@ -6,4 +6,7 @@ Importing this package imports neither torch nor vLLM.
 
 import importlib.metadata
 
-__version__ = importlib.metadata.version("vllm-dsv4-indexer")  # of pyproject.toml
+try:
+    __version__ = importlib.metadata.version("vllm-dsv4-indexer")  # of pyproject.toml
+except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
