@@ -5,6 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +183,9 @@ def test_the_schemas_have_the_fields_of_the_contract_in_its_order():
     assert types(OPS.run) == ["Tensor"] * 7 + optional
     for function, op in ((ops.compress, OPS.compress), (ops.plan, OPS.plan), (ops.run, OPS.run)):
         assert list(inspect.signature(function).parameters) == arguments(op)
+
+
+def test_the_example_of_an_engine_of_ones_own_runs():
+    example = Path(__file__).parents[2] / "examples" / "own_engine.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
+    assert "called 4 times on 52 tokens and wrote 12 entries" in done.stdout
