@@ -24,7 +24,7 @@ class Tile {
     pipe->InitBuffer(queue_, 2, kMost * (kFrameFloats + kRopeDim) * sizeof(float));
     pipe->InitBuffer(bias_buffer_, kRatio * kKvWidth * sizeof(float));
     bias_ = bias_buffer_.Get<float>();
-    LoadBias(pipe);
+    LoadBias();
   }
 
   // A tile's life: it begins empty, gets frames, its rows arrive, are completed, leave, and may be
@@ -147,12 +147,12 @@ class Tile {
     int row, rows;
   };
 
-  __aicore__ inline void LoadBias(TPipe* pipe) {
+  // The first tile arrives after it.
+  __aicore__ inline void LoadBias() {
     GlobalTensor<float> gm;
     gm.SetGlobalBuffer((__gm__ float*)args_.ape, kRatio * kKvWidth);
     DataCopyPad(bias_, gm, DataCopyExtParams(1, kRatio * kKvWidth * sizeof(float), 0, 0, 0),
                 DataCopyPadExtParams<float>());
-    Order<HardEvent::MTE2_V>(pipe);
   }
 
   __aicore__ inline void LoadCosSin(int64_t position) {

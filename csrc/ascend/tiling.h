@@ -36,7 +36,10 @@ struct Product {
   int64_t architecture;
 };
 constexpr int64_t kA5 = 3510;  // the architecture that casts to fp8_e4m3fn_t
-constexpr Product kProducts[] = {{"Ascend910B", 2201}, {"Ascend910_93", 2201}, {"Ascend950", kA5}};
+// "Ascend910B" alone is a chip of the first generation, of another architecture.
+constexpr Product kProducts[] = {{"Ascend910B1", 2201},  {"Ascend910B2", 2201},
+                                 {"Ascend910B3", 2201},  {"Ascend910B4", 2201},
+                                 {"Ascend910_93", 2201}, {"Ascend950", kA5}};
 
 // What a launch is to run on: the product, and the architecture that the library was compiled for.
 struct Device {
@@ -67,7 +70,7 @@ template <int kLines>
 bool broken(const Device& device, const Line (&lines)[kLines], char* message, int64_t size) {
   const Product* product = device.product();
   const Line own[] = {
-      {product != nullptr, "the product", 0, "Ascend910B, Ascend910_93 and Ascend950"},
+      {product != nullptr, "the product", 0, "Ascend910B1 to B4, Ascend910_93 and Ascend950"},
       {product && product->architecture == device.built_for, "a library built for architecture",
        device.built_for,
        "2201 on Ascend910B and Ascend910_93, 3510 on Ascend950; install again with "

@@ -24,6 +24,11 @@ struct DataCopyPadExtParams {
 
 namespace detail {
 
+template <class T>
+uint8_t* on_host(__gm__ T* global) {
+  return reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(global));
+}
+
 inline uint32_t padded(uint32_t bytes) {
   return (bytes + emulation::kBlock - 1) / emulation::kBlock * emulation::kBlock;
 }
@@ -58,7 +63,7 @@ void to_local(const LocalTensor<T>& target, const GlobalTensor<T>& source,
   core.issue(emulation::kMte2);
   ++core.counts.reads;
   core.counts.read_bytes += int64_t{p.blockCount} * p.blockLen;
-  const uint8_t* from = reinterpret_cast<const uint8_t*>(source.GetPhyAddr());
+  const uint8_t* from = on_host(source.GetPhyAddr());
   for (uint32_t i = 0, at = 0; i < p.blockCount; ++i) {
     emulation::memory.touch(core, reinterpret_cast<uintptr_t>(from), p.blockLen, false, what);
     blocks(target, at, p.blockLen, what, [&](uint32_t address, uint32_t bytes, uint32_t done) {
@@ -77,7 +82,7 @@ void to_global(const GlobalTensor<T>& target, const LocalTensor<T>& source,
   core.issue(emulation::kMte3);
   ++core.counts.writes;
   core.counts.write_bytes += int64_t{p.blockCount} * p.blockLen;
-  uint8_t* to = reinterpret_cast<uint8_t*>(target.GetPhyAddr());
+  uint8_t* to = on_host(target.GetPhyAddr());
   for (uint32_t i = 0, at = 0; i < p.blockCount; ++i) {
     emulation::memory.touch(core, reinterpret_cast<uintptr_t>(to), p.blockLen, true, what);
     blocks(source, at, p.blockLen, what, [&](uint32_t address, uint32_t bytes, uint32_t done) {

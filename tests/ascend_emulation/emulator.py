@@ -16,7 +16,8 @@ from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.ops import ascend
 
 HERE = Path(__file__).parent
-PRODUCTS = ("Ascend910B", "Ascend910_93", "Ascend950")  # emulation::kProducts
+A2_NAME, A5_NAME = "Ascend910B1", "Ascend950PR_9589"
+PRODUCTS = (A2_NAME, "Ascend910_9391", A5_NAME, "Ascend910B")  # emulation::kProducts
 A5 = 3510  # architectures
 A2 = 2201
 COMPILER = os.environ.get("CXX", "c++")
@@ -62,7 +63,7 @@ class Emulator:
 
     def use(
         self,
-        product: str = "Ascend910B",
+        product: str = A2_NAME,
         cores: int = 48,
         noise: int = 0,
         order: int = 0,
@@ -73,7 +74,7 @@ class Emulator:
         Exp, Div and Sqrt, `order` that of the order in which the cores run, `built_for` the
         architecture of the library, by default the product's. If `failing`, every launch fails.
         Forgets the counts."""
-        built_for = built_for or (A5 if product == "Ascend950" else A2)
+        built_for = built_for or (A5 if product == A5_NAME else A2)
         self.library.emulation_configure(
             PRODUCTS.index(product), cores, noise, order, built_for, failing
         )

@@ -12,5 +12,4 @@
 #define __aicore__
 #define __global__
 #define __vector__
-#define __gm__
 // NOLINTEND(bugprone-reserved-identifier)

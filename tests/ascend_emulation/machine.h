@@ -47,9 +47,10 @@ struct Product {
   bool is_950;
 };
 constexpr Product kProducts[] = {
-    {"Ascend910B", 192 * 1024 - 256 - 8 * 1024, false},
-    {"Ascend910_93", 192 * 1024 - 256 - 8 * 1024, false},
-    {"Ascend950", 248 * 1024, true},
+    {"Ascend910B1", 192 * 1024 - 256 - 8 * 1024, false},
+    {"Ascend910_9391", 192 * 1024 - 256 - 8 * 1024, false},
+    {"Ascend950PR_9589", 248 * 1024, true},
+    {"Ascend910B", 0, false},  // of the first generation
 };
 constexpr uint32_t kUnifiedBuffer = 256 * 1024;
 

@@ -27,8 +27,8 @@ struct Frame {
     pipe.InitBuffer(in, 2, 256);
     pipe.InitBuffer(out, 2, 256);
     pipe.InitBuffer(buffer, 4096);
-    input.SetGlobalBuffer(reinterpret_cast<float*>(from), 16384);
-    output.SetGlobalBuffer(reinterpret_cast<float*>(to), 16384);
+    input.SetGlobalBuffer((__gm__ float*)reinterpret_cast<uintptr_t>(from), 16384);
+    output.SetGlobalBuffer((__gm__ float*)reinterpret_cast<uintptr_t>(to), 16384);
     work = buffer.Get<float>();
   }
 

@@ -4,6 +4,12 @@
 
 #include "machine.h"
 
+// The address spaces of global memory and of the unified buffer: test_spaces.py defines them.
+#ifndef __gm__
+#define __gm__    // NOLINT(bugprone-reserved-identifier): the names are the vendor's
+#define __ubuf__  // NOLINT(bugprone-reserved-identifier)
+#endif
+
 struct half {
   uint16_t bits;
 };
@@ -31,8 +37,8 @@ struct Buffer {
 template <class T>
 class GlobalTensor {
  public:
-  void SetGlobalBuffer(T* buffer, uint64_t size) { data_ = buffer, size_ = size; }
-  void SetGlobalBuffer(T* buffer) { data_ = buffer, size_ = 0; }
+  void SetGlobalBuffer(__gm__ T* buffer, uint64_t size) { data_ = buffer, size_ = size; }
+  void SetGlobalBuffer(__gm__ T* buffer) { data_ = buffer, size_ = 0; }
 
   GlobalTensor operator[](uint64_t offset) const {
     GlobalTensor tensor = *this;
@@ -53,7 +59,7 @@ class GlobalTensor {
     data_[offset] = value;
   }
 
-  T* GetPhyAddr() const { return data_; }
+  __gm__ T* GetPhyAddr() const { return data_; }
 
  private:
   void touch(uint64_t offset, bool write) const {
@@ -62,7 +68,7 @@ class GlobalTensor {
                             write, write ? "SetValue" : "GetValue", true);
   }
 
-  T* data_ = nullptr;
+  __gm__ T* data_ = nullptr;
   uint64_t size_ = 0;
 };
 
@@ -97,7 +103,9 @@ class LocalTensor {
     std::memcpy(const_cast<uint8_t*>(scalar(index, true)), &value, sizeof value);
   }
 
-  T* GetPhyAddr() const { return reinterpret_cast<T*>(emulation::core.memory + address_); }
+  __ubuf__ T* GetPhyAddr() const {
+    return (__ubuf__ T*)reinterpret_cast<uintptr_t>(emulation::core.memory + address_);
+  }
 
   uint32_t address() const { return address_; }
   TPosition position() const { return buffer_->position; }

@@ -38,12 +38,12 @@ MISTAKES = {
     "a pointer to another type": ("CORE_NUM, &cores)", "CORE_NUM, &device)"),
     "a number for an enumerator": ("ACL_DEV_ATTR_VECTOR_CORE_NUM", "201"),
     "a launch on what is no stream": (
-        "save_int8<<<cores, nullptr, stream",
-        "save_int8<<<cores, nullptr, cores",
+        "save_int8<<<cores, 0, stream",
+        "save_int8<<<cores, 0, cores",
     ),
     "a launch of other values": (
-        "save_fp8<<<cores, nullptr, stream>>>(a",
-        "save_fp8<<<cores, nullptr, stream>>>(t",
+        "save_fp8<<<cores, 0, stream>>>(a",
+        "save_fp8<<<cores, 0, stream>>>(t",
     ),
     "another signature than abi.h's": ("const RunArguments* arguments", "RunArguments* arguments"),
     "no level of errors": (

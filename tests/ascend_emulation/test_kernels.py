@@ -13,7 +13,7 @@ import torch
 
 from batches import assert_close, assert_identical, make_batch, one_after_the_other, ordered
 from batches import random_case as random_op_case
-from emulator import A2, A5
+from emulator import A2, A2_NAME, A5, A5_NAME
 from steps import SHARED, shared_batch
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import FP8_MAX, HEAD_DIM, ContractError, Extents, plan_size
@@ -34,7 +34,7 @@ FORMATS = (
 
 
 def product_of(options: dict) -> str:
-    return "Ascend950" if options["k_format"] == "fp8_amax" else "Ascend910B"
+    return A5_NAME if options["k_format"] == "fp8_amax" else A2_NAME
 
 
 class Comparison:
@@ -337,12 +337,12 @@ def test_a_core_that_reads_a_row_that_the_call_writes_is_found(ascend_emulation)
     [
         (
             {"k_format": "fp8_amax"},
-            "Ascend910B: k_format fp8_amax on this product, number 2 is not supported; supported: "
+            f"{A2_NAME}: k_format fp8_amax on this product, number 2 is not supported; supported: "
             "int8",
         ),
         (
             {"k_format": "int8_hadamard", "k_page": 16},
-            "Ascend910B: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128",
+            f"{A2_NAME}: a K page, in entries, of 16 is not supported; supported: 32, 64 and 128",
         ),
         (
             {"k_format": "int8_hadamard", "kv_dtype": torch.bfloat16},
@@ -403,13 +403,19 @@ def test_a_format_without_a_kernel_is_refused_by_name(ascend_emulation):
         make_batch([(0, 8)]).compress("ascend")
 
 
-@pytest.mark.parametrize("product, built_for", [("Ascend950", A2), ("Ascend910B", A5)])
+@pytest.mark.parametrize("product, built_for", [(A5_NAME, A2), (A2_NAME, A5)])
 def test_a_library_for_another_architecture_is_refused(ascend_emulation, product, built_for):
     ascend_emulation.use(product, built_for=built_for)
     with pytest.raises(
         ContractError,
         match=f"{product}: a library built for architecture {built_for} is not supported",
     ):
+        make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).compress("ascend")
+
+
+def test_a_chip_of_the_first_generation_is_refused(ascend_emulation):
+    ascend_emulation.use("Ascend910B")
+    with pytest.raises(ContractError, match="Ascend910B: the product 0 is not supported"):
         make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).compress("ascend")
 
 

@@ -5,11 +5,13 @@ import re
 
 import pytest
 
+from emulator import A5_NAME
+
 BROKEN = {
     "alignment of an operand": "alignment: Duplicate at 1028 of the unified buffer, not a multiple of 32",
     "alignment of a transfer's length": "alignment: DataCopy of 28 bytes, not a multiple of 32",
     "alignment of a transfer's address": "alignment: DataCopy to the unified buffer at 16 of the unified buffer",
-    "budget of the unified buffer": "budget: 188192 bytes of unified buffer; Ascend910B has 188160",
+    "budget of the unified buffer": "budget: 188192 bytes of unified buffer; Ascend910B1 has 188160",
     "uninitialised read": "uninitialised: Abs reads unified buffer at 1280, which nothing wrote",
     "uninitialised read of a buffer that was used before": "uninitialised: DataCopy to global memory reads",
     "uninitialised tail of a padded transfer": "uninitialised: Abs reads unified buffer at 0",
@@ -45,7 +47,7 @@ BROKEN = {
     "event: wait without a set": "event: S waits for V 1, which is not set",
     "event: set and never waited for": "event: a flag is left set at the end of the kernel",
     "position of a transfer": "position: DataCopyPad to the unified buffer and a buffer at VECCALC",
-    "fp8 on A2": "product: Ascend910B has no Cast to fp8_e4m3fn_t",
+    "fp8 on A2": "product: Ascend910B1 has no Cast to fp8_e4m3fn_t",
 }
 KEPT = (
     "keeps every rule",
@@ -71,7 +73,7 @@ def test_a_kernel_that_just_keeps_the_rule_is_not(ascend_emulation, rule):
 
 
 def test_the_950_has_more_room_and_casts_to_fp8(ascend_emulation):
-    ascend_emulation.use(product="Ascend950")
+    ascend_emulation.use(product=A5_NAME)
     assert ascend_emulation.broken_rule("budget of the unified buffer") == ""
     assert ascend_emulation.broken_rule("fp8 on A2") == ""
 
