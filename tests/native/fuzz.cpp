@@ -16,14 +16,6 @@ class Input {
   int64_t below(int64_t end) { return byte() % end; }
   bool flag() { return byte() & 1; }
 
-  // Mostly from -1 to `bound`, the nearest values that are out of range; sometimes far away.
-  int64_t value(int64_t bound) {
-    constexpr int64_t kFar[] = {INT64_MIN, INT64_MAX, INT32_MIN, INT32_MAX,
-                                -2,        -4,        1ll << 62, -256};
-    const int64_t b = byte();
-    return b < 248 ? b % (bound + 2) - 1 : kFar[b - 248];
-  }
-
  private:
   const uint8_t *data_, *const end_;
 };
@@ -66,11 +58,12 @@ class Builder {
     dsv4::LayerArguments& l = call_.layer;
     seed_ = in_.byte();
     kind_ = in_.flag() ? kAnyBits : kMild;
+    wild_ = in_.below(4) == 3;
     s.tokens = 1 + in_.below(64);
     s.requests = 1 + in_.below(4);
     s.state_page = 2 << in_.below(3);
-    s.state_pages = 1 + in_.below(12);
-    s.table_columns = in_.below(16);
+    s.state_pages = 2 + in_.below(11);
+    s.table_columns = in_.below(34);
     s.block_table_stride = s.table_columns + in_.below(2);
     s.max_pos = 1 + in_.below(64);
     state();
@@ -163,12 +156,12 @@ class Builder {
     dsv4::StepArguments& s = call_.step;
     std::vector<int32_t> table(s.requests * s.block_table_stride), requests(s.tokens);
     std::vector<int64_t> positions(s.tokens), state_slots(s.tokens), k_slots(s.tokens);
-    for (int32_t& page : table) page = static_cast<int32_t>(in_.value(s.state_pages));
+    for (int32_t& page : table) page = static_cast<int32_t>(value(1, s.state_pages));
     for (int64_t t = 0; t < s.tokens; ++t) {
       const uint8_t how = in_.byte();
-      const bool follows = t > 0 && how & 1;
-      const uint64_t position = follows ? positions[t - 1] + 1ull : in_.value(s.max_pos);
-      const int64_t request = follows ? requests[t - 1] : in_.value(s.requests);
+      const bool follows = t > 0 && how & 1 && (wild_ || positions[t - 1] + 1 < s.max_pos);
+      const uint64_t position = follows ? positions[t - 1] + 1ull : value(0, s.max_pos);
+      const int64_t request = follows ? requests[t - 1] : value(0, s.requests);
       const uint64_t column = position / s.state_page, rest = position % s.state_page;
       const bool mapped =
           request >= 0 && request < s.requests && column < static_cast<uint64_t>(s.table_columns);
@@ -176,9 +169,9 @@ class Builder {
       const bool closes = position % dsv4::kRatio == dsv4::kRatio - 1;
       positions[t] = static_cast<int64_t>(position);
       requests[t] = static_cast<int32_t>(request);
-      state_slots[t] = how & 2 || page < 0 ? in_.value(s.state_pages * s.state_page)
+      state_slots[t] = how & 2 || page < 0 ? value(-1, s.state_pages * s.state_page)
                                            : page * s.state_page + static_cast<int64_t>(rest);
-      k_slots[t] = how & 4 ? in_.value(s.k_entries) : closes ? k_slot(request, position) : -1;
+      k_slots[t] = how & 4 ? value(-1, s.k_entries) : closes ? k_slot(request, position) : -1;
     }
     s.positions = add_values(positions);
     s.token_to_req = add_values(requests);
@@ -192,9 +185,19 @@ class Builder {
                                 static_cast<uint64_t>(call_.step.k_entries));
   }
 
+  // In [low, end). Of a wild call also the neighbours, which are out of range, and far numbers.
+  int64_t value(int64_t low, int64_t end) {
+    constexpr int64_t kFar[] = {INT64_MIN, INT64_MAX, INT32_MIN, INT32_MAX,
+                                -2,        -4,        1ll << 62, -256};
+    const int64_t b = in_.byte(), sound = std::max<int64_t>(end - low, 1);
+    if (!wild_) return low + b % sound;
+    return b < 248 ? low - 1 + b % (sound + 2) : kFar[b - 248];
+  }
+
   Input in_;
   uint64_t seed_ = 0;
   Kind kind_ = kMild;
+  bool wild_ = false;  // some of the values are out of range
   calls::Call call_{};
 };
 
