@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from vllm.logger import init_logger
@@ -33,8 +34,9 @@ class Accountable:
         self._give_account()
         super().shutdown()  # type: ignore[misc]
 
+    @cached_property
     def settings(self) -> Settings:
-        """The user's."""
+        """The user's, as they were when the worker began: a step does not check them again."""
         return Settings.read(self.vllm_config.additional_config)
 
     def _give_account(self) -> None:
@@ -42,7 +44,7 @@ class Accountable:
         name."""
         logger.info("DSV4_INDEXER: rank %d: %s", self.rank, ops.work)
         self._account_due = time.monotonic() + SECONDS
-        file = self.settings().account
+        file = self.settings.account
         if file is None:
             return
         try:

@@ -285,7 +285,7 @@ def test_the_settings_come_along_and_leave_no_key_that_vllm_ascend_may_refuse(co
     assert "dsv4_indexer" not in config.additional_config
     worker = workers.Worker.__new__(workers.Worker)
     worker.vllm_config = pickle.loads(pickle.dumps(config))
-    assert worker.settings().impl == "reference"
+    assert worker.settings.impl == "reference"
 
 
 def test_model_runner_v2_is_refused_by_name(configure, monkeypatch):

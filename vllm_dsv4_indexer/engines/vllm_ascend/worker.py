@@ -1,5 +1,6 @@
 """vllm-ascend's worker; its model's indexers call our op."""
 
+from functools import cached_property
 from typing import Any
 
 from packaging.version import Version
@@ -29,11 +30,12 @@ logger = init_logger("vllm.dsv4_indexer")
 class Worker(Accountable, NPUWorker):
     """vllm-ascend's worker; its model's indexers call our op."""
 
+    @cached_property
     def settings(self) -> Settings:
         return Settings.read(self.vllm_config.additional_config.settings)
 
     def load_model(self) -> None:
-        impl = self.settings().on("ascend").impl
+        impl = self.settings.on("ascend").impl
         indexers = indexers_of_stage(self.vllm_config)
         if impl == "stock":
             super().load_model()

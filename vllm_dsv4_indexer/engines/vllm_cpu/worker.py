@@ -19,7 +19,6 @@ from vllm_dsv4_indexer.engines.vllm_cpu import projects_exactly
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import K_FORMAT, replace_compressors
 from vllm_dsv4_indexer.engines.vllm_cpu.patches import metadata_on_cpu
 from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections
-from vllm_dsv4_indexer.settings import Settings
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -28,7 +27,7 @@ class Worker(Accountable, CPUWorker):
     """vLLM's CPU worker with our compressor in the model and our metadata under it."""
 
     def load_model(self, **kwargs: Any) -> None:
-        settings = Settings.read(self.vllm_config.additional_config).on("cpu")
+        settings = self.settings.on("cpu")
         exact = projects_exactly(settings)
         impl = settings.impl
         if impl != "stock":
