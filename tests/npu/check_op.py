@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from paged import PAGES, on, paged_batch
+from paged import PAGES, paged_batch
 
 from batches import Batch, assert_close, assert_identical
 from steps import K_PAGE, SHARED, random_requests
@@ -33,7 +33,7 @@ REPEATS = 50  # of a call that is expected to store the same bytes every time
 
 def stored(batch: Batch) -> Batch:
     """The batch after the op has run on the device."""
-    return on("cpu", on(DEVICE, batch).compress(IMPL))
+    return batch.to(DEVICE).compress(IMPL).to("cpu")
 
 
 def assert_stores_the_reference(batch: Batch, case: object) -> None:
@@ -78,11 +78,11 @@ def test_the_same_call_stores_the_same_bytes_every_time(pages):
 @pytest.mark.parametrize("pages", PAGES)
 def test_a_prompt_in_chunks_stores_the_bytes_of_the_whole(pages):
     batch = paged_batch([(0, 130)], pages, K_FORMAT)
-    whole, chunked = on(DEVICE, batch), on(DEVICE, batch)
+    whole, chunked = batch.to(DEVICE), batch.to(DEVICE)
     whole.compress(IMPL)
     for chunk in torch.arange(130).split([1, 6, 3, 50, 2, 68]):
         chunked.take(slice(int(chunk[0]), int(chunk[-1]) + 1)).compress(IMPL)
-    assert_identical(on("cpu", chunked), on("cpu", whole))
+    assert_identical(chunked.to("cpu"), whole.to("cpu"))
 
 
 def assert_same_plan(actual: torch.Tensor, expected: torch.Tensor, case: object) -> None:
@@ -99,7 +99,7 @@ def assert_same_plan(actual: torch.Tensor, expected: torch.Tensor, case: object)
 def test_a_prefix_that_the_call_fills_is_planned_and_stored_as_by_the_reference(name, pages):
     requests, prefixes = SHARED[name]
     batch = paged_batch(requests, pages, K_FORMAT, prefixes=prefixes, padding=3)
-    assert_same_plan(on(DEVICE, batch).plan(IMPL), batch.plan("reference"), name)
+    assert_same_plan(batch.to(DEVICE).plan(IMPL), batch.plan("reference"), name)
     assert_stores_the_reference(batch, (name, pages))
 
 

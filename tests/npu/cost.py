@@ -14,7 +14,7 @@ import torch_npu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "op"))
 
-from paged import PAGES, on, paged_batch
+from paged import PAGES, paged_batch
 
 from vllm_dsv4_indexer.contract import Extents
 from vllm_dsv4_indexer.ops import ascend
@@ -62,7 +62,7 @@ def main() -> None:
     for tokens in TOKENS:
         for algorithm in ALGORITHMS:
             request = [(START, tokens)]
-            batch = on("npu", paged_batch(request, PAGES[0], k_format, max_pos=START + tokens))
+            batch = paged_batch(request, PAGES[0], k_format, max_pos=START + tokens).to("npu")
             call = batch.call
             plan = ascend.plan(call.step, Extents.of(call.layer), algorithm=algorithm)
             run = ascend.bind(call.layer, eps=1e-6, k_format=k_format, algorithm=algorithm)

@@ -1,9 +1,6 @@
-"""Batches of tests/op in vllm-ascend's K pages, and on the device."""
-
-from dataclasses import replace
+"""Batches of tests/op in vllm-ascend's K pages."""
 
 import torch
-from torch import Tensor
 
 from batches import Batch, make_batch
 
@@ -18,23 +15,3 @@ def paged_batch(
     page, k_page = pages
     options = {"layout": "ascend", "scale_dtype": torch.float16} | options
     return make_batch(requests, page=page, k_page=k_page, k_format=k_format, **options)
-
-
-def on(device: str, batch: Batch) -> Batch:
-    """The batch on a device; the caches keep their strides."""
-    copies = {
-        storage.untyped_storage().data_ptr(): storage.to(device) for storage in batch.storages
-    }
-
-    def moved(tensor: Tensor) -> Tensor:
-        storage = copies.get(tensor.untyped_storage().data_ptr())
-        if storage is None:
-            return tensor.to(device)
-        return storage.view(tensor.dtype).as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
-
-    tensors = {
-        name: moved(value) for name, value in batch.__dict__.items() if isinstance(value, Tensor)
-    }
-    return replace(batch, **tensors, storages=tuple(copies.values()))

@@ -64,6 +64,23 @@ _SHARED = ("engine", "ascend")
 Prefixes = dict[int, tuple[int, int]]
 
 
+# The tensors of a call that have a row for each token.
+PER_TOKEN = (
+    "kv_score",
+    "positions",
+    "token_to_req",
+    "inner_state_slot_mapping",
+    "k_slot_mapping",
+)
+
+
+def view_like(tensor: Tensor, storage: Tensor) -> Tensor:
+    """The same view as `tensor` of another storage, given as a flat tensor of any type."""
+    return storage.view(tensor.dtype).as_strided(
+        tensor.shape, tensor.stride(), tensor.storage_offset()
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
     kv_score: Tensor
@@ -101,30 +118,25 @@ class Batch:
 
     def take(self, tokens: Any) -> "Batch":
         """The call with these tokens only, on the same caches."""
-        per_token = (
-            "kv_score",
-            "positions",
-            "token_to_req",
-            "inner_state_slot_mapping",
-            "k_slot_mapping",
-        )
-        return replace(self, **{name: getattr(self, name)[tokens] for name in per_token})
+        return replace(self, **{name: getattr(self, name)[tokens] for name in PER_TOKEN})
 
     def clone(self) -> "Batch":
-        """An equal batch on tensors of its own; the caches keep their strides and share their
-        storages as before."""
-        copies = {s.untyped_storage().data_ptr(): s.clone() for s in self.storages}
+        """An equal batch on tensors of its own."""
+        return self.to(self.kv_score.device)
 
-        def moved(tensor: Tensor) -> Tensor:
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy on a device; the caches keep their strides and share their storages as before."""
+        copies = {
+            storage.untyped_storage().data_ptr(): storage.to(device, copy=True)
+            for storage in self.storages
+        }
+
+        def copied(tensor: Tensor) -> Tensor:
             storage = copies.get(tensor.untyped_storage().data_ptr())
-            if storage is None:
-                return tensor.clone()
-            return storage.view(tensor.dtype).as_strided(
-                tensor.shape, tensor.stride(), tensor.storage_offset()
-            )
+            return tensor.to(device, copy=True) if storage is None else view_like(tensor, storage)
 
         tensors: dict[str, Any] = {
-            name: moved(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)
+            name: copied(t) for name, t in self.__dict__.items() if isinstance(t, Tensor)
         }
         return replace(self, **tensors, storages=tuple(copies.values()))
 

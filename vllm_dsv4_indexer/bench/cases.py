@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..contract import FP8_ENTRY_BYTES, KV_WIDTH, RATIO, ROW_WIDTH, Call
 from ..ops.tail import tail_slots
-from .batches import LAYOUTS, Spread, make_batch
+from .batches import LAYOUTS, Spread, make_batch, view_like
 
 PAGE = 4  # tokens per state page in vLLM
 PAGE_BYTES = cast(int, LAYOUTS["vllm"][0])
 LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
 _DEPTHS = {"0-64K deep": 64 << 10, "64K-128K deep": 128 << 10, "128K-256K deep": 256 << 10}
+_CHUNKS = 48  # of traffic
 _HIDDEN_MAX = 0.05
 _WEIGHT_STDS = (0.0293, 0.0512)
 _KV, _GATE = (4096**0.5 * _HIDDEN_MAX / 3**0.5 * std for std in _WEIGHT_STDS)
@@ -69,9 +70,10 @@ def projected(case: Case, hidden: int) -> Case:
     return replace(case, name=f"{case.name}, hidden {hidden}", hidden=hidden)
 
 
-def steps(layers: int = LAYERS["Flash"]) -> list[Case]:
-    """Whole steps of a model's layers: one token, sixteen requests of one, and prompts of 128 and
+def steps() -> list[Case]:
+    """Whole steps of Flash's layers: one token, sixteen requests of one, and prompts of 128 and
     2048."""
+    layers = LAYERS["Flash"]
     calls = mix("decode", 1), mix("decode", 16), mix("one", 128), mix("one", 2048)
     return [
         replace(c, name=f"{c.name}, {layers} layers", kind=f"step, {c.kind}", layers=layers)
@@ -102,12 +104,12 @@ def mix(kind: str, tokens: int) -> Case:
     return Case(f"{kind}, T={tokens}", kind, tuple(requests))
 
 
-def traffic(chunks: int = 48) -> list[Case]:
+def traffic() -> list[Case]:
     """The chunks of a day's serving: prompts of short chats, and documents of 64K to 256K tokens in
     chunks of 2K to 8K, each as long and as deep in its document as chance has it."""
     pick = random.Random(0)
     cases = []
-    for i in range(chunks):
+    for i in range(_CHUNKS):
         if i % 3 == 0:
             length = min(2000, max(16, int(pick.lognormvariate(5.3, 0.9))))
             cases.append(Case("chat", "chat", ((0, length),)))
@@ -130,9 +132,7 @@ def make_layers(case: Case, kv_dtype: torch.dtype) -> list[Call]:
 def _with_own_layer(call: Call) -> Call:
     def copied(tensor: Tensor) -> Tensor:
         storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
-        return storage.view(tensor.dtype).as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
+        return view_like(tensor, storage)
 
     own = ("ape", "norm_weight", "inner_state_cache", "k_cache")
     return call._replace(**{name: copied(getattr(call, name)) for name in own})

@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import ops
 from ..contract import FP8_SCALE_OFFSET, HEAD_DIM, Call
 from ..ops.cpu import FLOORS
+from .batches import PER_TOKEN
 from .cases import Case, make_layers, make_projection, mix
 from .contestants import TAILS, WHOLE, Contestant, contestants, projected
 from .machine import last_level_cache
@@ -39,13 +40,6 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 500
 # Of the codes, by an exact projection; in a short call one that ties may be more.
 _MOST_CHANGED, _MOST_TIES = 2e-4, 4
 _FLOAT64_ROWS = 512  # at a time
-_MADE_BY_THE_STEP = (
-    "kv_score",
-    "positions",
-    "token_to_req",
-    "inner_state_slot_mapping",
-    "k_slot_mapping",
-)
 _STORE_NOTHING = (*FLOORS, "plan")
 Prepare = Callable[[str], None]  # brings the CPU's caches into a state, before that contestant
 
@@ -145,7 +139,7 @@ def _rounds(
 
 def _chill(call: Call) -> None:
     _larger_than_the_caches().add_(1)
-    for name in _MADE_BY_THE_STEP:
+    for name in PER_TOKEN:  # the step has just made them
         getattr(call, name).sum()
 
 

@@ -41,6 +41,12 @@ def require_indexer(vllm_config: Any) -> None:
             refuse(f"{option} is {size}", "1", "use tensor or pipeline parallelism")
 
 
+def require_model_runner_v1(vllm_config: Any) -> None:
+    """Refuse the model runner that our tests have not run on."""
+    if vllm_config.use_v2_model_runner:
+        refuse("Model Runner V2 is on", "Model Runner V1", "set VLLM_USE_V2_MODEL_RUNNER=0")
+
+
 def require_impl(impl: str, *supported: str) -> None:
     """Refuse the setting `impl` of another engine."""
     if impl not in supported:

@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm_ascend.ascend_config import get_ascend_config
 
-from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
+from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer, require_model_runner_v1
 from vllm_dsv4_indexer.engines.vllm_ascend import found
 from vllm_dsv4_indexer.engines.vllm_ascend.carried import Carried
 from vllm_dsv4_indexer.settings import Settings
@@ -68,8 +68,7 @@ def configure(
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     config, cache_dtype = vllm_config.model_config.hf_config, vllm_config.cache_config.cache_dtype
-    if vllm_config.use_v2_model_runner:
-        refuse("Model Runner V2 is on", "Model Runner V1", "set VLLM_USE_V2_MODEL_RUNNER=0")
+    require_model_runner_v1(vllm_config)
     if str(cache_dtype).startswith("turboquant"):
         refuse(f"the KV cache is {cache_dtype}", "it without", "leave --kv-cache-dtype out")
     if getattr(config, "use_index_cache", False):

@@ -186,6 +186,7 @@ class ContextParallelAttention(OnePassIndexer, AscendDSACPImpl):
 # ---- loading -------------------------------------------------------------------------------------
 
 OURS = {AscendDSAImpl: Attention, AscendDSACPImpl: ContextParallelAttention}
+ATTENTION = tuple(OURS.values())  # the implementations that a loaded model has
 OVERRIDDEN: dict[Callable[..., Any], type] = {
     Attention.forward: AscendDSAImpl,
     Attention._indexer_qkv_prepare: AscendDSAImpl,
@@ -210,16 +211,6 @@ def while_loading() -> Iterator[None]:
         yield
     finally:
         AscendDSABackend.get_impl_cls = stock
-
-
-def with_indexers(model: Any) -> list[OnePassIndexer]:
-    """The attention implementations of a model that have an indexer."""
-    found = (getattr(module, "impl", None) for module in model.modules())
-    return [
-        attention
-        for attention in found
-        if isinstance(attention, OnePassIndexer) and attention.indexer is not None
-    ]
 
 
 def install(found: Iterable[OnePassIndexer], keys_of: Callable[..., Keys]) -> None:

@@ -109,17 +109,8 @@ OVERRIDDEN: dict[Callable[..., Any], type] = {
     ContextParallelAttention._update_indexer_cache: AscendDSACPImpl,
 }
 CALLED = {(device_metadata, "wait_for_device_metadata"): ("stage", "group_id")}
+ATTENTION = AscendDSAImpl, AscendDSACPImpl  # the implementations that a loaded model has
 while_loading = nullcontext  # what is made needs no change before it is loaded
-
-
-def with_indexers(model: Any) -> list[Any]:
-    """The attention implementations of a model that have an indexer."""
-    found: Iterable[Any] = (getattr(module, "impl", None) for module in model.modules())
-    return [
-        attention
-        for attention in found
-        if type(attention) in (AscendDSAImpl, AscendDSACPImpl) and attention.indexer is not None
-    ]
 
 
 def install(found: Iterable[Any], keys_of: Callable[..., Keys]) -> None:

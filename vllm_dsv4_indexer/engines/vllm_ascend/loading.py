@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -52,7 +53,12 @@ def finish_loading(model: Any, impl: str, indexers: int, max_positions: int) -> 
 
     They share one table of 32 cosines and 32 sines for each of `max_positions`, where vllm-ascend
     has two with each value twice."""
-    found = family().with_indexers(model)
+    implementations: Iterator[Any] = (getattr(each, "impl", None) for each in model.modules())
+    found = [
+        attention
+        for attention in implementations
+        if type(attention) in family().ATTENTION and attention.indexer is not None
+    ]
     if len(found) != indexers:
         raise UserError(
             f"--attention-backend dsv4_indexer: the model has {len(found)} indexers in layers of "

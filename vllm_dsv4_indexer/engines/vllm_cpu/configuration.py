@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConf
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer
+from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer, require_model_runner_v1
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
@@ -52,8 +52,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     topk = getattr(vllm_config.model_config.hf_config, "index_topk", None)
     worker = vllm_config.parallel_config.worker_cls
     _refuse_unsupported_model(vllm_config.model_config)
-    if vllm_config.use_v2_model_runner:
-        refuse("Model Runner V2 is on", "Model Runner V1", "set VLLM_USE_V2_MODEL_RUNNER=0")
+    require_model_runner_v1(vllm_config)
     if current_platform.is_zen_cpu():
         refuse("zentorch is installed", "vLLM's CpuPlatform", "uninstall zentorch")
     if topk != INDEX_TOPK:
