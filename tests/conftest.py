@@ -20,6 +20,7 @@ GROUPS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives every test a group: one of GROUPS, or else its folder's name."""
     groups = {item: _group(item.path.relative_to(TESTS)) for item in items}

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +75,18 @@ def test_ci_runs_make_test(tmp_path):
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert (done.stdout, done.returncode) == (f"make test, in {ROOT}\n", 7)
+
+
+def test_tests_of_one_group_run_in_one_process(tmp_path):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for folder in ("engine", "op"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"test_{folder}.py").write_text(
+            "import os, pathlib, pytest\n\n\n"
+            "@pytest.mark.parametrize('case', range(8))\n"
+            "def test_where(case):\n"
+            "    (pathlib.Path(__file__).parent / f'{os.getpid()}.process').touch()\n"
+        )
+    flags = re.search(r"^IN_TWO_PROCESSES = (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1)
+    subprocess.run([sys.executable, "-m", "pytest", *flags.split()], cwd=tmp_path, check=True)
+    assert [len(list((tmp_path / f).glob("*.process"))) for f in ("engine", "op")] == [1, 1]
