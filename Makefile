@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint docs accuracy sanitize fuzz test-aarch64 wheel ascend-cost ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize fuzz test-aarch64 wheel ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ lint: venv .venv/tools.done ## check format, style, types, spelling and scripts,
 	@$(TOOLS)/mypy --python-executable $(BIN)/python
 	@$(TOOLS)/shellcheck .ci/run $(shell find requirements tests -name '*.sh')
 	@$(TOOLS)/codespell
+
+coverage: .venv/beside.done ## run the tests, then show which lines of the package none of them has run
+	@$(RUN) pytest -q --cov --cov-report=term-missing $(or $(ARGS),tests $(IN_TWO_PROCESSES))
 
 docs: .venv/tools.done ## serve the documentation on port 8000, until Ctrl-C
 	@$(RUN) $(TOOLS)/mkdocs serve

@@ -13,7 +13,12 @@ TESTS = Path(__file__).parent
 # What shares engines or other things made once runs in one process (`make test` has two of them).
 # In this order, so that the long ones do not start last.
 GROUPS = {
-    "engine answers": ("engine/test_generation.py", "engine/test_state_save.py"),
+    "engine answers": (
+        "engine/test_generation.py",
+        "engine/test_state_save.py",
+        "engine/test_pipeline_parallelism.py",
+        "engine/test_two_nodes.py",
+    ),
     "engine": ("engine",),
     "engine_ascend": ("engine_ascend",),
     "accuracy": ("accuracy",),

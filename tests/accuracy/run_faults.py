@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faults
+from burst import make_burst
 from torch import Tensor
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.accuracy.document import Document, Needle, make_burst, make_document
+from vllm_dsv4_indexer.accuracy.document import Document, Needle, make_document
 from vllm_dsv4_indexer.accuracy.engines import VllmEngine
 from vllm_dsv4_indexer.contract import Call, Extents, Layer, Step
 from vllm_dsv4_indexer.ops import cpu
@@ -54,7 +55,8 @@ def main(model: str, result_file: str, length: int = LENGTH, documents: int = 2)
         result[name] = count(engine, haystacks)
         forget(engine)
         engine.set_chunk(ONE_STEP)
-        hits = [hit for hits in engine.found_at_once(make_burst(COMMON)).values() for hit in hits]
+        questions = [(document, document.needles[0]) for document in make_burst(COMMON)]
+        hits = [hit for hits in engine.ask(questions).values() for hit in hits]
         result[name][BEHIND_PREFIX] = [sum(hits), len(hits)]
         shares = [f"{100 * hits / of:.0f} %" for hits, of in result[name].values()]
         print(f"| {name} | {' | '.join(shares)} |", flush=True)

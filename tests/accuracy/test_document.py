@@ -3,8 +3,9 @@
 from collections import Counter
 
 import pytest
+from burst import BURST, make_burst
 
-from vllm_dsv4_indexer.accuracy.document import BURST, PAGE, make_burst, make_document
+from vllm_dsv4_indexer.accuracy.document import PAGE, make_document
 from vllm_dsv4_indexer.checkpoint.needle import DECOYS, KEYS, VALUES
 
 CHUNK = 509

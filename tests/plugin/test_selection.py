@@ -238,6 +238,11 @@ def test_another_worker_class_is_refused(checkpoint: Path):
         (dict(dtype="float16"), "dtype is 'float16'"),
         (dict(dtype="float32"), "dtype is 'float32'"),
         (dict(enable_prompt_embeds=True), "prompt embeddings are on"),
+        (
+            dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")),
+            "a KV connector is configured",
+        ),
+        (dict(kv_offloading_size=1), "KV offloading is on"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(checkpoint: Path, options: dict, found: str):
@@ -258,11 +263,6 @@ TAIL = {"dsv4_indexer": {"state_save": "tail"}}
     "options, found",
     [
         (dict(), "prefix caching is on"),
-        (
-            dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")),
-            "a KV connector",
-        ),
-        (dict(kv_offloading_size=1), "KV offloading is on"),
         (dict(kv_events_config=dict(enable_kv_cache_events=True)), "KV events are configured"),
         (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "a scheduler is configured"),
         (

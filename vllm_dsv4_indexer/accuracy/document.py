@@ -5,13 +5,11 @@ between two decoys that erase the needle if the indexer's windows are wrong.
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..checkpoint.needle import DECOYS, DISTANCES, FILLERS, KEYS, QUESTIONS, VALUES
 from ..contract import FP8_PAGE_ENTRIES as PAGE
 from ..contract import RATIO as GROUP
-
-BURST = 12  # documents of a burst
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,10 @@ def make_document(
     before it. Keys stand at all four offsets.
     """
     draw = random.Random(f"{length} {seed}")
-    return _fill(draw, length, _apart(_hosts(draw, length // GROUP, chunk or length, spacing)))
+    return fill(draw, length, _apart(_hosts(draw, length // GROUP, chunk or length, spacing)))
 
 
-def make_burst(common: int, seed: int = 0) -> list[Document]:
-    """Documents with one needle each. They share their first `common` tokens, a multiple of 4, and
-    are 4 to 48 tokens longer. The needle's key is the last shared token, its value the first of the
-    document's own."""
-    draw = random.Random(f"burst {common} {seed}")
-    whole = _fill(draw, common + 4 * BURST, {common // GROUP: -1})
-    (needle,) = whole.needles
-    documents = []
-    for number, value in enumerate(draw.sample(VALUES, BURST), start=1):
-        tokens = whole.tokens[: common + GROUP * number]
-        tokens[common] = value
-        documents.append(Document(tokens, [replace(needle, value=value)]))
-    return documents
-
-
-def _fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
+def fill(draw: random.Random, length: int, hosts: dict[int, int]) -> Document:
     """hosts: the entries with a needle, and the last offset that the key of each may have."""
     entries = length // GROUP
     tokens = draw.choices(FILLERS, k=length)

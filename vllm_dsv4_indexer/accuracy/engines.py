@@ -62,16 +62,9 @@ class Engine(ABC):
 
     def found(self, document: Document) -> Found:
         self.answers([document.tokens])  # from now on it comes from the prefix cache
-        return self._ask([(document, needle) for needle in document.needles])
+        return self.ask([(document, needle) for needle in document.needles])
 
-    def found_at_once(self, documents: list[Document]) -> Found:
-        """The same for documents that begin alike and are new to the engine, which gets all
-        questions at once."""
-        return self._ask(
-            [(document, needle) for document in documents for needle in document.needles]
-        )
-
-    def _ask(self, needles: list[tuple[Document, Needle]]) -> Found:
+    def ask(self, needles: list[tuple[Document, Needle]]) -> Found:
         prompts = [document.ask_by_key(needle) for document, needle in needles]
         prompts += [document.ask_by_distance(needle) for document, needle in needles]
         answers = zip(self.answers(prompts), 2 * needles, strict=True)

@@ -86,7 +86,7 @@ def _recording(attention: Any) -> Iterator[list[_Step]]:
 
     def record(hidden: Tensor, low_rank_query: Tensor, *others: Any) -> None:
         compute(hidden, low_rank_query, *others)
-        positions = others[-2]
+        *_, positions, _ = others  # and the output
         seldom = positions % EVERY == EVERY - 1
         selected = attention.topk_indices_buffer[: len(positions)]
         steps.append(
@@ -114,7 +114,7 @@ def _recall_of_layer(
     ):
         entries = (position + 1) // RATIO
         if entries > INDEX_TOPK:
-            scores = of_head @ (reference._rope(query, cos_sin[position]) @ keys[:entries].T).relu()
+            scores = of_head @ (reference.rope(query, cos_sin[position]) @ keys[:entries].T).relu()
             selected = torch.isin(scores.topk(INDEX_TOPK).indices, chosen)
             result.append((entries, selected.double().mean().item()))
     return result
@@ -130,7 +130,7 @@ def _keys(hidden: Tensor, weights: dict[str, Tensor], cos_sin: Tensor) -> Tensor
     before = rows.new_zeros(RATIO, 2 * KV_WIDTH)
     before[:, KV_WIDTH:] = -torch.inf
     windows = torch.cat([before, rows]).unfold(0, WINDOW, RATIO).transpose(1, 2)
-    pooled = reference._pool(windows)
-    return reference._rope(
-        reference._rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO]
+    pooled = reference.pool(windows)
+    return reference.rope(
+        reference.rms_norm(pooled, weights["compressor.norm.weight"], 1e-6), cos_sin[:tokens:RATIO]
     )

@@ -106,8 +106,7 @@ class Work:
                 f"wrote {self.entries} entries, not counting {self.uncounted} calls whose entries "
                 "only the device knows (nor any call that a captured graph repeats)"
             )
-        called = f"compress was called {self.calls} times on {self.tokens} tokens"
-        return f"{called} and {entries}; {self.plans} plans"
+        return f"{self.plans} plans; {self.calls} calls on {self.tokens} tokens {entries}"
 
 
 work = Work()

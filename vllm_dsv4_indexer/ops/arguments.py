@@ -5,6 +5,8 @@ Bytes are faster to pack than a `ctypes.Structure`, which sets each field by nam
 not keep the tensors alive.
 """
 
+import struct
+
 from torch import Tensor, bfloat16, float16
 
 from ..contract import HEAD_DIM, Extents, Layer, Step
@@ -94,6 +96,23 @@ def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, 
         k_format,
         eps,
     )
+
+
+class PackedLayer:
+    """A layer's LAYER_FIELDS as bytes: packed once, and again if a tensor has moved."""
+
+    def __init__(self, layer: Layer, k_format: int, eps: float, packing: struct.Struct):
+        self._fields, self._packing = (layer, k_format, eps), packing
+        self._tensors = [tensor for tensor in layer if tensor is not None]
+        self._addresses: list[int] = []
+        self._packed = b""
+
+    def packed(self) -> bytes:
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._packed = self._packing.pack(*layer_fields(*self._fields))
+        return self._packed
 
 
 def kv_score_fields(kv_score: Tensor) -> tuple[int, ...]:

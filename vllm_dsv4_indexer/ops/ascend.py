@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import contract
 from ..contract import Extents, Layer, Requests, Step
-from .arguments import LAYER_FIELDS, STEP_FIELDS, layer_fields, step_fields
+from .arguments import LAYER_FIELDS, STEP_FIELDS, PackedLayer, step_fields
 from .library import load_library
 
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
@@ -85,14 +85,11 @@ def plan_requests(requests: Requests, tokens: int, extents: Extents, k_page: int
 
 
 class Bound:
-    """A layer's tensors, packed for the library: once, and again if one has moved."""
+    """A layer's tensors, ready for the library."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
-        self._layer, self._eps, self._k_format = layer, eps, _K_FORMATS[k_format]
+        self._arguments = PackedLayer(layer, _K_FORMATS[k_format], eps, _LAYER)
         self._run = functools.partial(native().dsv4_indexer_ascend_run, algorithm.encode())
-        self._tensors = [tensor for tensor in layer if tensor is not None]
-        self._addresses: list[int] = []
-        self._packed = b""
 
     def __call__(self, kv_score: Tensor, plan: Tensor) -> None:
         """Runs the layer. Only the device knows how many entries it writes."""
@@ -100,13 +97,9 @@ class Bound:
             raise contract.ContractError(
                 f"kv_score has dtype {kv_score.dtype}; on NPUs the projection gives torch.float32"
             )
-        addresses = [tensor.data_ptr() for tensor in self._tensors]
-        if addresses != self._addresses:
-            fields = layer_fields(self._layer, self._k_format, self._eps)
-            self._addresses, self._packed = addresses, _LAYER.pack(*fields)
         tokens, stride = kv_score.shape[0], kv_score.stride(0)
         call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr())
-        _launch(self._run, kv_score.device, call + self._packed)
+        _launch(self._run, kv_score.device, call + self._arguments.packed())
 
 
 bind = Bound

@@ -25,8 +25,8 @@ from .arguments import (
     KV_SCORE_FIELDS,
     LAYER_FIELDS,
     STEP_FIELDS,
+    PackedLayer,
     kv_score_fields,
-    layer_fields,
     step_fields,
 )
 from .library import load_library
@@ -82,24 +82,17 @@ def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
 
 
 class Bound:
-    """A layer's tensors, packed for the library: once, and again if one has moved."""
+    """A layer's tensors, ready for the library."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
-        self._layer, self._eps, self._k_format = layer, eps, K_FORMATS[k_format]
-        self._algorithm = algorithm
+        self._layer, self._algorithm = layer, algorithm
+        self._arguments = PackedLayer(layer, K_FORMATS[k_format], eps, LAYER)
         self._run, self._parallel_for = native().algorithms[algorithm], native().parallel_for
-        self._tensors = [tensor for tensor in layer if tensor is not None]
-        self._addresses: list[int] = []
-        self._packed = b""
 
     def __call__(self, kv_score: Tensor, plan: Tensor) -> int:
         """Runs the layer; returns the number of entries written."""
-        addresses = [tensor.data_ptr() for tensor in self._tensors]
-        if addresses != self._addresses:
-            fields = layer_fields(self._layer, self._k_format, self._eps)
-            self._addresses, self._packed = addresses, LAYER.pack(*fields)
         entries = self._run(
-            self._packed,
+            self._arguments.packed(),
             self._parallel_for,
             plan.data_ptr(),
             KV_SCORE.pack(*kv_score_fields(kv_score)),

@@ -137,9 +137,9 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
 
     # Every window is pooled from the state as it was, then the state is written.
     token = (step.windows != NO_WINDOW).nonzero()[:, 0]
-    pooled = _pool(_window_rows(token, step, rows, layer.inner_state_cache))
+    pooled = pool(_window_rows(token, step, rows, layer.inner_state_cache))
     cos_sin = layer.cos_sin_cache[step.positions[token] - RATIO + 1]
-    entries = _rope(_rms_norm(pooled, layer.norm_weight.float(), eps), cos_sin)
+    entries = rope(rms_norm(pooled, layer.norm_weight.float(), eps), cos_sin)
     entries = entries.bfloat16().float()
 
     last = _last_of_each_slot(step.state_slots)
@@ -172,7 +172,7 @@ def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tens
     return gathered
 
 
-def _pool(rows: Tensor) -> Tensor:
+def pool(rows: Tensor) -> Tensor:
     """Softmax per channel over the eight rows: front halves of the previous group, back halves of
     the own group."""
     kv, gate = rows[..., :KV_WIDTH], rows[..., KV_WIDTH:]
@@ -182,11 +182,11 @@ def _pool(rows: Tensor) -> Tensor:
     return (weight * kv).sum(dim=1) / weight.sum(dim=1)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
-def _rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotates the interleaved pairs of the last 64 channels."""
     cos, sin = cos_sin.chunk(2, dim=-1)
     a, b = x[:, -ROPE_DIM::2], x[:, -ROPE_DIM + 1 :: 2]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import RATIO, Extents, Requests, Step
-from vllm_dsv4_indexer.engines.vllm_ascend.step import plan_requests, requests_of
+from vllm_dsv4_indexer.engines.vllm_ascend.step import requests_of, tokens_of
 from vllm_dsv4_indexer.ops import requests as told
 
 PAGE, K_PAGE, WIDTH = 4, 64, 128
@@ -151,9 +151,13 @@ def test_a_graph_captured_once_plans_later_steps_from_the_same_buffers(empty):
         state_pages=BLOCKS, state_page=PAGE, k_entries=BLOCKS * K_PAGE, max_pos=2 * LONGEST
     )
     buffers = tensors(Rows([0] * 8, [1] * 8, [[]] * 8, [[]] * 8))
-    graph = make_fx(
-        lambda *buffers: plan_requests(Requests(*buffers), extents, K_PAGE, "reference")
-    )(*buffers)
+
+    def plan(*buffers):
+        requests = Requests(*buffers)
+        tokens = tokens_of(requests)
+        return ops.plan_requests(requests, tokens, extents, K_PAGE, impl="reference")
+
+    graph = make_fx(plan)(*buffers)
     schedule = Schedule(0, PAGE, K_PAGE)
     schedule._length = lambda: 1
     for _ in range(50):

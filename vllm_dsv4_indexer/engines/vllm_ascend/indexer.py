@@ -28,7 +28,7 @@ from vllm_dsv4_indexer.contract import (
 )
 from vllm_dsv4_indexer.engines import refuse
 from vllm_dsv4_indexer.engines.plans import once_a_step
-from vllm_dsv4_indexer.engines.vllm_ascend.step import Metadata, plan_requests
+from vllm_dsv4_indexer.engines.vllm_ascend.step import Metadata, tokens_of
 
 
 class Keys:
@@ -78,8 +78,9 @@ class Keys:
         state and K cache."""
 
         def make() -> Tensor:
-            k_page = bound.layer.k_cache.shape[1]
-            return plan_requests(self.requests_of(metadata), bound.extents, k_page, self.impl)
+            requests, k_page = self.requests_of(metadata), bound.layer.k_cache.shape[1]
+            tokens = tokens_of(requests)
+            return ops.plan_requests(requests, tokens, bound.extents, k_page, impl=self.impl)
 
         # What was made before a capture began is not used in it: a graph makes its plan again in
         # every replay.

@@ -1,4 +1,4 @@
-"""From vllm-ascend's metadata of a step's requests to the op's plan, once for all layers.
+"""From vllm-ascend's metadata of a step to the requests of which the op makes its plan.
 
 Nothing here waits for the device, and every tensor's shape follows from the shapes of the metadata,
 so that a captured graph replays: it reads the metadata where vllm-ascend refreshes them.
@@ -7,10 +7,8 @@ so that a captured graph replays: it reads the metadata where vllm-ascend refres
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import Extents, Requests
+from vllm_dsv4_indexer.contract import Requests
 
 Metadata = tuple[Any, Any]  # vllm-ascend's, of the state and of the K cache
 
@@ -24,13 +22,14 @@ def requests_of(*parts: Metadata) -> Requests:
     """
     first, *others = (_requests_of_part(state, keys) for state, keys in parts)
     for part in others:
-        starts = part.query_start_loc[1:] + _tokens(first)
+        starts = part.query_start_loc[1:] + tokens_of(first)
         both = zip(first, part._replace(query_start_loc=starts))
         first = Requests(*(torch.cat(tensors) for tensors in both))  # type: ignore[arg-type]
     return first
 
 
-def _tokens(requests: Requests) -> int:
+def tokens_of(requests: Requests) -> int:
+    """How many tokens the step has, padding included."""
     assert requests.slot_mapping is not None, "vllm-ascend's metadata have one"
     return len(requests.slot_mapping)
 
@@ -45,8 +44,3 @@ def _requests_of_part(state: Any, keys: Any) -> Requests:
         keys.block_table[:count],
         slots if slots.dim() == 1 else slots[:, 0],
     )
-
-
-def plan_requests(requests: Requests, extents: Extents, k_page: int, impl: str) -> Tensor:
-    """The plan of a step for caches of these extents, with `k_page` entries in a K page."""
-    return ops.plan_requests(requests, _tokens(requests), extents, k_page, impl=impl)

@@ -66,6 +66,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     if vllm_config.speculative_config is not None:
         _refuse_unsupported_drafts(vllm_config.speculative_config)
     _refuse_unsupported_parallelism(vllm_config.parallel_config)
+    _refuse_connectors(vllm_config)
 
 
 def _refuse_unsupported_model(model: ModelConfig) -> None:
@@ -99,6 +100,21 @@ def _refuse_unsupported_parallelism(parallel: ParallelConfig) -> None:
         )
 
 
+def _refuse_connectors(vllm_config: VllmConfig) -> None:
+    """What dies at start-up of vLLM 0.32's CPU engine: its ExampleConnector asks for a single kind
+    of cache, and its two that offload ask for CUDA. No other was tried."""
+    for asked, found, option in (
+        (vllm_config.cache_config.kv_offloading_size, "KV offloading is on", "kv-offloading-size"),
+        (
+            vllm_config.kv_transfer_config,
+            "a KV connector is configured",
+            "kv-transfer-config",
+        ),
+    ):
+        if asked:
+            refuse(found, "neither on vLLM's CPU engine", f"leave --{option} out")
+
+
 def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
     """With a single draft vLLM 0.32's indexer takes a path that its CPU engine does not have."""
     method, tokens = speculative.method, speculative.num_speculative_tokens
@@ -117,11 +133,9 @@ def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
     steps starts where the last one ended. Preemption computes a request again from its start; a
     session with streamed input goes back to the end of its last prompt at the furthest."""
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    drafts, connector = vllm_config.speculative_config, vllm_config.kv_transfer_config
+    drafts = vllm_config.speculative_config
     for unsafe, found, remedy in (
         (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
-        (connector, "a KV connector is configured", "leave --kv-transfer-config out"),
-        (cache.kv_offloading_size, "KV offloading is on", "leave --kv-offloading-size out"),
         (vllm_config.kv_events_config, "KV events are configured", "leave --kv-events-config out"),
         (scheduler.scheduler_cls, "a scheduler is configured", "leave --scheduler-cls out"),
         (drafts, "rejected drafts go back", "leave --speculative-config out"),
