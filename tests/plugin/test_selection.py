@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from vllm.config import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_dsv4_indexer import plugin, selection
-from vllm_dsv4_indexer.engines import require_indexer, vllm_cpu
+from vllm_dsv4_indexer.engines import compress_ratios, require_indexer, vllm_cpu
 from vllm_dsv4_indexer.engines.vllm_cpu import compressor as compressors
 from vllm_dsv4_indexer.engines.vllm_cpu import projection
 from vllm_dsv4_indexer.errors import UserError
@@ -211,6 +213,18 @@ def test_a_model_with_fewer_compress_ratios_than_layers_is_refused(variant):
 
 def test_ratios_of_layers_for_drafts_behind_the_models_own_are_accepted(variant):
     configure(variant(compress_ratios=[0, 4, 128, 4, 0]))
+
+
+def test_ratios_are_read_from_transformers_configuration_too(checkpoint: Path):
+    theirs = DeepseekV4Config.from_pretrained(checkpoint)
+    ours = json.loads((checkpoint / "config.json").read_text())["compress_ratios"]
+    assert not hasattr(theirs, "compress_ratios") and compress_ratios(theirs) == ours
+
+
+def test_a_reload_of_weights_is_refused():
+    worker = resolve_obj_by_qualname(OURS)
+    with pytest.raises(UserError, match="the weights are to be reloaded.*start a new engine"):
+        worker.__new__(worker).reload_weights()
 
 
 def test_another_worker_class_is_refused(checkpoint: Path):

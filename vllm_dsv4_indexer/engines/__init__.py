@@ -30,7 +30,7 @@ def require_indexer(vllm_config: Any) -> None:
             "deepseek_v4",
             "leave the option out for this model",
         )
-    if RATIO not in (getattr(config, "compress_ratios", None) or ())[: config.num_hidden_layers]:
+    if RATIO not in compress_ratios(config)[: config.num_hidden_layers]:
         refuse(
             "no layer of this model has an indexer",
             f"layers of compress_ratio {RATIO}",
@@ -61,4 +61,13 @@ def indexers_of_stage(vllm_config: Any) -> int:
     """How many layers of this worker's pipeline stage have an indexer."""
     model = vllm_config.model_config
     first, end = model.get_layers_start_end_indices(vllm_config.parallel_config)
-    return model.hf_config.compress_ratios[first:end].count(RATIO)
+    return compress_ratios(model.hf_config)[first:end].count(RATIO)
+
+
+def compress_ratios(config: Any) -> list[int]:
+    """Each layer's ratio, 0 for none, of vLLM's configuration of the model; or of transformers',
+    which vLLM has from 0.33 on."""
+    if (ratios := getattr(config, "compress_ratios", None)) is not None:
+        return list(ratios)
+    rates = getattr(config, "compress_rates", {})
+    return [rates.get(kind, 0) for kind in getattr(config, "layer_types", [])]

@@ -7,7 +7,13 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConf
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer, require_model_runner_v1
+from vllm_dsv4_indexer.engines import (
+    compress_ratios,
+    refuse,
+    require_impl,
+    require_indexer,
+    require_model_runner_v1,
+)
 from vllm_dsv4_indexer.settings import Settings
 
 INDEX_TOPK = 512  # vLLM's CPU top-k kernel is compiled for this one (topk_transform_512_cpu)
@@ -78,7 +84,7 @@ def _refuse_unsupported_model(model: ModelConfig) -> None:
     if model.enable_prompt_embeds:
         remedy = "leave --enable-prompt-embeds out"
         refuse("prompt embeddings are on", "prompts of tokens for this model", remedy)
-    ratios, layers = len(model.hf_config.compress_ratios), model.hf_config.num_hidden_layers
+    ratios, layers = len(compress_ratios(model.hf_config)), model.hf_config.num_hidden_layers
     if ratios < layers:
         found = f"the model has {layers} layers, and compress_ratios for {ratios}"
         refuse(found, "one for each layer", "mend the model's config.json")

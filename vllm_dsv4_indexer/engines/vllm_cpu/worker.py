@@ -5,7 +5,7 @@ supplies each step with metadata, and logs what the op did.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
@@ -13,7 +13,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.engines import indexers_of_stage
+from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
 from vllm_dsv4_indexer.engines.vllm_cpu import projects_exactly
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import K_FORMAT, replace_compressors
@@ -41,6 +41,14 @@ class Worker(Accountable, CPUWorker):
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
         message = "DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s"
         logger.info(message, who, indexers, what)
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: vLLM 0.32 packs its CPU experts a second time, and they answer otherwise."""
+        refuse(
+            "the weights are to be reloaded",
+            "the weights of the start, on vLLM's CPU engine",
+            "start a new engine",
+        )
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with metadata_on_cpu():
