@@ -1,9 +1,14 @@
 """What the AscendC kernels would cost on an NPU, without one. `make ascend-cost` prints it.
 
 The counts are exact: count.py ran the kernels in the emulation and wrote them to counts.json, which
-a test keeps up to date. What is made of them is a model: a launch takes as long as its busiest
-core, and a core as long as the busiest of its transfers, its vector unit and its scalar unit. A
-step's plan is made once for all layers, and is counted apart from them.
+a test keeps up to date. What is made of them is a model, with the vendor's figures where there are
+any. A launch takes as long as its busiest core. A core takes its rows in tiles: the scalar unit
+prepares one, MTE2 loads it, the vector unit computes, MTE3 stores it, and its buffer, one of two,
+is free again. What different tiles do in different units overlaps. A step's plan is made once for
+all layers, and is counted apart from them.
+
+Left out, because nothing is known of them: a read and a write that meet in one bank, misses in the
+scalar unit's caches, and what cores do to each other beyond sharing the bandwidth.
 """
 
 import json
@@ -20,28 +25,19 @@ COUNTS = Path(__file__).with_name("counts.json")
 Launches = list[dict]  # of a kernel: each its `cores`, and the counts of `all` and of the `busiest`
 Counts = dict[str, dict[int, Launches]]  # by name and tokens
 
-# Vector throughput of A2 and A3 in elements a cycle: asc-devkit, docs/zh/api/附录,
-# Vector指令理论性能汇总.md, tables 6 to 13. Copy is not listed there; it is taken to be as fast as
-# Adds.
-_PER_CYCLE = {
-    "Exp/float": 32,
-    "Div/float": 32,
-    "Sqrt/float": 32,
-    "Cast/int8_t": 128,
-    "Cast/half": 128,
-    "Brcb/half": 128,
-}
-_LANES = {  # elements of a repeat
-    "Cast/int8_t": 128,
-    "Cast/half": 128,
-    "Brcb/half": 128,
-    "TransDataTo5HD/float": 128,
-}
-_FLOATS = 64  # of both, where nothing else is said
+# The vendor's figures for Ascend910B1 and 910B3.
+#
+# Cycles of a vector instruction's repeat: 1, but for these. Where an operand's blocks meet in one
+# group of banks, a repeat takes a cycle for each of them (`turns`): that makes 2 of Add, Sub, Mul
+# and Max, whose operands are whole multiples of 512 bytes apart.
+_REPEAT = {"Exp/float": 2, "Sqrt/float": 2, "TransDataTo5HD/float": 2, "Div/float": 4}
+# Bytes a cycle between global memory and the unified buffer, each way: of 48 cores that share it,
+# for each, and the most that one core gets.
+_SHARED, _SHARERS, _ALONE = 18.2, 48, 54.5
 
 # Published for the change from overlay scan to scatter, then pool, at 128 tokens on an A2/A3 NPU
 # (pypto-lib, pull request 618): cycles saved.
-_PUBLISHED = {"pool": 0.456, "pool and state": 0.337}
+PUBLISHED = {"pool": 0.456, "pool and state": 0.337}
 _POOL_LAUNCH = {"overlay_scan": 0, "scatter_pool": 1}  # the other launch saves the state
 
 ALGORITHMS = {
@@ -56,28 +52,35 @@ PLANS = {  # of a step: how it is told, and of what
     "plan_requests, decode": "requests of one token, a number a request",
 }
 _LAYERS = 21  # of ratio 4, in DeepSeek-V4-Flash
+_BUFFERS = 2  # for tiles: csrc/ascend/tile.h
+_COMPUTE = 2  # the vector unit's place among a core's units
+WAYS = ("read", "write")
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no document says, in cycles of a core unless said otherwise. Central values; RANGES has
-    low and high. They were set before the model was compared with what was published, and not
-    fitted to it."""
+    """What the vendor gives a range for, or no document says, in cycles of a core unless said
+    otherwise. Central values; RANGES has low and high. They were not fitted to what was
+    published."""
 
-    bytes_per_cycle: float = 18  # global memory, for each of 48 cores at once: 1.6 TB/s at 1.8 GHz
+    bandwidth: float = 1  # of global memory, as a part of the vendor's figures
     transfer: float = 60  # to start one transfer
-    vector_issue: float = 12  # of an instruction, beyond its repeats
+    head: float = 27  # of a vector instruction that waits for an earlier one: the vendor's 24 to 31
+    issue: float = 6  # of the scalar unit, to make one instruction for another unit
     scalar_local: float = 8  # to read a scalar from the unified buffer
     scalar_global: float = 25  # and from global memory, through the data cache
+    division: float = 40  # of 64 bits, by the scalar unit: of a slot by the page's size
     launch: float = 9000  # 5 us, outside of graphs
 
 
 RANGES = {
-    "bytes_per_cycle": (9, 36),
+    "bandwidth": (0.5, 1.5),
     "transfer": (20, 200),
-    "vector_issue": (4, 30),
+    "head": (24, 31),
+    "issue": (2, 15),
     "scalar_local": (2, 20),
     "scalar_global": (8, 100),
+    "division": (15, 80),
     "launch": (3600, 18000),
 }
 
@@ -103,22 +106,48 @@ def load_counts() -> Counts:
     }
 
 
-def core_cycles(core: dict, a: Assumptions) -> float:
-    """One core's time in one launch."""
-    moved, transfers = core["read_bytes"] + core["write_bytes"], core["reads"] + core["writes"]
-    vector = sum(
-        instructions * a.vector_issue
-        + repeats * _LANES.get(name, _FLOATS) / _PER_CYCLE.get(name, _FLOATS)
-        for name, (instructions, repeats) in core["vector"].items()
+def unit_cycles(core: dict, cores: int, a: Assumptions) -> tuple[float, float, float, float]:
+    """How long each unit of a core, one of `cores` in a launch, is busy with tiles: the scalar
+    unit, MTE2, the vector unit and MTE3. Vector instructions are made while others compute."""
+    scalar = (
+        (core["reads"] + core["writes"]) * a.issue
+        + core["scalar_local"] * a.scalar_local
+        + core["scalar_global"] * a.scalar_global
+        + core["half_slots"] / 2 * a.division
     )
-    scalar = core["scalar_local"] * a.scalar_local + core["scalar_global"] * a.scalar_global
-    return max(moved / a.bytes_per_cycle + transfers * a.transfer, vector, scalar)
+    rate = min(_SHARED * _SHARERS / cores, _ALONE) * a.bandwidth
+    load, store = (core[f"{way}_bytes"] / rate + core[f"{way}s"] * a.transfer for way in WAYS)
+    return scalar, load, vector_cycles(core["vector"], a), store
+
+
+def vector_cycles(vector: dict[str, list[int]], a: Assumptions) -> float:
+    compute = sum(
+        waits * a.head + max(turns, repeats * _REPEAT.get(name, 1))
+        for name, (_, repeats, waits, turns) in vector.items()
+    )
+    return max(compute, a.issue * sum(instructions for instructions, *_ in vector.values()))
+
+
+def core_cycles(core: dict, cores: int, a: Assumptions) -> float:
+    """One core's time in a launch: its tiles, taken to be equal, and what it computes after
+    them."""
+    tiles = max(core["tiles"], 1)
+    stages = [cycles / tiles for cycles in unit_cycles(core, cores, a)]
+    idle = [0.0] * len(stages)  # since when, each unit
+    free = [0.0] * _BUFFERS  # since when, each buffer
+    for tile in range(tiles):
+        idle[0] += stages[0]
+        done = max(idle[0], free[tile % _BUFFERS])
+        for unit in range(1, len(stages)):
+            done = idle[unit] = max(done, idle[unit]) + stages[unit]
+        free[tile % _BUFFERS] = done
+    return max(done, idle[_COMPUTE] + vector_cycles(core["after"], a))
 
 
 def kernel_cycles(launches: Launches, a: Assumptions) -> float:
     """The launches' time on the device, one after the other, without what it takes to launch
     them."""
-    return sum(core_cycles(launch["busiest"], a) for launch in launches)
+    return sum(core_cycles(launch["busiest"], launch["cores"], a) for launch in launches)
 
 
 def variations() -> list[Assumptions]:
@@ -156,24 +185,28 @@ def report() -> str:
         _step(counts),
         "vLLM Ascend's own chain, from its shapes (its kernels were not run): bytes a token",
         *_stock(counts),
-        "Assumptions (cycles of a core, or bytes a cycle)",
+        "Assumptions (cycles of a core; bandwidth: a part of the vendor's figures)",
         _assumptions(),
     )
 
 
-def _yardstick(counts: Counts) -> "Table":
+def published_change(counts: Counts) -> dict[str, tuple[float, float, float]]:
+    """The model's figures for what PUBLISHED has: central, least, most."""
     scan, scatter = (counts[name][128] for name in _POOL_LAUNCH)
     pools = [scan[_POOL_LAUNCH["overlay_scan"]]], [scatter[_POOL_LAUNCH["scatter_pool"]]]
-    rows = [
-        [name, f"{published:.1%}", _range(saving(*pair))]
-        for (name, published), pair in zip(_PUBLISHED.items(), (pools, (scan, scatter)))
-    ]
+    return {"pool": saving(*pools), "pool and state": saving(scan, scatter)}
+
+
+def _yardstick(counts: Counts) -> "Table":
+    modelled = published_change(counts)
+    rows = [[name, f"{saved:.1%}", _range(modelled[name])] for name, saved in PUBLISHED.items()]
     return output.table(["", "published", "model"], rows)
 
 
 def _raw(counts: Counts) -> "Table":
     columns = ["tokens", "", "launches", "cores", "KiB read", "written", "together"]
-    columns += ["of them constants", "transfers", "vector", "repeats", "scalar UB", "scalar GM"]
+    columns += ["of them constants", "transfers"]
+    columns += ["vector", "repeats", "waits", "bank turns", "scalar UB", "scalar GM", "slots"]
     rows = [
         [str(t), title, *_raw_cells(counts[name][t], t)]
         for t in counts["one_pass"]
@@ -186,14 +219,19 @@ def _raw_cells(launches: Launches, tokens: int) -> list[str]:
     def sum_of(what: str) -> int:
         return sum(launch["all"][what] for launch in launches)
 
-    vector = [counts for launch in launches for counts in launch["all"]["vector"].values()]
+    vector = [
+        counts
+        for launch in launches
+        for part in ("vector", "after")
+        for counts in launch["all"][part].values()
+    ]
     bytes_ = sum_of("read_bytes"), sum_of("write_bytes"), _moved(launches)
     others = (
         sum_of("reads") + sum_of("writes"),
-        sum(instructions for instructions, _ in vector),
-        sum(repeats for _, repeats in vector),
+        *(sum(column) for column in zip(*vector)),
         sum_of("scalar_local"),
         sum_of("scalar_global"),
+        sum_of("half_slots") / 2,
     )
     return [
         str(len(launches)),
@@ -280,7 +318,7 @@ def _stock(counts: Counts) -> tuple["Table", str]:
 def _assumptions() -> "Table":
     central = Assumptions()
     rows = [
-        [name, f"{getattr(central, name):.0f}", f"{low} to {high}"]
+        [name, f"{getattr(central, name):g}", f"{low:g} to {high:g}"]
         for name, (low, high) in RANGES.items()
     ]
     return output.table(["", "central", "range"], rows)

@@ -83,12 +83,17 @@ def _launches(emulator, work: Callable[[dict], int]) -> list[dict]:
 
 
 def _sum(cores: list[dict]) -> dict:
-    total = {name: sum(core[name] for core in cores) for name in cores[0] if name != "vector"}
-    names = sorted({name for core in cores for name in core["vector"]})
-    vector = {
-        n: [sum(core["vector"].get(n, (0, 0))[i] for core in cores) for i in (0, 1)] for n in names
+    return {
+        name: _sum_by_name([core[name] for core in cores])
+        if isinstance(cores[0][name], dict)
+        else sum(core[name] for core in cores)
+        for name in cores[0]
     }
-    return total | {"vector": vector}
+
+
+def _sum_by_name(vectors: list[dict]) -> dict:
+    names = sorted({name for vector in vectors for name in vector})
+    return {n: [sum(x) for x in zip(*(v[n] for v in vectors if n in v))] for n in names}
 
 
 def main() -> None:

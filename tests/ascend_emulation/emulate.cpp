@@ -28,8 +28,9 @@ std::vector<std::vector<emulation::Counts>> launches;  // counts of each core of
 // The tensors behind the arguments.
 class Regions {
  public:
-  void add(const char* name, uint64_t address, int64_t bytes, bool writable = false) {
-    if (address && bytes > 0) all_.push_back({name, address, address + bytes, writable});
+  void add(const char* name, uint64_t address, int64_t bytes, bool writable = false,
+           bool paged = false) {
+    if (address && bytes > 0) all_.push_back({name, address, address + bytes, writable, paged});
   }
   std::vector<Region> take() { return std::move(all_); }
 
@@ -42,7 +43,8 @@ int64_t plan_bytes(int64_t tokens) { return (kPlanHeader + kPlanWidth * tokens) 
 std::vector<Region> regions_of(const PlanArguments& a, bool by_requests) {
   Regions regions;
   const auto table = [&](const char* name, uint64_t address, int64_t stride, int64_t columns) {
-    if (columns > 0) regions.add(name, address, ((a.requests - 1) * stride + columns) * 4);
+    if (columns > 0)
+      regions.add(name, address, ((a.requests - 1) * stride + columns) * 4, false, true);
   };
   regions.add("plan", a.plan, plan_bytes(a.tokens), true);
   table("inner_state_block_table", a.block_table, a.block_table_stride, a.table_columns);
@@ -72,17 +74,17 @@ std::vector<Region> regions_of(const RunArguments& a) {
               ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride +
                kRowWidth) *
                   4,
-              true);
+              true, true);
   regions.add("k_cache", a.k_cache,
               (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim +
                   (fp8 ? a.k_page * 4 : 0),
-              true);
+              true, true);
   if (!fp8)
     regions.add(
         "k_scale_cache", a.k_scale,
         ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
             (a.k_scale_is_fp16 ? 2 : 4),
-        true);
+        true, true);
   return regions.take();
 }
 
@@ -139,28 +141,32 @@ int64_t launch_plan(const PlanArguments& a, char* message, int64_t size) {
   return reporting(message, size, [&] { launch(tiling.cores, [&] { plan<Tokens>(a, tiling); }); });
 }
 
-std::string counts_json() {
+std::string json(const std::map<std::string, emulation::Count>& vector) {
   std::ostringstream out;
-  out << "[";
-  for (size_t l = 0; l < launches.size(); ++l) {
-    out << (l ? ",[" : "[");
-    for (size_t c = 0; c < launches[l].size(); ++c) {
-      const emulation::Counts& n = launches[l][c];
-      out << (c ? "," : "") << "{\"read_bytes\":" << n.read_bytes
-          << ",\"write_bytes\":" << n.write_bytes << ",\"reads\":" << n.reads
-          << ",\"writes\":" << n.writes << ",\"scalar_local\":" << n.scalar_local
-          << ",\"scalar_global\":" << n.scalar_global << ",\"vector\":{";
-      const char* comma = "";
-      for (const auto& [name, count] : n.vector) {
-        out << comma << "\"" << name << "\":[" << count.instructions << "," << count.repeats << "]";
-        comma = ",";
-      }
-      out << "}}";
-    }
-    out << "]";
+  const char* comma = "";
+  for (const auto& [name, n] : vector) {
+    out << comma << "\"" << name << "\":[" << n.instructions << "," << n.repeats << "," << n.waits
+        << "," << n.turns << "]";
+    comma = ",";
   }
-  out << "]";
+  return "{" + out.str() + "}";
+}
+
+std::string json(const emulation::Counts& n) {
+  std::ostringstream out;
+  out << "{\"read_bytes\":" << n.read_bytes << ",\"write_bytes\":" << n.write_bytes
+      << ",\"reads\":" << n.reads << ",\"writes\":" << n.writes
+      << ",\"scalar_local\":" << n.scalar_local << ",\"scalar_global\":" << n.scalar_global
+      << ",\"tiles\":" << n.tiles << ",\"half_slots\":" << n.half_slots
+      << ",\"vector\":" << json(n.vector) << ",\"after\":" << json(n.after) << "}";
   return out.str();
+}
+
+template <class T>
+std::string json(const std::vector<T>& list) {
+  std::string out;
+  for (const T& item : list) out += (out.empty() ? "" : ",") + json(item);
+  return "[" + out + "]";
 }
 
 }  // namespace
@@ -204,7 +210,7 @@ void emulation_cut(int64_t tokens, int64_t vector_cores, int64_t* tokens_per_cor
 
 // The counts since the last emulation_configure: a list of launches, each a list of cores.
 int64_t emulation_counts(char* out, int64_t size) {
-  return std::snprintf(out, size, "%s", counts_json().c_str());
+  return std::snprintf(out, size, "%s", json(launches).c_str());
 }
 
 // Runs one of the kernels of rules.h on `cores` cores, with `bytes` of global memory to write and

@@ -59,23 +59,37 @@ constexpr const char* kPipeNames[] = {"S", "V", "MTE2", "MTE3"};
 // Of each pipe, how many instructions are known to be over.
 using Clock = std::array<uint32_t, kPipes>;
 
+// Of A2 and A3: blocks that lie as many apart are in one group of banks, which reads one of them a
+// cycle, and writes one. docs/zh/guide, 算子实践参考/SIMD算子性能优化/内存访问/避免UB的bank冲突
+constexpr uint32_t kBankGroups = 16;
+
 struct Count {
   int64_t instructions = 0;
   int64_t repeats = 0;
+  int64_t waits = 0;  // for unfinished ones: to touch what they write, or at a barrier
+  int64_t turns = 0;  // of the repeats' busiest bank groups
+
+  void operator+=(const Count& other) {
+    instructions += other.instructions, repeats += other.repeats;
+    waits += other.waits, turns += other.turns;
+  }
 };
 
 // What a core has done. Bytes and transfers between global memory and the unified buffer, scalar
-// reads of both.
+// reads of both, tiles of rows. Slots of paged memory, each of which the scalar unit divides by the
+// page's size, in halves: our kernels read a row of the state by its halves.
 struct Counts {
   int64_t read_bytes = 0, write_bytes = 0, reads = 0, writes = 0;
   int64_t scalar_local = 0, scalar_global = 0;
-  std::map<std::string, Count> vector;
+  int64_t tiles = 0, half_slots = 0;
+  std::map<std::string, Count> vector, after;  // and of them, apart: after the last tile was stored
 };
 
 struct Region {
   const char* name;
   uintptr_t begin, end;
   bool writable;
+  bool paged = false;
 };
 
 struct Access {
@@ -109,7 +123,7 @@ class Core {
   void reset(int core, const Product& on, uint64_t seed) {
     index = core, product = &on, noise = seed, counts = {};
     blocks_.assign(kUnifiedBuffer / kBlock, {});
-    time_ = {}, clock_ = {};
+    time_ = {}, clock_ = {}, drained_ = 0, after_tile_ = false;
     flags_.clear();
     std::memset(memory, 0xa5, sizeof memory);
   }
@@ -120,6 +134,26 @@ class Core {
     pipe_ = pipe, by_address_ = by_address;
     ++instruction_;
     ++time_[pipe];
+  }
+
+  void issue_vector(const std::string& name, int64_t repeats, bool by_address = false) {
+    issue(kVector, by_address);
+    count_ = &(after_tile_ ? counts.after : counts.vector)[name];
+    count_->instructions += 1, count_->repeats += repeats;
+  }
+
+  // A tile of rows is taken into hand, and given away to be stored.
+  void begin_tile() {
+    ++counts.tiles;
+    for (const auto& [name, count] : counts.after) counts.vector[name] += count;
+    counts.after.clear();
+    after_tile_ = false;
+  }
+  void end_tile() { after_tile_ = true; }
+
+  void end_repeat() {
+    count_->turns += std::max(busiest_group(read_), busiest_group(written_));
+    read_.clear(), written_.clear();
   }
 
   // Reads or writes `bytes` of one block at `address`, by the instruction issued last.
@@ -133,6 +167,7 @@ class Core {
             address);
     require_after(block.writer, block.written, what, address, "read of a write");
     require_barrier(block, what, address);
+    if (pipe_ == kVector) await(block), read_.push_back(address / kBlock);
     block.read[pipe_] = time_[pipe_];
     return memory + address;
   }
@@ -147,6 +182,7 @@ class Core {
       if (by_address_)
         require_after(kVector, block.read[kVector], what, address, "write over a read");
       require_barrier(block, what, address);
+      if (pipe_ == kVector) await(block), written_.push_back(address / kBlock);
     }
     block.initialised |= bits(address, bytes);
     block.writer = pipe_, block.written = time_[pipe_], block.instruction = instruction_;
@@ -175,7 +211,10 @@ class Core {
     flags_.erase(flag);
   }
 
-  void barrier(Pipe pipe) { clock_[pipe][pipe] = time_[pipe]; }
+  void barrier(Pipe pipe) {
+    if (pipe == kVector && finished() < time_[kVector]) ++count_->waits;
+    clock_[pipe][pipe] = time_[pipe];
+  }
   void barrier_all() { clock_.fill(time_); }
 
   void finish() const {
@@ -203,6 +242,26 @@ class Core {
     return run << (address % kBlock);
   }
 
+  // The vector unit begins one instruction while others are unfinished, but not one that touches
+  // what they write: then all of them end first.
+  void await(const Block& block) {
+    if (block.writer != kVector || block.written <= finished() || block.written == time_[kVector])
+      return;
+    ++count_->waits;
+    drained_ = time_[kVector] - 1;
+  }
+
+  // Vector instructions that are over when the next one begins, by a wait, a barrier or a flag.
+  uint32_t finished() const { return std::max(drained_, clock_[kVector][kVector]); }
+
+  static int64_t busiest_group(std::vector<uint32_t>& blocks) {
+    std::sort(blocks.begin(), blocks.end());
+    blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+    std::array<int64_t, kBankGroups> turns = {};
+    for (uint32_t block : blocks) ++turns[block % kBankGroups];
+    return *std::max_element(turns.begin(), turns.end());
+  }
+
   void require_barrier(Block& block, const char* what, uint32_t address) {
     if (pipe_ == kVector && block.by_address > clock_[kVector][kVector])
       refuse(
@@ -226,6 +285,10 @@ class Core {
   Pipe pipe_ = kScalar;
   bool by_address_ = false;
   uint64_t instruction_ = 0;
+  bool after_tile_ = false;
+  Count* count_ = nullptr;                // of the vector instruction issued last
+  uint32_t drained_ = 0;                  // vector instructions that a later one waited for
+  std::vector<uint32_t> read_, written_;  // blocks of the repeat in hand
 };
 
 // What all cores of a launch share.
@@ -236,7 +299,7 @@ class Memory {
   void begin_launch() { accesses_.clear(), scalar_stores_.clear(), sequence_ = 0; }
 
   // One piece of global memory, accessed by the instruction that `core` issued last.
-  void touch(const Core& core, uintptr_t begin, uint64_t bytes, bool write, const char* what,
+  void touch(Core& core, uintptr_t begin, uint64_t bytes, bool write, const char* what,
              bool scalar = false) {
     const uintptr_t end = begin + bytes;
     const Region* region = nullptr;
@@ -245,6 +308,7 @@ class Memory {
     require(region, "bounds: %s touches %llu bytes of global memory outside every tensor", what,
             (unsigned long long)bytes);
     require(region->writable || !write, "bounds: %s writes %s, an input", what, region->name);
+    if (region->paged) core.counts.half_slots += write || scalar ? 2 : 1;
     if (!region->writable) return;
     accesses_.push_back(core.access(begin, end, sequence_++, write));
     if (scalar && write) scalar_stores_.push_back({begin / kLine, core.index});

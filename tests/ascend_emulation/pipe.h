@@ -87,6 +87,7 @@ class TQueBind {
   static_assert(depth == 1 || depth == 2, "only these depths are emulated");
   static constexpr HardEvent kForward = detail::forward(source, target),
                              kBackward = detail::backward(source, target);
+  static constexpr bool kIsTiles = kForward == HardEvent::MTE2_MTE3;
   static constexpr TPosition kPosition = target == TPosition::GM ? source : target;
 
   template <class T>
@@ -97,6 +98,7 @@ class TQueBind {
       if (entry.buffer->state != Buffer::kFree) continue;
       if (entry.freed >= 0) take<kBackward>(entry.freed);
       entry.buffer->state = Buffer::kAllocated;
+      if (kIsTiles) emulation::core.begin_tile();
       emulation::core.forget(entry.buffer->address, entry.buffer->bytes);
       return {entry.buffer.get(), entry.buffer->address};
     }
@@ -128,6 +130,7 @@ class TQueBind {
         entry.buffer->state == Buffer::kDequeued || entry.buffer->state == Buffer::kAllocated,
         "queue: FreeTensor of a tensor that %s", Buffer::kNames[entry.buffer->state]);
     entry.buffer->state = Buffer::kFree;
+    if (kIsTiles) emulation::core.end_tile();
     entry.freed = give<kBackward>();
   }
 

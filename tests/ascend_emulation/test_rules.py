@@ -91,5 +91,5 @@ def test_bytes_transfers_vector_repeats_and_scalars_are_counted(ascend_emulation
             5 * 256,
             5,
         )
-        assert core["vector"] == {"Adds/float": [5, 5]}
+        assert core["vector"] == {"Adds/float": [5, 5, 0, 5]}
     assert scalar[0]["scalar_global"] == 1

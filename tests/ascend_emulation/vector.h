@@ -132,9 +132,7 @@ void check_overlap(const Strided<T>& target, const Strided<S>& source, int repea
 template <class T, class F, class... S>
 void elementwise(const char* name, Shape shape, Strided<T> target, F compute,
                  Strided<S>... source) {
-  emulation::core.issue(emulation::kVector);
-  emulation::Count& count = emulation::core.counts.vector[std::string(name) + "/" + type_name<T>()];
-  count.instructions += 1, count.repeats += shape.repeats;
+  emulation::core.issue_vector(std::string(name) + "/" + type_name<T>(), shape.repeats);
   target.tensor.check_aligned(name);
   (source.tensor.check_aligned(name), ...);
   emulation::require(target.block != 0 || shape.lanes <= target.kPerBlock,
@@ -151,6 +149,7 @@ void elementwise(const char* name, Shape shape, Strided<T> target, F compute,
         },
         values);
     store(target, r, n, name, result);
+    emulation::core.end_repeat();
   }
 }
 
@@ -242,15 +241,12 @@ void Brcb(const LocalTensor<T>& target, const LocalTensor<T>& source, detail::Re
           const BrcbRepeatParams& p) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4);
   using emulation::require;
-  emulation::core.issue(emulation::kVector);
-  emulation::Count& count =
-      emulation::core.counts.vector[std::string("Brcb/") + detail::type_name<T>()];
-  count.instructions += 1, count.repeats += repeats.value;
+  emulation::core.issue_vector(std::string("Brcb/") + detail::type_name<T>(), repeats.value);
   target.check_aligned("Brcb"), source.check_aligned("Brcb");
   require(p.dstBlkStride != 0, "range: Brcb with a target block stride of 0");
   require(target.buffer() != source.buffer() || target.address() != source.address(),
           "overlap: Brcb onto its source");
-  for (int r = 0; r < repeats.value; ++r)
+  for (int r = 0; r < repeats.value; ++r) {
     for (int j = 0; j < 8; ++j) {
       const uint32_t from = (r * 8 + j) * sizeof(T),
                      to = (r * p.dstRepStride + j * p.dstBlkStride) * emulation::kBlock;
@@ -262,6 +258,8 @@ void Brcb(const LocalTensor<T>& target, const LocalTensor<T>& source, detail::Re
       std::memcpy(emulation::core.write(target.address() + to, emulation::kBlock, "Brcb"), filled,
                   emulation::kBlock);
     }
+    emulation::core.end_repeat();
+  }
 }
 
 // 类型转换/Cast.md; rules of rounding: 数据结构/precision_conversion.md (to nearest even here; out
@@ -365,9 +363,7 @@ void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE],
   static_assert(std::is_same_v<T, float>, "only float is emulated");
   constexpr const char* kName = "TransDataTo5HD";
   emulation::Core& core = emulation::core;
-  core.issue(emulation::kVector, true);
-  emulation::Count& count = core.counts.vector["TransDataTo5HD/float"];
-  count.instructions += 1, count.repeats += p.repeatTimes;
+  core.issue_vector("TransDataTo5HD/float", p.repeatTimes, true);
   auto address = [&](uint64_t list, int stride, int repeat) {
     const uint64_t at = list - reinterpret_cast<uint64_t>(core.memory) +
                         uint64_t(p.repeatTimes == 1 ? stride : repeat * stride) * emulation::kBlock;
@@ -388,6 +384,7 @@ void TransDataTo5HD(uint64_t targets[NCHW_CONV_ADDR_LIST_SIZE],
     for (int t = 0; t < 16; ++t)
       std::memcpy(core.write(address(targets[t], p.dstRepStride, r), emulation::kBlock, kName),
                   turned[t], sizeof turned[t]);
+    core.end_repeat();
   }
 }
 
