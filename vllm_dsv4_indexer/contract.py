@@ -174,6 +174,11 @@ K_FORMATS = {
 _LAYERS = {name: arguments_of(Layer) | caches for name, caches in K_FORMATS.items()}
 
 
+def arguments_of_call(k_format: str) -> dict[str, Argument]:
+    """What each tensor of a Call must be."""
+    return _KV_SCORE | _STEP | _LAYERS[k_format]
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -295,7 +300,7 @@ _NUMBERS: dict[int | str, int] = {
 def check_call(call: Call, k_format: str) -> None:
     """Checks the tensors of `compress`. Raises ContractError, as all checks here do."""
     _check_scales(call.k_scale_cache, k_format)
-    _check(call._asdict(), _KV_SCORE | _STEP | _LAYERS[k_format])
+    _check(call._asdict(), arguments_of_call(k_format))
 
 
 def check_step(step: Step) -> None:

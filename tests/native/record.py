@@ -10,7 +10,6 @@ from vllm_dsv4_indexer.contract import KV_WIDTH, Extents
 from vllm_dsv4_indexer.ops import cpu
 from vllm_dsv4_indexer.ops.arguments import kv_score_fields, layer_fields, step_fields
 
-EPS = 1e-6
 # The algorithms, and "one pass" once more with all its stores around the caches.
 ALGORITHMS = {name: name for name in cpu.ALGORITHMS} | {"one_pass_past_cache": "one_pass"}
 
@@ -46,7 +45,7 @@ def record(batch: Batch, algorithm: str) -> bytes:
     expected = ALGORITHMS[algorithm]
     rule = cpu.ROW_RULE if expected == "one_pass" else cpu.STATE_ONLY
     plan = cpu.plan(batch.call.step, Extents.of(batch.call.layer), rule)
-    bound = cpu.bind(batch.call.layer, eps=EPS, k_format=batch.k_format, algorithm=expected)
+    bound = cpu.bind(batch.call.layer, eps=batch.eps, k_format=batch.k_format, algorithm=expected)
     entries = bound(batch.kv_score, plan)
     sizes = [len(array) for array in before]
     numbers = struct.pack(f"{3 + len(sizes)}q", entries, entries, len(sizes), *sizes)
@@ -69,7 +68,7 @@ def _image(batch: Batch) -> tuple[bytes, list[bytes]]:
         places[tensor.data_ptr()] = (array + 1) << 32 | offset
     structs = (
         (cpu.STEP, step_fields(batch.call.step, Extents.of(batch.call.layer))),
-        (cpu.LAYER, layer_fields(batch.call.layer, cpu.K_FORMATS[batch.k_format], EPS)),
+        (cpu.LAYER, layer_fields(batch.call.layer, cpu.K_FORMATS[batch.k_format], batch.eps)),
         (cpu.KV_SCORE, kv_score_fields(batch.kv_score)),
     )
     packed = (

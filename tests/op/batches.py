@@ -1,14 +1,25 @@
 """Batches for the tests, from the benchmark's generator, and how two of them are compared."""
 
+import mmap
 import random
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vllm_dsv4_indexer.bench.batches import MAX_POSITION, Batch, Prefixes, make_batch
-from vllm_dsv4_indexer.contract import HEAD_DIM
+from vllm_dsv4_indexer.bench.batches import (
+    CACHES,
+    MAX_POSITION,
+    Batch,
+    Prefixes,
+    make_batch,
+    strides_with_gaps,
+)
+from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, ROPE_DIM, arguments_of_call
 
 __all__ = ["MAX_POSITION", "Batch", "Prefixes", "make_batch"]  # for the tests to import from here
+
+MAP_NORESERVE = 0x4000  # of Linux's mman.h; the module has it from Python 3.13 on
 
 IMPLS = ("reference", "cpu", "overlay_scan")  # the same results
 IMPLS_WHERE_ROWS_ARE_UNIQUE = (*IMPLS, "scatter_pool")
@@ -25,6 +36,70 @@ def one_after_the_other(batch: Batch, impl: str) -> Batch:
     for request in range(len(batch.inner_state_block_table)):
         batch.take(tokens_of(batch, request)).compress(impl)
     return batch
+
+
+def far_apart(batch: Batch) -> Batch:
+    """The batch on sparse memory, where the first dimension of every tensor that may have a stride
+    spans more than 2^32 elements. A clone of it is dense."""
+    views = {}
+    for name, (_, _, _, dense) in arguments_of_call(batch.k_format).items():
+        tensor = getattr(batch, name)
+        if tensor.dim() <= dense:
+            continue
+        apart = (1 << 32) // (len(tensor) - 1) // 16 * 16 + 16
+        strides = strides_with_gaps(tensor.shape, dense, apart)
+        size = strides[0] * len(tensor) * tensor.itemsize
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a row that is touched takes one small page
+        views[name] = torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides)
+        views[name].copy_(tensor)
+    return replace(batch, **views, storages=())
+
+
+def assert_same_caches(a: Batch, b: Batch) -> None:
+    """Every byte that is a row's or an entry's, whatever the strides."""
+    for name in CACHES:
+        x, y = getattr(a, name), getattr(b, name)
+        assert x is y is None or torch.equal(
+            x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)
+        ), name
+
+
+# What lies halfway between two numbers of a type. A number is the largest sum of the Hadamard
+# rotation. With 508 many scaled sums end in .5, with 3584 many lie between two codes of e4m3fn.
+# With 2793 and 12679 the scale is above, or below, the even one of two halves.
+TIES = {
+    "fp8_pow2": ("bf16", "codes"),
+    "int8_hadamard": ("bf16", 508, 2793, 12679),
+    "fp8_amax": ("bf16", 3584),
+}
+
+
+def on_ties(k_format: str, kind: str | int, **options) -> Batch:
+    """A batch whose entries, before they are rounded, are `_tied(kind)` or minus that, exactly:
+    rows are all 1 or all -1 and weigh the same, the mean square plus eps is 4, no position
+    rotates."""
+    batch = make_batch([(0, 16), (0, 40)], k_format=k_format, norm_dtype=torch.float32, **options)
+    batch.kv_score[:] = 1
+    batch.kv_score[16:] = -1
+    batch.kv_score[:, KV_WIDTH:] = batch.ape[:] = 0
+    batch.norm_weight[:] = 2 * _tied(kind)
+    batch.cos_sin_cache[:] = 1
+    batch.cos_sin_cache[:, ROPE_DIM // 2 :] = 0
+    return replace(batch, eps=3.0)
+
+
+def _tied(kind: str | int) -> Tensor:
+    i = torch.arange(HEAD_DIM)
+    if kind == "bf16":  # between each of the numbers from 1 to 2 and the next
+        return ((0x3F80 + i << 16) + 0x8000).int().view(torch.float32)
+    if kind == "codes":  # e4m3fn: fourteen binades, then numbers without a leading 1
+        normal = (1 + (i % 8 + 0.5) / 8) * 0.5 ** (i // 8)
+        return torch.where(i < 14 * 8, normal, (i % 8 + 0.5) / 8 * 2.0**-14)
+    mean = int(kind) // HEAD_DIM
+    values = mean - 3 + torch.randperm(HEAD_DIM, generator=torch.Generator().manual_seed(0)) % 7
+    values[0] += int(kind) - values.sum()
+    return values.float()
 
 
 def random_case(pick: random.Random) -> dict:
@@ -49,6 +124,9 @@ def random_case(pick: random.Random) -> dict:
         "kv_dtype": pick.choice((torch.float32, torch.bfloat16)),
         "padding": pick.randrange(4),
         "ring": pick.choice((None, None, 8, 16, 64)),
+        "eps": pick.choice((1e-6, 0.3)),
+        "extreme": pick.random() < 0.3,
+        "gaps": pick.random() < 0.5,
     }
 
 

@@ -9,10 +9,14 @@ import torch
 from batches import (
     IMPLS,
     IMPLS_WHERE_ROWS_ARE_UNIQUE,
+    TIES,
     Batch,
     assert_close,
     assert_identical,
+    assert_same_caches,
+    far_apart,
     make_batch,
+    on_ties,
     random_case,
 )
 from vllm_dsv4_indexer.contract import KV_WIDTH, RATIO, WINDOW
@@ -263,3 +267,20 @@ def test_int8_scales_of_tiny_and_huge_entries_equal_the_reference(magnitude):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_batches_equal_the_reference(seed):
     compare_with_reference([random_case(random.Random(seed))], differing=1e-3)
+
+
+@pytest.mark.parametrize(
+    "k_format, kind", [(f, kind) for f in ("fp8_pow2", "int8_hadamard") for kind in TIES[f]]
+)
+@pytest.mark.parametrize("scale_dtype", (torch.float32, torch.float16))
+def test_what_lies_halfway_is_rounded_to_even_as_by_the_reference(k_format, kind, scale_dtype):
+    batch = on_ties(k_format, kind, scale_dtype=scale_dtype)
+    assert_identical(batch.clone().compress("cpu"), batch.compress("reference"))
+
+
+@pytest.mark.parametrize("impl", IMPLS_WHERE_ROWS_ARE_UNIQUE)
+@pytest.mark.parametrize("options", [{}, *INT8], ids=("fp8", "fp32_scale", "fp16_scale"))
+def test_offsets_beyond_32_bits_change_no_byte(impl, options):
+    batch = far_apart(make_batch([(0, 4100), (5, 9)], max_pos=4100, **options))
+    near = batch.clone()
+    assert_same_caches(batch.compress(impl), near.compress(impl))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import contract, ops
 from ..contract import (
     FP8_ENTRY_BYTES,
     FP8_PAGE_ENTRIES,
@@ -30,6 +30,12 @@ from ..contract import (
 
 MAX_POSITION = 512
 _BLOCK = 64  # positions whose projections are drawn together
+_GAP = 16  # elements between rows, pages or entries
+# What is added to the gates of positions 0, 1, ...: a first window beside which masked rows must
+# still weigh nothing, windows that outweigh others, a row without weight, windows far below zero.
+_EXTREMES = torch.tensor(
+    [-2e4] * 4 + [0.0] * 4 + [3e4] * 4 + [-torch.inf] + [0.0] * 3 + [-1e30] * 8
+)
 
 
 class Spread(NamedTuple):
@@ -74,6 +80,9 @@ PER_TOKEN = (
 )
 
 
+CACHES = ("inner_state_cache", "k_cache", "k_scale_cache")
+
+
 def view_like(tensor: Tensor, storage: Tensor) -> Tensor:
     """The same view as `tensor` of another storage, given as a flat tensor of any type."""
     return storage.view(tensor.dtype).as_strided(
@@ -98,9 +107,10 @@ class Batch:
     k_format: str
     storages: tuple[Tensor, ...]  # every byte behind the caches, each storage once
     requests: Requests  # the same tokens, but for padding, as `ops.plan_requests` is told them
+    eps: float = 1e-6
 
     def compress(self, impl: str | None = None) -> "Batch":
-        ops.compress(*self.call, k_format=self.k_format, impl=impl)
+        ops.compress(*self.call, eps=self.eps, k_format=self.k_format, impl=impl)
         return self
 
     @property
@@ -112,7 +122,8 @@ class Batch:
         return ops.plan(*self.call.step, **extents._asdict(), impl=impl)
 
     def run_planned(self, plan: Tensor, impl: str | None = None) -> "Batch":
-        bound = ops.BoundLayer(self.call.layer, k_format=self.k_format, impl=impl)
+        layer = self.call.layer
+        bound = ops.BoundLayer(layer, eps=self.eps, k_format=self.k_format, impl=impl)
         bound.run(self.kv_score, plan)
         return self
 
@@ -187,6 +198,9 @@ def make_batch(
     ring: int | None = None,
     prefixes: Prefixes | None = None,
     page_seed: int | None = None,
+    eps: float = 1e-6,
+    extreme: bool = False,
+    gaps: bool = False,
 ) -> Batch:
     """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents. Pages
     lie anywhere in their caches, as in an engine that has run for a while; those before the last
@@ -194,7 +208,9 @@ def make_batch(
 
     `ring`: positions p and p + ring share a state row, in every request that has no part in
     `prefixes`. `page_seed` permutes the pages without changing anything else. `k_page`: entries of
-    a K page, where the format leaves them free.
+    a K page, where the format leaves them free. `extreme`: some gates are far from the others.
+    `gaps`: what may have a stride has arbitrary bytes between its rows, pages and entries; but for
+    caches that share a storage, whose strides are the engine's.
     """
     prefixes = prefixes or {}
     numbers, pages = (
@@ -205,7 +221,7 @@ def make_batch(
     first = [max(start - WINDOW, 0) for start, _ in requests]
     # The projection of every position from `first` on; the caller's calls select from it.
     sequences = [
-        _projection(seed, number, begin, start + length, spread).to(kv_dtype)
+        _projection(seed, number, begin, start + length, spread, extreme).to(kv_dtype)
         for number, (begin, (start, length)) in enumerate(zip(first, requests))
     ]
     k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
@@ -236,8 +252,10 @@ def make_batch(
         k_format=k_format,
         storages=storages,
         requests=_told_by_requests(requests, table, k_table),
+        eps=eps,
     )
-    return _padded(batch, padding)
+    batch = _padded(batch, padding)
+    return _with_gaps(batch, layout in _SHARED, numbers) if gaps else batch
 
 
 def _told_by_requests(requests: list[tuple[int, int]], table: Tensor, k_table: Tensor) -> Requests:
@@ -346,6 +364,31 @@ def _padded(batch: Batch, padding: int) -> Batch:
     return replace(batch, **longer)
 
 
+def strides_with_gaps(shape: torch.Size, dense: int, first: int = 0) -> tuple[int, ...]:
+    """Of a tensor whose last `dense` dimensions are contiguous: a gap behind each index of the
+    others. Those of the first dimension are at least `first` elements apart."""
+    strides: list[int] = []
+    extent = 1
+    for dim in reversed(range(len(shape))):
+        strides.insert(0, extent + (_GAP if dim < len(shape) - dense else 0))
+        extent = strides[0] * shape[dim]
+    return max(strides[0], first), *strides[1:]
+
+
+def _with_gaps(batch: Batch, shared: bool, numbers: torch.Generator) -> Batch:
+    storages = list(batch.storages if shared else ())
+    views: dict[str, Any] = {}
+    for name, (_, _, _, dense) in contract.arguments_of_call(batch.k_format).items():
+        tensor = getattr(batch, name)
+        if tensor.dim() <= dense or (shared and name in CACHES):
+            continue
+        strides = strides_with_gaps(tensor.shape, dense)
+        storages.append(_storage(strides[0] * len(tensor) * tensor.itemsize, numbers))
+        views[name] = storages[-1].view(tensor.dtype).as_strided(tensor.shape, strides)
+        views[name].copy_(tensor)
+    return replace(batch, **views, storages=tuple(storages))
+
+
 def _caches(
     state_pages: int,
     page: int,
@@ -398,7 +441,9 @@ def _storage(size: int, numbers: torch.Generator) -> Tensor:
     return words.view(torch.uint8)
 
 
-def _projection(seed: int, request: int, begin: int, end: int, spread: Spread) -> Tensor:
+def _projection(
+    seed: int, request: int, begin: int, end: int, spread: Spread, extreme: bool
+) -> Tensor:
     """[end - begin, 512]: the rows of a request at these positions, the same whatever the others
     are."""
     blocks = []
@@ -410,6 +455,8 @@ def _projection(seed: int, request: int, begin: int, end: int, spread: Spread) -
     rows = torch.cat(blocks)[begin % _BLOCK :][: end - begin]
     rows[:, :KV_WIDTH] *= spread.kv
     rows[:, KV_WIDTH:] *= spread.gate
+    if extreme:
+        rows[:, KV_WIDTH:] += _EXTREMES[torch.arange(begin, end) % len(_EXTREMES), None]
     return rows
 
 

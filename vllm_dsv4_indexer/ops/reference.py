@@ -235,7 +235,8 @@ def _store_fp8_page(scaled: Tensor, scale: Tensor, slots: Tensor, k_cache: Tenso
 def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cache: Tensor) -> None:
     h = _hadamard(x)
     amax = _amax(h)
-    codes = (h * (INT8_MAX / amax)[:, None]).round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0)
+    inverse = torch.tensor(INT8_MAX) / amax  # of a number and a tensor torch rounds twice
+    codes = (h * inverse[:, None]).round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0)
     page, entry = slots // k_cache.shape[1], slots % k_cache.shape[1]
     k_cache[page, entry] = codes.to(torch.int8)
     k_scale_cache[page, entry] = (amax / INT8_MAX).to(k_scale_cache.dtype)
