@@ -291,6 +291,32 @@ class Core {
   std::vector<uint32_t> read_, written_;  // blocks of the repeat in hand
 };
 
+// The data caches of the scalar units, one a core. A line holds what it was loaded with until it is
+// invalidated, from launch to launch. A store goes through to memory.
+class DataCaches {
+ public:
+  static constexpr uintptr_t kLine = 64;
+
+  void load(int core, uintptr_t address, size_t bytes, void* value) {
+    const auto [line, fresh] = lines_.try_emplace({core, address / kLine});
+    if (fresh) std::memcpy(line->second.data(), host(address / kLine * kLine), kLine);
+    std::memcpy(value, line->second.data() + address % kLine, bytes);
+  }
+
+  void store(int core, uintptr_t address, size_t bytes, const void* value) {
+    const auto line = lines_.find({core, address / kLine});
+    if (line != lines_.end()) std::memcpy(line->second.data() + address % kLine, value, bytes);
+    std::memcpy(host(address), value, bytes);
+  }
+
+  void invalidate(int core, uintptr_t address) { lines_.erase({core, address / kLine}); }
+
+ private:
+  static uint8_t* host(uintptr_t address) { return reinterpret_cast<uint8_t*>(address); }
+
+  std::map<std::pair<int, uintptr_t>, std::array<uint8_t, kLine>> lines_;
+};
+
 // What all cores of a launch share.
 class Memory {
  public:
@@ -311,7 +337,7 @@ class Memory {
     if (region->paged) core.counts.half_slots += write || scalar ? 2 : 1;
     if (!region->writable) return;
     accesses_.push_back(core.access(begin, end, sequence_++, write));
-    if (scalar && write) scalar_stores_.push_back({begin / kLine, core.index});
+    if (scalar && write) scalar_stores_.push_back({begin / DataCaches::kLine, core.index});
   }
 
   // Conflicts between cores, and within a core between transfers that nothing orders.
@@ -326,13 +352,11 @@ class Memory {
     for (auto [line, core] : scalar_stores_) {
       const int first = owner.insert({line, core}).first->second;
       require(first == core, "cache line: cores %d and %d store scalars in one line of %d bytes",
-              first, core, (int)kLine);
+              first, core, (int)DataCaches::kLine);
     }
   }
 
  private:
-  static constexpr uintptr_t kLine = 64;
-
   static void judge(const Access& a, const Access& b) {
     if (!a.write && !b.write) return;
     if (a.core != b.core)
@@ -353,6 +377,7 @@ class Memory {
 
 inline Core core;
 inline Memory memory;
+inline DataCaches data_caches;
 inline int64_t block_count = 1;  // cores of the launch
 
 }  // namespace emulation

@@ -53,6 +53,23 @@ struct Frame {
     Adds(work, work[128], 1.0f, 128);
   }
 
+  // Reads a 0 by the scalar unit, has MTE3 put a 1 in its place, and reads it again.
+  float reread(bool invalidates) {
+    GlobalTensor<float> value = output[16384 - 64];
+    DataCacheCleanAndInvalid<float, CacheLine::SINGLE_CACHE_LINE, DcciDst::CACHELINE_OUT>(value);
+    value.SetValue(0, 0.0f);
+    value.GetValue(0);
+    Duplicate(work, 0.0f, 64);
+    SetFlag<HardEvent::S_MTE3>(0);
+    WaitFlag<HardEvent::S_MTE3>(0);
+    store(work, 16384 - 64);
+    SetFlag<HardEvent::MTE3_S>(0);
+    WaitFlag<HardEvent::MTE3_S>(0);
+    if (invalidates)
+      DataCacheCleanAndInvalid<float, CacheLine::SINGLE_CACHE_LINE, DcciDst::CACHELINE_OUT>(value);
+    return value.GetValue(0);
+  }
+
   void store(const LocalTensor<float>& y, int64_t at) {
     LocalTensor<float> z = out.AllocTensor<float>();
     Adds(z, y, 1.0f, 64);
@@ -251,6 +268,12 @@ inline const std::map<std::string, Kernel>& kernels() {
       {"order: addresses without a barrier behind",
        framed([](Frame& f) { f.transpose(true, false); })},
       {"order: addresses between barriers", framed([](Frame& f) { f.transpose(true, true); })},
+      {"a value that changes after it was read, without an invalidation", framed([](Frame& f) {
+         emulation::require(f.reread(false) == 0.0f, "cache: GetValue read what it should not see");
+       })},
+      {"a value that changes after it was read, with an invalidation", framed([](Frame& f) {
+         emulation::require(f.reread(true) == 1.0f, "cache: GetValue read what was there before");
+       })},
       {"event: set twice", framed([](Frame&) {
          SetFlag<HardEvent::V_S>(1);
          SetFlag<HardEvent::V_S>(1);

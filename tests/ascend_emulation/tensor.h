@@ -48,35 +48,42 @@ class GlobalTensor {
 
   // By the scalar unit, through its data cache.
   T GetValue(uint64_t offset) const {
-    touch(offset, false);
-    ++emulation::core.counts.scalar_global;
-    return data_[offset];
+    T value;
+    emulation::data_caches.load(emulation::core.index, touch(offset, false), sizeof value, &value);
+    return value;
   }
 
   void SetValue(uint64_t offset, T value) {
-    touch(offset, true);
-    ++emulation::core.counts.scalar_global;
-    data_[offset] = value;
+    emulation::data_caches.store(emulation::core.index, touch(offset, true), sizeof value, &value);
   }
 
   __gm__ T* GetPhyAddr() const { return data_; }
 
  private:
-  void touch(uint64_t offset, bool write) const {
+  // Its address.
+  uintptr_t touch(uint64_t offset, bool write) const {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data_ + offset);
     emulation::core.issue(emulation::kScalar);
-    emulation::memory.touch(emulation::core, reinterpret_cast<uintptr_t>(data_ + offset), sizeof(T),
-                            write, write ? "SetValue" : "GetValue", true);
+    ++emulation::core.counts.scalar_global;
+    emulation::memory.touch(emulation::core, address, sizeof(T), write,
+                            write ? "SetValue" : "GetValue", true);
+    return address;
   }
 
   __gm__ T* data_ = nullptr;
   uint64_t size_ = 0;
 };
 
-// 缓存控制/DataCacheCleanAndInvalid.md. The emulation has no cache.
+// 缓存控制/DataCacheCleanAndInvalid.md: the line at the start of the tensor
 enum class CacheLine { SINGLE_CACHE_LINE, ENTIRE_DATA_CACHE };
 enum class DcciDst { CACHELINE_ALL, CACHELINE_UB, CACHELINE_OUT, CACHELINE_ATOMIC };
-template <class T, CacheLine entire, DcciDst target>
-void DataCacheCleanAndInvalid(const GlobalTensor<T>&) {}
+template <class T, CacheLine lines, DcciDst target>
+void DataCacheCleanAndInvalid(const GlobalTensor<T>& tensor) {
+  static_assert(lines == CacheLine::SINGLE_CACHE_LINE && target == DcciDst::CACHELINE_OUT,
+                "the others are not emulated");
+  emulation::data_caches.invalidate(emulation::core.index,
+                                    reinterpret_cast<uintptr_t>(tensor.GetPhyAddr()));
+}
 
 template <class T>
 class LocalTensor {

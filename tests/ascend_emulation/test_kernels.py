@@ -11,7 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batches import assert_close, assert_identical, make_batch, one_after_the_other, ordered
+from batches import (
+    TIES,
+    assert_close,
+    assert_identical,
+    assert_same_caches,
+    far_apart,
+    make_batch,
+    on_ties,
+    one_after_the_other,
+    ordered,
+)
 from batches import random_case as random_op_case
 from emulator import A2, A2_NAME, A5, A5_NAME
 from steps import SHARED, shared_batch
@@ -250,6 +260,9 @@ def random_case(pick: random.Random) -> tuple[dict, dict]:
         "norm_dtype": pick.choice((torch.bfloat16, torch.float32)),
         "padding": pick.choice((0, 0, 1, 6)),
         **pick.choice(FORMATS),
+        "eps": pick.choice((1e-6, 0.3)),
+        "extreme": pick.random() < 0.2,
+        "gaps": pick.random() < 0.4,
     }
     if pick.random() < 0.4:
         case |= {"page": block_size // 16, "layout": "ascend"}
@@ -278,6 +291,22 @@ def test_a_last_bit_in_exp_div_and_sqrt_turns_few_entries(ascend_emulation, opti
     for noise in (1, 2):
         # An fp32 scale is itself a quotient.
         compare(ascend_emulation, cases, codes=0.1, scales=0.7, noise=noise)
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_what_lies_halfway_is_rounded_to_even_as_by_the_reference(ascend_emulation, options):
+    ascend_emulation.use(product_of(options), cores=3)
+    for kind in TIES[options["k_format"]]:
+        batch = on_ties(kind=kind, k_page=32, **options)
+        assert_identical(batch.clone().compress("ascend"), batch.compress("reference"), kind)
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_offsets_beyond_32_bits_change_no_byte(ascend_emulation, options):
+    ascend_emulation.use(product_of(options))
+    batch = far_apart(make_batch([(0, 4100), (5, 9)], max_pos=4100, k_page=32, **options))
+    near = batch.clone()
+    assert_same_caches(batch.compress("ascend"), near.compress("ascend"))
 
 
 def test_large_gates_and_zeros_equal_the_reference(ascend_emulation):

@@ -125,6 +125,96 @@ def test_what_has_no_page_is_masked_and_what_is_out_of_range_is_not_written(asce
     assert (plan.windows[-1], plan.k_slots[-1]) == (NO_WINDOW, -1)
 
 
+def stray(**changes) -> Plan:
+    """The plan of a dozen tokens and one of another request, at position 511, which is changed so:
+    its values, how far values may reach, or how many columns the table has."""
+    step, extents = step_and_extents(make_batch([(0, 12), (511, 1)], max_pos=512, page=4, **INT8))
+    for name, value in changes.items():
+        if name in Extents._fields:
+            extents = extents._replace(**{name: value})
+        elif name == "columns":  # beside which lie others that look sound
+            step = step._replace(inner_state_block_table=step.inner_state_block_table[:, :value])
+        else:
+            getattr(step, name)[-1] = value
+    return Plan.of(ascend.plan(step, extents))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_pos": 511}, {"positions": -1}, {"k_slot_mapping": -1}, {"k_slot_mapping": -(2**40)}],
+    ids=str,
+)
+def test_a_token_that_is_out_of_range_closes_no_window(ascend_emulation, changes):
+    ascend_emulation.use(cores=2)
+    plan = stray(**changes)
+    assert (plan.windows[-1], plan.k_slots[-1]) == (NO_WINDOW, -1)
+    assert torch.equal(plan.windows[:-1], stray().windows[:-1])
+
+
+def test_the_last_page_entry_and_column_are_in_range(ascend_emulation):
+    ascend_emulation.use(cores=2)
+    whole = stray()
+    slots = torch.cat([whole.state_slots, -2 - whole.sources[-1]])
+    last = {"state_pages": int(slots.max()) // 4 + 1, "k_entries": int(whole.k_slots.max()) + 1}
+    plan = stray(**last, columns=128)
+    for name in ("state_slots", "k_slots", "windows"):
+        assert torch.equal(getattr(plan, name), getattr(whole, name)), name
+    assert torch.equal(plan.sources[-1], whole.sources[-1])
+    short = {name: number - 1 for name, number in last.items()}
+    fewer = stray(**short)
+    assert (fewer.k_slots >= 0).sum() == (whole.k_slots >= 0).sum() - 1
+    assert (fewer.sources[-1] == -1).any() or (fewer.state_slots == -1).any()
+
+
+@pytest.mark.parametrize("request_", (-1, 2, 2**31 - 1))
+def test_a_request_out_of_range_has_no_pages(ascend_emulation, request_):
+    ascend_emulation.use(cores=2)
+    plan = stray(token_to_req=request_)
+    assert plan.sources[-1].tolist() == [-1] * 7 + [12]
+
+
+def test_a_column_out_of_range_has_no_page(ascend_emulation):
+    ascend_emulation.use(cores=2)
+    plan = stray(columns=127)
+    sources = plan.sources[-1].tolist()
+    assert sources == stray().sources[-1, :4].tolist() + [-1] * 3 + [12]
+
+
+@pytest.mark.parametrize("by_requests", (False, True))
+def test_what_changes_between_launches_is_read_anew(ascend_emulation, by_requests):
+    """In place, as in a graph that is replayed: tables, slots, and which tokens write."""
+    ascend_emulation.use(cores=1)
+    batch = make_batch([(0, 64), (64, 20), (7, 33)], prefixes={1: (0, 64)}, **INT8)
+    step, extents = step_and_extents(batch)
+    mapping = torch.zeros(len(step.positions), dtype=torch.int32)
+    requests = batch.requests._replace(slot_mapping=mapping)
+
+    def planned() -> Tensor:
+        if by_requests:
+            return ascend.plan_requests(requests, len(mapping), extents, K_PAGE)
+        return ascend.plan(step, extents)
+
+    def change() -> None:
+        for table in (requests.state_block_table, requests.k_block_table):
+            table[2] = table[2].roll(1)
+        mapping[56:64] = -1
+        step.inner_state_slot_mapping[56:64] = -1
+
+    first = planned()
+    change()
+    again = planned()
+    step, requests = (
+        step._make(t.clone() for t in step),
+        requests._make(t.clone() for t in requests),
+    )
+    elsewhere = planned()
+    assert not torch.equal(first, again)
+    for section, other in zip(Plan.of(again)[:-1], Plan.of(elsewhere)[:-1]):
+        assert torch.equal(section, other)
+    early = Plan.of(again).windows == EARLY
+    assert torch.equal(Plan.of(again).sources[early], Plan.of(elsewhere).sources[early])
+
+
 def test_the_baselines_plan_has_all_windows_early_and_all_rows_in_the_state(ascend_emulation):
     ascend_emulation.use(cores=3)
     batch = make_batch([(0, 12), (9, 20)], page=4, **INT8)

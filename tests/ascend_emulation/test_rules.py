@@ -57,6 +57,10 @@ KEPT = (
     "order: two loads into one place with a barrier",
     "order: addresses between barriers",
 )
+READ_AGAIN = (
+    "a value that changes after it was read, without an invalidation",
+    "a value that changes after it was read, with an invalidation",
+)
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -70,6 +74,12 @@ def test_a_kernel_that_breaks_the_rule_is_refused(ascend_emulation, rule):
 def test_a_kernel_that_just_keeps_the_rule_is_not(ascend_emulation, rule):
     ascend_emulation.use()
     assert ascend_emulation.broken_rule(rule) == ""
+
+
+@pytest.mark.parametrize("rule", READ_AGAIN)
+def test_the_scalar_unit_sees_a_change_only_after_an_invalidation(ascend_emulation, rule):
+    ascend_emulation.use()
+    assert ascend_emulation.broken_rule(rule, cores=1) == ""
 
 
 def test_the_950_has_more_room_and_casts_to_fp8(ascend_emulation):

@@ -320,6 +320,27 @@ I saturate(float x) {
               least = std::numeric_limits<I>::min();
   return x != x ? 0 : static_cast<I>(std::min(std::max(rounded, least), most));
 }
+
+// x rounded as `mode` says, to a format with so many bits behind the leading 1 and that least
+// exponent; to an integer if both are 0. To nearest, ties to even, is done by `convert`.
+inline float rounded(float x, RoundMode mode, int bits, int least) {
+  if (mode == RoundMode::CAST_RINT || !std::isfinite(x) || x == 0) return x;
+  const int last = bits ? std::max(std::ilogb(x), least) - bits : 0;
+  const double scaled = std::ldexp(static_cast<double>(x), -last);
+  const double whole = mode == RoundMode::CAST_ROUND   ? std::round(scaled)
+                       : mode == RoundMode::CAST_FLOOR ? std::floor(scaled)
+                       : mode == RoundMode::CAST_CEIL  ? std::ceil(scaled)
+                                                       : std::trunc(scaled);
+  return static_cast<float>(std::ldexp(whole, last));
+}
+template <class T>
+float rounded_for(float x, RoundMode mode) {
+  if constexpr (std::is_same_v<T, bfloat16_t>) return rounded(x, mode, 7, -126);
+  if constexpr (std::is_same_v<T, half>) return rounded(x, mode, 10, -14);
+  if constexpr (std::is_same_v<T, fp8_e4m3fn_t>) return rounded(x, mode, 3, -6);
+  return rounded(x, mode, 0, 0);
+}
+
 inline float convert(float x, float*) { return x; }
 inline bfloat16_t convert(float x, bfloat16_t*) { return to_bfloat16(x); }
 inline half convert(float x, half*) { return to_half(x); }
@@ -335,7 +356,7 @@ template <class T, class U>
 void Cast(const LocalTensor<T>& target, const LocalTensor<U>& source, RoundMode mode,
           uint32_t count) {
   constexpr bool widens = std::is_same_v<U, bfloat16_t> && std::is_same_v<T, float>;
-  emulation::require(mode == (widens ? RoundMode::CAST_NONE : RoundMode::CAST_RINT),
+  emulation::require(widens == (mode == RoundMode::CAST_NONE) && mode <= RoundMode::CAST_TRUNC,
                      "range: Cast with a mode that is not emulated");
   if constexpr (std::is_same_v<T, fp8_e4m3fn_t>)
     emulation::require(emulation::core.product->is_950, "product: %s has no Cast to fp8_e4m3fn_t",
@@ -343,7 +364,13 @@ void Cast(const LocalTensor<T>& target, const LocalTensor<U>& source, RoundMode 
   detail::elementwise(
       "Cast", detail::contiguous<T, U>(count),
       detail::Strided<T>{target, 1, 8 * (int)sizeof(T) / (int)std::max(sizeof(T), sizeof(U))},
-      [](U x) { return detail::convert(x, static_cast<T*>(nullptr)); },
+      [mode](U x) {
+        T* const type = nullptr;
+        if constexpr (std::is_same_v<U, float>)
+          return detail::convert(detail::rounded_for<T>(x, mode), type);
+        else
+          return detail::convert(x, type);
+      },
       detail::Strided<U>{source, 1, 8 * (int)sizeof(U) / (int)std::max(sizeof(T), sizeof(U))});
 }
 
