@@ -140,7 +140,8 @@ def _engine() -> tuple[str, Finding]:
 
 def _configure(platform: Any) -> None:
     """What happens when the backend is selected, up to where the engine looks at the model."""
-    plugin._engine(platform).configure(SimpleNamespace(model_config=None), lambda config: None)
+    nothing = SimpleNamespace(model_config=None, additional_config=None)
+    plugin._engine(platform).configure(nothing, lambda config: None)
     backends = importlib.import_module("vllm.v1.attention.backends.registry").AttentionBackendEnum
     if plugin.BACKEND not in backends.__members__:
         raise UserError(

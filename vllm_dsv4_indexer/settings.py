@@ -35,12 +35,17 @@ class Settings:
 
     account: a file. Every worker adds a line of JSON to it, every ten seconds of work and when it
     stops: its `rank`, and the numbers of `ops.Work` since it started.
+
+    untested: what to do with a version of the engine that nobody has tested and that is newer than
+    those that were. `verify` lets it in, and has every worker compare our keys with those of the
+    engine's own compressor before it serves, whatever the version.
     """
 
     impl: Literal["auto", "ascend", "cpu", "reference", "stock"] = "auto"
     projection: Literal["auto", "exact", "engine"] = "auto"
     state_save: Literal["full", "tail"] = "full"
     account: str | None = None
+    untested: Literal["refuse", "verify"] = "refuse"
 
     @staticmethod
     def read(additional_config: Mapping[str, Any] | Any) -> "Settings":

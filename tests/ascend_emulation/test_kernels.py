@@ -20,7 +20,6 @@ from batches import (
     make_batch,
     on_ties,
     one_after_the_other,
-    ordered,
 )
 from batches import random_case as random_op_case
 from emulator import A2, A2_NAME, A5, A5_NAME
@@ -66,7 +65,7 @@ class Comparison:
             return
         # Small values have small steps of fp8: a value is one code away, or by a little of the
         # entry's largest.
-        apart = (ordered(actual) - ordered(expected))[written].abs()
+        apart = (actual.ordered_codes() - expected.ordered_codes())[written].abs()
         values = [
             b.codes()[written].view(torch.float8_e4m3fn).float() * b.scales()[written][:, None]
             for b in (actual, expected)

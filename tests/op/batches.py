@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from vllm_dsv4_indexer.bench.batches import (
     CACHES,
@@ -144,7 +143,7 @@ def assert_close(
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
-    distance = (ordered(actual) - ordered(expected)).abs()
+    distance = (actual.ordered_codes() - expected.ordered_codes()).abs()
     assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
@@ -155,12 +154,3 @@ def assert_close(
         blended.scales().copy_(expected.scales())
     assert_identical(blended, expected, case)
     return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM
-
-
-def ordered(batch: Batch) -> Tensor:
-    """The codes as integers in the order of the values that they stand for."""
-    codes = batch.codes().int()
-    if batch.k_format == "int8_hadamard":
-        return codes
-    codes = torch.where(codes == 0xFF, 0x7F, codes)  # either NaN
-    return torch.where(codes < 128, codes, 128 - codes)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from vllm_dsv4_indexer.cli import main
+from vllm_dsv4_indexer.engines.versions import TESTED, Engine
 from vllm_dsv4_indexer.settings import ENVIRONMENT_VARIABLES, NAMESPACE, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -192,3 +193,12 @@ def test_the_readme_lists_every_setting_with_its_values_and_no_other():
     assert set(listed) == {*kinds, *ENVIRONMENT_VARIABLES}
     choices = {name: set(get_args(kind)) for name, kind in kinds.items() if kind != str | None}
     assert {name: listed[name] for name in choices} == choices
+
+
+def test_the_page_of_versions_has_a_row_for_every_engine_that_is_let_in_and_for_no_other():
+    rows = re.findall(
+        r"^\| [\d.]+ \|([^|]*)\|([^|]*)\|", (ROOT / "docs/compatibility.md").read_text(), re.M
+    )
+    versions = ([*re.findall(r"\d\S+\b", cell), ""][0] for row in rows for cell in row)
+    listed = {Engine(*pair) for pair in zip(versions, versions)} - {Engine("")}
+    assert listed == {engine for engines in TESTED.values() for engine in engines}

@@ -161,6 +161,14 @@ class Batch:
             self.k_cache.storage_offset(),
         )
 
+    def ordered_codes(self) -> Tensor:
+        """The codes as integers in the order of the values that they stand for."""
+        codes = self.codes().int()
+        if self.k_format == "int8_hadamard":
+            return codes
+        codes = torch.where(codes == 0xFF, 0x7F, codes)  # either NaN
+        return torch.where(codes < 128, codes, 128 - codes)
+
     def scales(self) -> Tensor:
         """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales."""
         if self.k_scale_cache is not None:

@@ -1,10 +1,14 @@
 """The engines, a folder for each; here what all of them refuse. account.py has what their workers
 log, plans.py one plan a step."""
 
+import inspect
 from typing import Any, NoReturn
 
 from vllm_dsv4_indexer.contract import RATIO
 from vllm_dsv4_indexer.errors import UserError
+
+# The parameters of functions of an engine, by their owner (a class or a module) and name.
+Signatures = dict[tuple[Any, str], tuple[str, ...]]
 
 
 def refuse(found: str, supported: str, remedy: str) -> NoReturn:
@@ -55,6 +59,26 @@ def require_impl(impl: str, *supported: str) -> None:
             f"{', '.join(supported)} on this device",
             "set one of these",
         )
+
+
+def require_signatures(engine: str, expected: Signatures) -> None:
+    """Refuse an engine whose functions have other parameters than those we were written against,
+    and name what differs."""
+    for (owner, name), parameters in expected.items():
+        function = getattr(owner, name, None)
+        found = function and parameters_of(function)
+        if found != parameters:
+            raise UserError(
+                f"--attention-backend dsv4_indexer: {owner.__name__}.{name} of {engine} takes "
+                f"{found}, where the supported versions take {parameters}. Has another plugin "
+                "replaced it? Disable that plugin, or leave the option out."
+            )
+
+
+def parameters_of(function: Any) -> tuple[str, ...]:
+    """Of a function, or of a Triton kernel."""
+    names = getattr(function, "arg_names", None) or inspect.signature(function).parameters
+    return tuple(names)
 
 
 def indexers_of_stage(vllm_config: Any) -> int:

@@ -16,8 +16,8 @@ from vllm_ascend.attention.dsa_v1 import AscendDSABackend, AscendDSAImpl
 from vllm_ascend.ops import rope_dsv4
 
 from vllm_dsv4_indexer import ops, plugin
-from vllm_dsv4_indexer.engines import account, vllm_ascend
-from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
+from vllm_dsv4_indexer.engines import account, gate, vllm_ascend
+from vllm_dsv4_indexer.engines.versions import TESTED
 from vllm_dsv4_indexer.engines.vllm_ascend import configuration, loading
 from vllm_dsv4_indexer.engines.vllm_ascend import worker as workers
 from vllm_dsv4_indexer.engines.vllm_ascend.carried import Carried
@@ -201,6 +201,10 @@ def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypa
             "projection is 'engine'",
         ),
         (
+            dict(additional_config={"dsv4_indexer": {"untested": "verify"}}),
+            "untested is 'verify'; supported: 'refuse' with vllm-ascend: keys cannot be verified",
+        ),
+        (
             dict(additional_config={"dsv4_indexer": {"impl": "cpu"}}),
             "impl is 'cpu'; supported: ascend, reference, stock",
         ),
@@ -311,17 +315,15 @@ def test_other_versions_are_refused_with_what_was_found_and_what_is_supported(mo
         vllm_ascend.configure(None, None)
     message = str(refused.value)
     assert "with vLLM 0.27.0;" in message
-    for ours, its in VLLM_ASCEND.items():
-        assert f"vllm-ascend {ours} with vLLM {its}" in message
+    assert all(str(pair) in message for pair in TESTED["npu"])
 
 
 @pytest.mark.parametrize("local", ["", "+empty", "+g0123abc.d20261129"])
 def test_the_local_part_of_a_version_does_not_matter(monkeypatch, local):
-    here = [version.public for version in vllm_ascend.found()]
-    monkeypatch.setattr(vllm_ascend, "version", lambda package: here[0] + local)
-    monkeypatch.setattr(vllm, "__version__", here[1] + local)
-    assert [str(version) for version in vllm_ascend.found()] == here
-    assert VLLM_ASCEND[here[0]] == here[1]
+    here = vllm_ascend.found()
+    monkeypatch.setattr(vllm_ascend, "version", lambda package: here.vllm_ascend + local)
+    monkeypatch.setattr(vllm, "__version__", here.vllm + local)
+    assert vllm_ascend.found() == here and gate.is_tested("npu", here)
 
 
 @pytest.mark.parametrize("between", ["0.26.1.dev3+g0123abc", "0.23.0rc1", "0.30.1.dev3"])

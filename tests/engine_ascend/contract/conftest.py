@@ -18,7 +18,11 @@ from vllm_ascend.attention.dsa_v1 import AscendDSAMetadataBuilder
 
 from vllm_dsv4_indexer import plugin
 from vllm_dsv4_indexer.checkpoint import make_checkpoint
+from vllm_dsv4_indexer.engines.versions import TESTED
+from vllm_dsv4_indexer.engines.vllm_ascend import found
 
+if found() not in TESTED["npu"]:  # named by TEST_VLLM_ASCEND, or `make compat`
+    TESTED["npu"] += (found(),)
 npu.define_what_a_layer_calls()
 plugin.register()
 # As a class that is loaded already: vLLM would inspect one that is named in a process without our

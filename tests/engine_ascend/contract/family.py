@@ -27,8 +27,10 @@ else:
     )
     from vllm_ascend.quantization.configs.modelslim_config import AscendModelSlimConfig
 
-    # A worker's patch for the name "fp8". The package has others, which import what is absent here.
-    runpy.run_path(str(Path(vllm_ascend.__file__).parent / "patch/worker/patch_kv_cache_dtype.py"))
+    # A worker's patch for the name "fp8", from 0.29 on. Others import what is absent here.
+    patch = Path(vllm_ascend.__file__).parent / "patch/worker/patch_kv_cache_dtype.py"
+    if patch.exists():
+        runpy.run_path(str(patch))
 
 __all__ = ["AscendDeepseekV4ForCausalLM", "AscendModelSlimConfig", "Backend", "DeepseekV4Attention"]
 # The caches of a layer, in the order in which the first family's attention gets their metadata.

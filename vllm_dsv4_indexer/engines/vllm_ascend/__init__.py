@@ -18,22 +18,21 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
+from vllm_dsv4_indexer.engines.gate import is_tested, public, refuse_untested
+from vllm_dsv4_indexer.engines.versions import Engine
 
-from vllm_dsv4_indexer.engines.versions import VLLM_ASCEND
-from vllm_dsv4_indexer.errors import NotInstalled
+# Why no other version is let in, not even with the setting `untested`.
+NOT_VERIFIED = (
+    "keys cannot be verified on an NPU, where those of vllm-ascend's own compressor differ from "
+    "ours by roundings that nobody has measured"
+)
 
 
-def found() -> tuple[Version, Version]:
-    """The versions here of vllm-ascend and of vLLM, without their local parts: vLLM's is "+empty"
-    where it was built for no device."""
+def found() -> Engine:
+    """The versions here."""
     import vllm
 
-    return _public(version("vllm-ascend")), _public(vllm.__version__)
-
-
-def _public(version: str) -> Version:
-    return Version(Version(version).public)
+    return Engine(public(vllm.__version__), public(version("vllm-ascend")))
 
 
 def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) -> None:
@@ -43,14 +42,8 @@ def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) 
     check_and_update_config: the platform's own function, called in between.
     Raises UserError that says what was found, what is supported and what to do.
     """
-    if found() not in ((Version(ours), Version(its)) for ours, its in VLLM_ASCEND.items()):
-        pairs = (f"vllm-ascend {ours} with vLLM {its}" for ours, its in VLLM_ASCEND.items())
-        raise NotInstalled(
-            "--attention-backend dsv4_indexer: this is vllm-ascend {} with vLLM {}; on an NPU the "
-            "backend supports {}. Install one of these pairs, or leave the option out.".format(
-                *found(), ", ".join(pairs)
-            )
-        )
+    if not is_tested("npu", found()):
+        refuse_untested("npu", found(), f"since {NOT_VERIFIED}, ")
     from vllm_dsv4_indexer.engines.vllm_ascend import configuration
 
     configuration.configure(vllm_config, check_and_update_config)

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm_ascend.ascend_config import get_ascend_config
 
 from vllm_dsv4_indexer.engines import refuse, require_impl, require_indexer, require_model_runner_v1
-from vllm_dsv4_indexer.engines.vllm_ascend import found
+from vllm_dsv4_indexer.engines.vllm_ascend import NOT_VERIFIED, found
 from vllm_dsv4_indexer.engines.vllm_ascend.carried import Carried
 from vllm_dsv4_indexer.settings import Settings
 
@@ -17,7 +17,7 @@ WORKER = "vllm_dsv4_indexer.engines.vllm_ascend.worker.Worker"
 # vllm-ascend's weight_nz_mode that keeps unquantised weights in the device's private layout, too;
 # from 0.28 on not wkv and wgate
 NZ_FOR_BF16 = 2
-WKV_AND_WGATE_STAY_PLAIN = found()[0] >= Version("0.28.0rc1")
+WKV_AND_WGATE_STAY_PLAIN = Version(found().vllm_ascend) >= Version("0.28.0rc1")
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -85,6 +85,8 @@ def _check_settings(settings: Settings, eager: bool) -> None:
             "it without graphs",
             "pass --enforce-eager",
         )
+    if settings.untested == "verify":
+        refuse("untested is 'verify'", f"'refuse' with vllm-ascend: {NOT_VERIFIED}", "leave it out")
     if settings.state_save != "full":
         refuse(f"state_save is {settings.state_save!r}", "'full' with vllm-ascend", "leave it out")
     if settings.projection == "engine":

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ from vllm_ascend.device.device_op import DeviceOperator
 from vllm_ascend.ops import rope_dsv4
 
 from vllm_dsv4_indexer.contract import RATIO
+from vllm_dsv4_indexer.engines import parameters_of, require_signatures
 from vllm_dsv4_indexer.engines.vllm_ascend.indexer import Keys
 from vllm_dsv4_indexer.errors import UserError
 
@@ -36,16 +36,8 @@ def check_signatures() -> None:
         (utils, "npu_stream_switch"): ("target_stream", "enabled"),
     }
     for method, stock in family().OVERRIDDEN.items():
-        expected[stock, method.__name__] = tuple(inspect.signature(method).parameters)
-    for (owner, name), parameters in expected.items():
-        function = getattr(owner, name, None)
-        found = function and tuple(inspect.signature(function).parameters)
-        if found != parameters:
-            raise UserError(
-                f"--attention-backend dsv4_indexer: {owner.__name__}.{name} of vllm-ascend takes "
-                f"{found}, where the supported versions take {parameters}. Has another plugin "
-                "replaced it? Disable that plugin, or leave the option out."
-            )
+        expected[stock, method.__name__] = parameters_of(method)
+    require_signatures("vllm-ascend", expected)
 
 
 def finish_loading(model: Any, impl: str, indexers: int, max_positions: int) -> None:

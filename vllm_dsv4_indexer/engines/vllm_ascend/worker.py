@@ -3,7 +3,6 @@
 from functools import cached_property
 from typing import Any
 
-from packaging.version import Version
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm_ascend.worker.worker import NPUWorker
@@ -22,7 +21,7 @@ from vllm_dsv4_indexer.settings import Settings
 
 # 0.23.0 (not its post1) does it after a dummy run's metadata are built, which so have the slots of
 # the step before.
-SLOTS_ARE_VOIDED_LATE = found()[0] == Version("0.23.0")
+SLOTS_ARE_VOIDED_LATE = found().vllm_ascend == "0.23.0"
 
 logger = init_logger("vllm.dsv4_indexer")
 

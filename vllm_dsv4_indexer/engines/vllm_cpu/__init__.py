@@ -9,13 +9,15 @@ inside that worker, so an engine that uses another backend meets none of it:
     projection.py      the fp32 projection in front of it
     metadata.py        a step's metadata, in plain torch
     patches.py         where vLLM's own functions give way to those, during a step
+    signatures.py      whether vLLM's functions are those that we were written against
+    verification.py    whether the engine's own compressor stores what ours does
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dsv4_indexer.engines.versions import VLLM_CPU
-from vllm_dsv4_indexer.errors import NotInstalled
+from vllm_dsv4_indexer.engines.gate import is_older, is_tested, public, refuse_untested
+from vllm_dsv4_indexer.engines.versions import Engine
 from vllm_dsv4_indexer.settings import Settings
 
 
@@ -28,14 +30,32 @@ def configure(vllm_config: Any, check_and_update_config: Callable[[Any], None]) 
     """
     import vllm
 
-    if vllm.__version__.split("+")[0] != VLLM_CPU:  # "+cpu" if built for it
-        raise NotInstalled(
-            f"--attention-backend dsv4_indexer: this is vLLM {vllm.__version__}; on a CPU the "
-            f"backend supports vLLM {VLLM_CPU}. Install that version, or leave the option out."
-        )
+    found = Engine(public(vllm.__version__))
+    if not is_tested("cpu", found):
+        _admit_untested(found, vllm_config)
     from vllm_dsv4_indexer.engines.vllm_cpu import configuration
 
     configuration.configure(vllm_config, check_and_update_config)
+
+
+def _admit_untested(found: Engine, vllm_config: Any) -> None:
+    """Refuse what is older, what differs from what we call and replace, and what the user has not
+    asked to be verified when its model is loaded (verification.py)."""
+    if is_older("cpu", found):
+        refuse_untested("cpu", found)
+    try:
+        from vllm_dsv4_indexer.engines.vllm_cpu.signatures import check_signatures
+    except (ImportError, AttributeError) as error:
+        refuse_untested("cpu", found, f"since this one differs ({error}), ")
+    check_signatures()
+    if Settings.read(vllm_config.additional_config).untested != "verify":
+        setting = '{"dsv4_indexer": {"untested": "verify"}}'
+        refuse_untested(
+            "cpu",
+            found,
+            f"or have the keys of this one verified when its model is loaded (--additional-config "
+            f"'{setting}'), ",
+        )
 
 
 def projects_exactly(settings: Settings) -> bool:

@@ -79,8 +79,11 @@ class IndexerCompressor(DeepseekV4CPUCompressor):
         )
 
 
-def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: int) -> None:
+def replace_compressors(
+    model: torch.nn.Module, settings: Settings, indexers: int
+) -> list[DeepseekV4CPUAttention]:
     """Put our compressor into the indexers of `model`, which must be as many as `indexers`.
+    Returns their layers.
 
     Raises UserError where the model does not look as vLLM 0.32.0 builds it.
     """
@@ -105,3 +108,4 @@ def replace_compressors(model: torch.nn.Module, settings: Settings, indexers: in
         if settings.impl != "stock":
             compressor.__class__ = IndexerCompressor
             compressor.settings = settings
+    return layers

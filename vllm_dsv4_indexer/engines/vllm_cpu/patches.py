@@ -42,7 +42,7 @@ def metadata_on_cpu() -> Iterator[None]:
         yield
 
 
-def no_tile_schedule(self: Any, num_decode_tokens: int) -> dict[str, None]:
+def build_tile_scheduler(self: Any, num_decode_tokens: int) -> dict[str, None]:
     """The CPU has no tile scheduler. This can go when vLLM's own override has the layer types that
     V4.1 brought (c1a, c2a); 0.32.0's has not."""
     layer_types = [name for name in vars(sparse_swa) if name.startswith("_LAYER_TYPE_")]
@@ -91,6 +91,6 @@ KERNELS = (
 )
 REPLACED = (  # owner, attribute, what takes its place
     *((owner, name, KernelOverride(getattr(owner, name), ours)) for owner, name, ours in KERNELS),
-    (DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler", no_tile_schedule),
+    (DeepseekV4CPUSparseSWAMetadataBuilder, "build_tile_scheduler", build_tile_scheduler),
     (indexer, "build_prefill_chunk_metadata", prefill_chunk),
 )

@@ -19,6 +19,8 @@ from vllm_dsv4_indexer.engines.vllm_cpu import projects_exactly
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import K_FORMAT, replace_compressors
 from vllm_dsv4_indexer.engines.vllm_cpu.patches import metadata_on_cpu
 from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections
+from vllm_dsv4_indexer.engines.vllm_cpu.signatures import check_signatures
+from vllm_dsv4_indexer.engines.vllm_cpu.verification import verify
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -32,10 +34,13 @@ class Worker(Accountable, CPUWorker):
         impl = settings.impl
         if impl != "stock":
             ops.prepare(impl, "cpu", K_FORMAT)
+        check_signatures()
         with exact_projections() if exact else nullcontext():
             super().load_model(**kwargs)
         indexers = indexers_of_stage(self.vllm_config)
-        replace_compressors(self.get_model(), settings, indexers)
+        layers = replace_compressors(self.get_model(), settings, indexers)
+        if settings.untested == "verify" and impl != "stock":
+            verify(layers)
         make_stage_input(self.model_runner)
         who = "vLLM's own compressor" if impl == "stock" else f"impl={impl}"
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
