@@ -88,7 +88,7 @@ def on_ties(k_format: str, kind: str | int, **options) -> Batch:
     return replace(batch, eps=3.0)
 
 
-def _tied(kind: str | int) -> Tensor:
+def _tied(kind: str | int) -> torch.Tensor:
     i = torch.arange(HEAD_DIM)
     if kind == "bf16":  # between each of the numbers from 1 to 2 and the next
         return ((0x3F80 + i << 16) + 0x8000).int().view(torch.float32)
