@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize fuzz test-aarch64 wheel ascend-cost ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize fuzz compat test-aarch64 wheel ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ fuzz: ## feed the native op with what libFuzzer makes up, by clang (10 minutes; 
 	@mkdir -p build/fuzz/found
 	build/fuzz/fuzz -artifact_prefix=build/fuzz/ -len_control=0 -max_len=600 $(or $(ARGS),-max_total_time=600) \
 		build/fuzz/found tests/native/corpus
+
+compat: .venv/beside.done ## try the newest vLLM and vllm-ascend, and say what does not fit first (10 minutes)
+	@$(RUN) python tests/compat.py
 
 test-aarch64: aarch64-tools venv ## build the native op for aarch64 and run it under emulation
 	@$(MAKE) --no-print-directory build/aarch64/replay

@@ -2,10 +2,14 @@
 let through."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from engine import complete
 from vllm.models.deepseek_v4.cpu import cpu_compressor
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.platforms import current_platform
@@ -136,3 +140,44 @@ def test_one_code_in_ten_thousand_may_be_the_neighbour_of_the_engines(ties, pass
         verification.require_equal(
             "layers.1", batches, engines, lambda batch: batch.compress("cpu")
         )
+
+
+START = """
+from vllm import LLM
+from vllm.models.deepseek_v4.cpu import cpu_compressor
+from vllm_dsv4_indexer.engines.versions import TESTED, Engine
+
+TESTED["cpu"] = (Engine("0.31.0"),)
+store = cpu_compressor.compress_norm_rope_store_indexer_cpu
+
+def another_epsilon(*arguments):
+    store(*arguments[:5], 1.0, *arguments[6:])
+
+if {fault}:
+    cpu_compressor.compress_norm_rope_store_indexer_cpu = another_epsilon
+settings = {{"dsv4_indexer": {{"untested": "verify"}}}}
+llm = LLM(additional_config=settings, **{options})
+answers = llm.generate([dict(prompt_token_ids=[1, 2, 3, 4, 5])], use_tqdm=False)
+print("answered", len(answers))
+"""
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_an_engine_of_a_version_that_nobody_has_tested_starts_if_its_keys_are_ours(
+    checkpoint, fault
+):
+    options = complete(checkpoint, dict(skip_tokenizer_init=True, max_model_len=512))
+    done = subprocess.run(
+        [sys.executable, "-c", START.format(fault=fault, options=options)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    printed = done.stdout + done.stderr
+    if fault:
+        assert done.returncode != 0 and "by the engine's own compressor and" in printed, printed
+        assert "indexer.compressor: at token" in printed and "answered" not in printed
+    else:
+        assert done.returncode == 0 and "answered 1" in printed, printed
+        assert "verified: vLLM's own compressor stores the same in 2 layers" in printed

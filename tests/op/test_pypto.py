@@ -33,7 +33,8 @@ def codes(batch: Batch, rounds_again: bool) -> Tensor:
     if rounds_again:
         rotated = rotated.bfloat16().float()
     amax = rotated.abs().amax(dim=1, keepdim=True)
-    return (rotated * (127 / amax)).round().to(torch.int8)
+    inverse = torch.tensor(127.0) / amax  # one rounding; `127 / amax` has two
+    return (rotated * inverse).round().to(torch.int8)
 
 
 def entry(batch: Batch, last: int) -> Tensor:

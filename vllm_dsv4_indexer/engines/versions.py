@@ -23,6 +23,8 @@ TESTED = {  # by the platform's device type
     "cpu": (Engine(VLLM_CPU),),
     "npu": (
         Engine("0.30.0", "0.30.0rc2"),
+        Engine("0.28.0", "0.28.0rc1"),
+        Engine("0.27.1", "0.27.1rc1"),
         Engine("0.26.0", "0.26.0rc1"),
         Engine("0.23.0", "0.23.0.post1"),
         Engine("0.23.0", "0.23.0"),

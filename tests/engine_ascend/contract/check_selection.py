@@ -223,7 +223,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(configure, options, found):
 def test_weights_in_the_devices_private_layout_are_refused_where_ours_would_be(configure):
     """From 0.28 on vllm-ascend keeps wkv and wgate plain whatever weight_nz_mode says."""
     options = dict(additional_config={"weight_nz_mode": 2})
-    if not family.FIRST:
+    if not family.BEFORE_0_28:
         assert configure(**options).parallel_config.worker_cls == configuration.WORKER
         compressor = make_attention(configure(**options), ours=True).indexer.compressor
         assert compressor.wkv.skip_weight_nz_conversion

@@ -6,12 +6,13 @@ from typing import Any
 
 import vllm_ascend
 import vllm_ascend.ops
+from packaging.version import Version
 from torch import Tensor
 from vllm_ascend.attention.dsa_v1 import AscendDSAImpl, AscendDSAMetadataBuilder
 from vllm_ascend.attention.utils import AscendCommonAttentionMetadata
 
 from vllm_dsv4_indexer.contract import RATIO
-from vllm_dsv4_indexer.engines.vllm_ascend import loading
+from vllm_dsv4_indexer.engines.vllm_ascend import found, loading
 from vllm_dsv4_indexer.engines.vllm_ascend.indexer import Keys
 
 FIRST = loading.family().__name__.endswith("family1")
@@ -42,7 +43,10 @@ CACHES = (
     "swa_cache",
 )
 
-READS_THE_KEYS = "npu_vllm_quant_lightning_indexer" if FIRST else "npu_quant_lightning_indexer_v2"
+BEFORE_0_28 = Version(found().vllm_ascend) < Version("0.28.0rc1")
+READS_THE_KEYS = (
+    "npu_vllm_quant_lightning_indexer" if BEFORE_0_28 else "npu_quant_lightning_indexer_v2"
+)
 
 
 def entries_of_page(spec: Any) -> int:
