@@ -101,7 +101,7 @@ install_beside() {
     set -- "$1" --no-deps --no-compile --upgrade --target "$VENV/beside/$(echo "$1" | sed s/==/-/)"
     case $1 in
     vllm-ascend==*)
-        PYTHONPATH=$(echo "$VENV"/beside/setuptools-scm-*) COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 \
+        PYTHONPATH=$(cd "$VENV"/beside/setuptools-scm-* && pwd) COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 \
             "$VENV/bin/python" -m pip install --no-build-isolation --no-binary vllm-ascend "$@"
         ;;
     *) pip_install --python-version 3.11 "$@" ;;
