@@ -188,4 +188,4 @@ def test_the_schemas_have_the_fields_of_the_contract_in_its_order():
 def test_the_example_of_an_engine_of_ones_own_runs():
     example = Path(__file__).parents[2] / "examples" / "own_engine.py"
     done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
-    assert "called 4 times on 52 tokens and wrote 12 entries" in done.stdout
+    assert "2 plans; 4 calls on 52 tokens wrote 12 entries" in done.stdout
