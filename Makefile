@@ -75,7 +75,7 @@ fuzz: ## feed the native op with what libFuzzer makes up, by clang (10 minutes; 
 	build/fuzz/fuzz -artifact_prefix=build/fuzz/ -len_control=0 -max_len=600 $(or $(ARGS),-max_total_time=600) \
 		build/fuzz/found tests/native/corpus
 
-compat: .venv/beside.done ## try the newest vLLM and vllm-ascend, and say what does not fit first (10 minutes)
+compat: venv .venv/beside.done ## try the newest vLLM and vllm-ascend, and say what does not fit first (10 minutes)
 	@$(RUN) python tests/compat.py
 
 test-aarch64: aarch64-tools venv ## build the native op for aarch64 and run it under emulation

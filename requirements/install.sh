@@ -2,7 +2,8 @@
 # The set-up behind `make`. Needs Python, GCC 12 or clang, and for vLLM libnuma and lscpu.
 #   install.sh dependencies   an empty .venv, then CPU torch, then vLLM and all it needs as pinned in cpu.lock
 #   install.sh package        this package, editable; its native op is built with the locked cmake and ninja
-#   install.sh beside         for the tests: each package of beside.txt in a folder of its own
+#   install.sh beside [NAME==VERSION...]
+#                             for the tests: each package of beside.txt, or these, in a folder of its own
 #   install.sh tools          what `make check` and `make docs` run, in an environment of its own (tools.txt)
 #   install.sh lock           resolves cpu.in into cpu.lock, in a throw-away environment
 # Packages come from wherever pip is configured to find them; torch also from TORCH_INDEX_URL.
@@ -97,8 +98,14 @@ install_vllm() {
 
 # What is used of these is plain Python, so a wheel for another Python than ours does. vllm-ascend is built from source:
 # not all its releases have wheels. It asks which device it is for, and compiles nothing if told so.
+# A folder is whole or absent.
 install_beside() {
-    set -- "$1" --no-deps --no-compile --upgrade --target "$VENV/beside/$(echo "$1" | sed s/==/-/)"
+    target=$VENV/beside/$(echo "$1" | sed s/==/-/)
+    rm -rf "$target" "$target.part"
+    pip_install_beside "$1" --no-deps --no-compile --target "$target.part" && mv "$target.part" "$target"
+}
+
+pip_install_beside() {
     case $1 in
     vllm-ascend==*)
         PYTHONPATH=$(cd "$VENV"/beside/setuptools-scm-* && pwd) COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 \
@@ -144,7 +151,9 @@ package)
         "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e . || exit
     ;;
 beside)
-    for package in $(pins beside.txt); do
+    shift
+    packages=${*:-$(pins beside.txt)}
+    for package in $packages; do
         step "[tests] fetching $package, which lies beside the environment" install_beside "$package" || exit
     done
     ;;
@@ -162,6 +171,6 @@ lock)
     step "[4/4] writing requirements/cpu.lock" write_lock || exit
     ;;
 *)
-    fail "usage: sh requirements/install.sh dependencies | package | beside | tools | lock"
+    fail "usage: sh requirements/install.sh dependencies | package | beside [NAME==VERSION...] | tools | lock"
     ;;
 esac

@@ -1,6 +1,6 @@
 """`make compat`: do the newest releases of vLLM and vllm-ascend fit? What a port begins with.
 
-It reports, and never fails. What it fetches stays in build/compat.
+It reports, and never fails. What it fetches stays in .venv/beside.
 
 vllm-ascend runs the contract tests, as if the table of engines named it. Of vLLM only signatures
 are compared, since its compiled operators do not fit the environment.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from engine_ascend.pairs import ROOT, folder, pip, run_contract
+from engine_ascend.pairs import ROOT, folder, printed_by, run_contract
 from packaging.version import Version
 
 SIGNATURES = (
@@ -30,7 +30,7 @@ def main() -> None:
             try:
                 found = examine(package, version)
             except subprocess.CalledProcessError as error:
-                found = f"cannot be fetched: {last_line(error.stderr)}"
+                found = f"cannot be fetched: {last_line(error.stdout)}"
             except subprocess.TimeoutExpired as error:
                 found = f"no answer after {error.timeout:.0f} s"
             print(f"{package:12} {version:14} {found}", flush=True)
@@ -39,9 +39,9 @@ def main() -> None:
 def newest(package: str) -> Iterator[str]:
     """The newest release, and the newest pre-release if that is newer."""
     try:
-        listed = pip("index", "versions", "--pre", package)
+        listed = printed_by(sys.executable, "-m", "pip", "index", "versions", "--pre", package)
     except subprocess.CalledProcessError as error:
-        print(f"{package:12} {'?':14} {last_line(error.stderr)}")
+        print(f"{package:12} {'?':14} {last_line(error.stdout)}")
         return
     known = sorted(map(Version, re.search(r"Available versions: (.*)", listed)[1].split(", ")))
     release = max(version for version in known if not version.is_prerelease)

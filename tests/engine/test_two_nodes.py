@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from engine import FEW, STAGED, Result
+from engine import FEW, STAGED
 
 from vllm_dsv4_indexer.accuracy.engines import Server
 
@@ -19,14 +19,14 @@ import serve_and_chat
 def test_two_nodes_with_half_of_each_layer_answer_as_one_node(checkpoint, two_workers, tmp_path):
     options = ("--tensor-parallel-size", "2", "--max-num-batched-tokens", "1024")
     with two_nodes(checkpoint, options, tmp_path) as server:
-        assert_same_answers(server, two_workers, FEW)
+        assert_same_answers(server, FEW, two_workers.rounds)
 
 
 def test_two_nodes_with_half_of_the_layers_answer_as_one_node(six_layers, two_stages, tmp_path):
     options = ("--pipeline-parallel-size", "2", "--max-num-batched-tokens", "509")
     options += ("--no-enable-prefix-caching", "--enforce-eager")
     with two_nodes(six_layers, options, tmp_path) as server:
-        assert_same_answers(server, two_stages, STAGED[:-1])
+        assert_same_answers(server, STAGED[:-1], two_stages.rounds[:-1])
 
 
 @contextmanager
@@ -55,9 +55,9 @@ def two_nodes(model: Path, options: tuple[str, ...], folder: Path) -> Iterator[S
         second_node.wait(60)
 
 
-def assert_same_answers(server: Server, one_node: Result, rounds: list[dict]) -> None:
+def assert_same_answers(server: Server, rounds: list[dict], one_node: list[list[dict]]) -> None:
     """To each prompt the same tokens, with the same log-probabilities."""
-    for asked, (expected,) in zip(rounds, one_node.rounds, strict=False):
+    for asked, (expected,) in zip(rounds, one_node, strict=True):
         tokens, logprobs = server.decode(asked["prompts"][0], asked["sampling"]["max_tokens"])
         assert tokens == expected["tokens"]
         for token, one, two in zip(tokens, expected["logprobs"], logprobs, strict=True):

@@ -10,7 +10,6 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 BESIDE = Path(sys.prefix, "beside")  # where `make test` puts what lies beside the environment
-FETCHED = ROOT / "build" / "compat"  # where others go
 ALSO = ("gguf-0.19.0",)  # vLLM 0.23.0 imports it, and the environment has none
 CONTRACT = Path(__file__).with_name("contract")
 
@@ -23,33 +22,17 @@ def packages_of(version: str) -> list[Path]:
 
 
 def folder(package: str, version: str) -> Path:
-    """Where that package lies, without its dependencies. It is fetched if it lies nowhere."""
-    name = f"{package}-{version}"
-    places = [place / name for place in (BESIDE, FETCHED) if (place / name).exists()]
-    return places[0] if places else _fetch(package, version, FETCHED / name)
+    """Where that package lies, without its dependencies. It is fetched if it is not there."""
+    place = BESIDE / f"{package}-{version}"
+    if not place.exists():
+        printed_by("sh", ROOT / "requirements" / "install.sh", "beside", f"{package}=={version}")
+    return place
 
 
-def _fetch(package: str, version: str, target: Path) -> Path:
-    """vllm-ascend is built from source, without its kernels, as requirements/install.sh does it.
-    What is used of a vLLM is plain Python, so a wheel for another Python does.
-
-    Raises CalledProcessError, whose `stderr` is pip's."""
-    options = ["--no-deps", "--no-compile", "--target", f"{target}.part"]
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, BESIDE.glob("setuptools-scm-*")))}
-    if package == "vllm-ascend":
-        environment |= {"COMPILE_CUSTOM_KERNELS": "0", "SOC_VERSION": "ascend910b1"}
-        options += ["--no-build-isolation", "--no-binary", package]
-    else:
-        options += ["--only-binary", ":all:", "--python-version", "3.11"]
-    pip("install", *options, f"{package}=={version}", **environment)
-    return Path(f"{target}.part").rename(target)
-
-
-def pip(*arguments: str, **environment: str) -> str:
-    """What pip prints."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+def printed_by(*command: str | Path) -> str:
+    """Raises CalledProcessError, whose `stdout` is what it printed."""
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
     )
     return done.stdout
 

@@ -5,8 +5,8 @@ That process has the pair first on its path, stubs for the device's libraries, a
 of vLLM's: those of vllm-ascend's own that are left out register models and connectors, and import
 what is not installed here.
 
-Others are tested by name, whether the table of engines has them or not. pip fetches them into
-build/compat: TEST_VLLM_ASCEND=0.28.0rc1,0.29.0rc1 pytest tests/engine_ascend
+Others are tested by name, whether the table of engines has them or not. They are fetched
+as set-up fetches these: TEST_VLLM_ASCEND=0.28.0rc1,0.29.0rc1 pytest tests/engine_ascend
 """
 
 import os

@@ -12,9 +12,9 @@ from vllm_dsv4_indexer.bench.batches import (
     Batch,
     Prefixes,
     make_batch,
-    strides_with_gaps,
+    with_gaps,
 )
-from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, ROPE_DIM, arguments_of_call
+from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, ROPE_DIM
 
 __all__ = ["MAX_POSITION", "Batch", "Prefixes", "make_batch"]  # for the tests to import from here
 
@@ -40,19 +40,14 @@ def one_after_the_other(batch: Batch, impl: str) -> Batch:
 def far_apart(batch: Batch) -> Batch:
     """The batch on sparse memory, where the first dimension of every tensor that may have a stride
     spans more than 2^32 elements. A clone of it is dense."""
-    views = {}
-    for name, (_, _, _, dense) in arguments_of_call(batch.k_format).items():
-        tensor = getattr(batch, name)
-        if tensor.dim() <= dense:
-            continue
-        apart = (1 << 32) // (len(tensor) - 1) // 16 * 16 + 16
-        strides = strides_with_gaps(tensor.shape, dense, apart)
-        size = strides[0] * len(tensor) * tensor.itemsize
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a row that is touched takes one small page
-        views[name] = torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides)
-        views[name].copy_(tensor)
-    return replace(batch, **views, storages=())
+    return replace(with_gaps(batch, _sparse, span=1 << 32), storages=())
+
+
+def _sparse(size: int) -> torch.Tensor:
+    """Memory that takes a small page for each row that is touched, and nothing for the rest."""
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def assert_same_caches(a: Batch, b: Batch) -> None:

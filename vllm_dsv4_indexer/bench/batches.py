@@ -7,6 +7,7 @@ however the requests are cut into calls.
 """
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -263,7 +264,11 @@ def make_batch(
         eps=eps,
     )
     batch = _padded(batch, padding)
-    return _with_gaps(batch, layout in _SHARED, numbers) if gaps else batch
+    if not gaps:
+        return batch
+    return with_gaps(
+        batch, lambda size: _storage(size, numbers), leave=CACHES if layout in _SHARED else ()
+    )
 
 
 def _told_by_requests(requests: list[tuple[int, int]], table: Tensor, k_table: Tensor) -> Requests:
@@ -372,29 +377,35 @@ def _padded(batch: Batch, padding: int) -> Batch:
     return replace(batch, **longer)
 
 
-def strides_with_gaps(shape: torch.Size, dense: int, first: int = 0) -> tuple[int, ...]:
+def with_gaps(
+    batch: Batch, memory: Callable[[int], Tensor], span: int = 0, leave: Sequence[str] = ()
+) -> Batch:
+    """The batch with gaps wherever the contract allows a stride, in what `memory` gives for so many
+    bytes. The first dimension of each tensor spans more than `span` elements. The tensors that
+    `leave` names stay as they are."""
+    storages = list(batch.storages if leave else ())
+    views: dict[str, Any] = {}
+    for name, (_, _, _, dense) in contract.arguments_of_call(batch.k_format).items():
+        tensor = getattr(batch, name)
+        if tensor.dim() <= dense or name in leave:
+            continue
+        strides = _strides_with_gaps(tensor.shape, dense, span)
+        storages.append(memory(strides[0] * len(tensor) * tensor.itemsize))
+        views[name] = storages[-1].view(tensor.dtype).as_strided(tensor.shape, strides)
+        views[name].copy_(tensor)
+    return replace(batch, **views, storages=tuple(storages))
+
+
+def _strides_with_gaps(shape: torch.Size, dense: int, span: int) -> tuple[int, ...]:
     """Of a tensor whose last `dense` dimensions are contiguous: a gap behind each index of the
-    others. Those of the first dimension are at least `first` elements apart."""
+    others."""
     strides: list[int] = []
     extent = 1
     for dim in reversed(range(len(shape))):
         strides.insert(0, extent + (_GAP if dim < len(shape) - dense else 0))
         extent = strides[0] * shape[dim]
-    return max(strides[0], first), *strides[1:]
-
-
-def _with_gaps(batch: Batch, shared: bool, numbers: torch.Generator) -> Batch:
-    storages = list(batch.storages if shared else ())
-    views: dict[str, Any] = {}
-    for name, (_, _, _, dense) in contract.arguments_of_call(batch.k_format).items():
-        tensor = getattr(batch, name)
-        if tensor.dim() <= dense or (shared and name in CACHES):
-            continue
-        strides = strides_with_gaps(tensor.shape, dense)
-        storages.append(_storage(strides[0] * len(tensor) * tensor.itemsize, numbers))
-        views[name] = storages[-1].view(tensor.dtype).as_strided(tensor.shape, strides)
-        views[name].copy_(tensor)
-    return replace(batch, **views, storages=tuple(storages))
+    apart = span // max(shape[0] - 1, 1) // _GAP * _GAP + _GAP
+    return max(strides[0], apart), *strides[1:]
 
 
 def _caches(

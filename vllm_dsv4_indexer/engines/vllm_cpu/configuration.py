@@ -118,7 +118,7 @@ def _refuse_connectors(vllm_config: VllmConfig) -> None:
         ),
     ):
         if asked:
-            refuse(found, "neither on vLLM's CPU engine", f"leave --{option} out")
+            refuse(found, "no such thing on vLLM's CPU engine", f"leave --{option} out")
 
 
 def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
