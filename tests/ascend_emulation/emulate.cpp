@@ -96,6 +96,7 @@ void launch(int64_t cores, F kernel) {
   std::shuffle(order.begin(), order.end(), std::mt19937_64(machine.order));
   emulation::block_count = cores;
   emulation::memory.begin_launch();
+  emulation::data_caches.begin_launch();
   launches.emplace_back(cores);
   for (int core : order) {
     emulation::core.reset(core, *machine.product, machine.noise);

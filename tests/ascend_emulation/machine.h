@@ -292,29 +292,40 @@ class Core {
 };
 
 // The data caches of the scalar units, one a core. A line holds what it was loaded with until it is
-// invalidated, from launch to launch. A store goes through to memory.
+// invalidated. In each launch it begins with the bytes of an earlier one, which are never right
+// here: so a missing invalidation is seen whatever the allocator does. A store goes through to
+// memory.
 class DataCaches {
  public:
   static constexpr uintptr_t kLine = 64;
 
+  void begin_launch() { lines_.clear(); }
+
   void load(int core, uintptr_t address, size_t bytes, void* value) {
-    const auto [line, fresh] = lines_.try_emplace({core, address / kLine});
-    if (fresh) std::memcpy(line->second.data(), host(address / kLine * kLine), kLine);
-    std::memcpy(value, line->second.data() + address % kLine, bytes);
+    Line& line = line_of(core, address);
+    if (!line.valid) std::memcpy(line.bytes.data(), host(address / kLine * kLine), kLine);
+    line.valid = true;
+    std::memcpy(value, line.bytes.data() + address % kLine, bytes);
   }
 
   void store(int core, uintptr_t address, size_t bytes, const void* value) {
-    const auto line = lines_.find({core, address / kLine});
-    if (line != lines_.end()) std::memcpy(line->second.data() + address % kLine, value, bytes);
+    std::memcpy(line_of(core, address).bytes.data() + address % kLine, value, bytes);
     std::memcpy(host(address), value, bytes);
   }
 
-  void invalidate(int core, uintptr_t address) { lines_.erase({core, address / kLine}); }
+  void invalidate(int core, uintptr_t address) { line_of(core, address).valid = false; }
 
  private:
-  static uint8_t* host(uintptr_t address) { return reinterpret_cast<uint8_t*>(address); }
+  struct Line {
+    Line() { bytes.fill(0xa5); }
+    bool valid = true;
+    std::array<uint8_t, kLine> bytes;
+  };
 
-  std::map<std::pair<int, uintptr_t>, std::array<uint8_t, kLine>> lines_;
+  static uint8_t* host(uintptr_t address) { return reinterpret_cast<uint8_t*>(address); }
+  Line& line_of(int core, uintptr_t address) { return lines_[{core, address / kLine}]; }
+
+  std::map<std::pair<int, uintptr_t>, Line> lines_;
 };
 
 // What all cores of a launch share.

@@ -5,6 +5,7 @@
 // then SaveRows. In their plan all windows are early, and all sources rows of the state.
 #pragma once
 
+#include "../device.h"
 #include "../finish.h"
 #include "../planned.h"
 #include "../pool.h"
@@ -100,9 +101,9 @@ class PoolRows {
     const GlobalTensor<int64_t> positions = plan_gm_[kPlanHeader + kPositions * tokens_];
     const GlobalTensor<int64_t> requests = plan_gm_[kPlanHeader + kRequests * tokens_];
     for (int64_t token = 0; token < tokens_; ++token) {
-      const int64_t row = positions.GetValue(token) - start;
+      const int64_t row = ReadFresh(positions[token]) - start;
       const bool padding = row + start < 0;  // whose request may be any
-      if (padding || row < 0 || row >= kWindow || requests.GetValue(token) != request) continue;
+      if (padding || row < 0 || row >= kWindow || ReadFresh(requests[token]) != request) continue;
       const int in_window = static_cast<int>(row), frame = in_window / kRatio;
       tile_.Replace(tile_.Frames() - 2 + frame, in_window % kRatio, token);
     }
