@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize fuzz compat test-aarch64 wheel ascend-cost ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize mutants fuzz compat test-aarch64 wheel ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ accuracy: venv ## find needles by length and depth, then with planted faults (3 
 
 sanitize: venv ## run random calls of the native op under sanitizers (10 minutes; ARGS="--seconds 60")
 	@$(RUN) python tests/native/sanitize.py $(ARGS)
+
+mutants: venv ## plant small faults in the op, each of which a test must catch (an hour; ARGS="csrc/cpu")
+	@$(RUN) python tests/mutants/run.py $(ARGS)
 
 # The targets below want tools that the set-up does not install, and so are not in `make test`.
 
