@@ -25,6 +25,7 @@ GAPS = f"{SEMANTICS}::test_gates_that_are_far_apart_equal_the_reference"  # with
 TIES = f"{SEMANTICS}::test_what_lies_halfway_is_rounded_to_even_as_by_the_reference"
 FAR = f"{SEMANTICS}::test_offsets_beyond_32_bits_change_no_byte"
 STATE_ROW = f"{SEMANTICS}::test_a_state_row_is_kv_and_gate_plus_bias_bit_for_bit"
+UNSAVED = f"{SEMANTICS}::test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved"
 TWICE = f"{SEMANTICS}::test_of_two_tokens_with_one_slot_the_last_wins"
 ENDS = f"{SEMANTICS}::test_the_first_and_the_last_entry_of_the_cache_are_as_good_as_others"
 EXTREME = f"{SEMANTICS}::test_extreme_values_equal_the_reference"
@@ -32,6 +33,7 @@ NAN = f"{SEMANTICS}::test_a_nan_of_any_bits_counts_as_infinity"
 VALUE = f"{CONTRACT}::test_a_broken_value_is_named_and_nothing_is_written"
 NARROW = f"{CONTRACT}::test_a_table_that_is_too_narrow_for_a_window_is_named"
 SAME_PLAN = f"{PLANNING}::test_the_native_plan_is_that_of_the_reference"
+HIDDEN = f"{PLANNING}::test_a_later_token_in_the_slot_hides_no_token_at_the_window_s_position"
 UNFIT = f"{PLANNING}::test_a_plan_that_does_not_fit_is_refused_and_nothing_is_written"
 STRIDES = f"{INVARIANCE}::test_strides_of_the_inputs_change_no_byte"
 THREADS = f"{INVARIANCE}::test_the_number_of_threads_changes_no_byte"
@@ -159,7 +161,7 @@ MUTANTS = [
     Mutant(FORMATS, "largest < least ? least", "largest < least ? largest", EXTREME),
     Mutant(FORMATS, "largest < kInfinity ? largest : kInfinity", "largest", NAN),
     Mutant(FORMATS, "v == v ? code : broadcast(0x7f)", "v == v ? code : broadcast(0x7e)", NAN),
-    Mutant(FORMATS, "0.08838834764831845f;", "0.0883883f;", INT8),
+    Mutant(FORMATS, "0.08838834764831845f;", "0.0883883f;", TIES),
     Mutant(
         FORMATS,
         "code > 127 ? broadcast(127)",
@@ -236,8 +238,8 @@ MUTANTS = [
     ),
     Mutant(PLANNER, "if (slot < 0 && k_slot < 0) return kNoViolation;", "", MIXED),
     Mutant(PLANNER, "return a_.k_slots[token] >= 0 &&", "return a_.k_slots[token] > 0 &&", ENDS),
-    Mutant(PLANNER, "if (own >= 0) return own;", "", ROW_RULE),
-    Mutant(PLANNER, "other = unique_ ? -1 : other - 1;", "other = -1;", ROW_RULE),
+    Mutant(PLANNER, "if (own >= 0) return own;", "", UNSAVED),
+    Mutant(PLANNER, "other = unique_ ? -1 : other - 1;", "other = -1;", HIDDEN),
     Mutant(PLANNER, "windows_[token] == kNoWindow ? -1 :", "false ? -1 :", SAME_PLAN),
     Mutant(EXPORTS, "plan.max_pos <= layer.cos_sin_rows", "true", UNFIT),
     Mutant(EXPORTS, "plan.k_entries <= layer.k_pages * layer.k_page", "true", UNFIT),

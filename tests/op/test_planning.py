@@ -35,15 +35,24 @@ MIXED = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
 def test_the_native_plan_is_that_of_the_reference(seed):
     pick = random.Random(seed)
     batch = make_batch(**random_case(pick))
+    saved = (batch.inner_state_slot_mapping >= 0).nonzero()[:, 0].tolist()
     if pick.random() < 0.3:  # a slot twice
-        saved = (batch.inner_state_slot_mapping >= 0).nonzero()[:, 0].tolist()
         tokens = pick.choices(saved, k=2)
         batch.inner_state_slot_mapping[tokens] = batch.inner_state_slot_mapping[tokens[0]].clone()
+    if pick.random() < 0.3:  # a K slot at any position
+        batch.k_slot_mapping[pick.choice(saved)] = 0
     native, reference = (Plan.of(batch.plan(impl)) for impl in ("cpu", "reference"))
     for name in Plan._fields[:-1]:
         assert torch.equal(getattr(native, name), getattr(reference, name)), f"{name}, seed {seed}"
     early = native.windows == EARLY
     assert torch.equal(native.sources[early], reference.sources[early]), f"sources, seed {seed}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_later_token_in_the_slot_hides_no_token_at_the_window_s_position(impl):
+    batch = make_batch([(0, 16), (16, 8), (40, 1)], prefixes={1: (0, 16)})
+    batch.inner_state_slot_mapping[-1] = batch.inner_state_slot_mapping[12]
+    assert Plan.of(batch.plan(impl)).sources[19].tolist() == [12, 13, 14, 15, 16, 17, 18, 19]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
