@@ -303,9 +303,21 @@ def test_what_lies_halfway_is_rounded_to_even_as_by_the_reference(ascend_emulati
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_offsets_beyond_32_bits_change_no_byte(ascend_emulation, options):
     ascend_emulation.use(product_of(options))
-    batch = far_apart(make_batch([(0, 4100), (5, 9)], max_pos=4100, k_page=32, **options))
+    batch = far_apart(make_batch([(0, 4400), (5, 9)], max_pos=4400, k_page=32, **options))
     near = batch.clone()
     assert_same_caches(batch.compress("ascend"), near.compress("ascend"))
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_neighbouring_entries_in_two_pages_and_entry_0_are_as_good_as_others(
+    ascend_emulation, options
+):
+    ascend_emulation.use(product_of(options), cores=1)
+    batch = make_batch([(60, 100)], k_page=32, gaps=True, **options)
+    expected = batch.clone().compress("ascend").entries()
+    closing = batch.k_slot_mapping >= 0
+    batch.k_slot_mapping[closing] = torch.tensor([0, *range(20, 44)])
+    assert batch.compress("ascend").entries() == expected
 
 
 def test_large_gates_and_zeros_equal_the_reference(ascend_emulation):

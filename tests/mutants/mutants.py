@@ -40,10 +40,11 @@ THREADS = f"{INVARIANCE}::test_the_number_of_threads_changes_no_byte"
 ROW_RULE = "op/test_row_rule.py"
 
 NPU_BLOCKS = f"{KERNELS}::test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference"
-NPU_GAPS = f"{KERNELS}::test_gaps_far_gates_and_another_eps_equal_the_reference"
+NPU_RANDOM = f"{KERNELS}::test_random_batches_equal_the_reference"  # with gaps, far gates, two eps
 NPU_TIES = f"{KERNELS}::test_what_lies_halfway_is_rounded_to_even_as_by_the_reference"
 NPU_FAR = f"{KERNELS}::test_offsets_beyond_32_bits_change_no_byte"
 NPU_UNFIT = f"{KERNELS}::test_a_plan_for_other_caches_changes_nothing"
+NPU_ENTRIES = f"{KERNELS}::test_neighbouring_entries_in_two_pages_and_entry_0_are_as_good_as_others"
 NPU_ZEROS = f"{KERNELS}::test_large_gates_and_zeros_equal_the_reference"
 NPU_PAGE_0 = (
     f"{KERNELS}::test_page_0_is_not_written_"
@@ -247,13 +248,16 @@ MUTANTS = [
     Mutant(EXPORTS, "plan.state_page == layer.state_page", "true", UNFIT),
     # Places and strides on NPUs.
     Mutant(
-        TILE, "source * args_.kv_score_stride : StateRow", "source * kRowWidth : StateRow", NPU_GAPS
+        TILE,
+        "source * args_.kv_score_stride : StateRow",
+        "source * kRowWidth : StateRow",
+        NPU_RANDOM,
     ),
     Mutant(
         TILE,
         "kv_score_gm_[token * args_.kv_score_stride]",
         "kv_score_gm_[token * kRowWidth]",
-        NPU_GAPS,
+        NPU_RANDOM,
     ),
     Mutant(
         TILE,
@@ -261,8 +265,8 @@ MUTANTS = [
         "kv_score_gm_[static_cast<uint32_t>(token * args_.kv_score_stride)]",
         NPU_FAR,
     ),
-    Mutant(TILE, "Gap(args_.kv_score_stride)", "0", NPU_GAPS),
-    Mutant(TILE, "Gap(args_.state_row_stride)", "0", NPU_GAPS),
+    Mutant(TILE, "Gap(args_.kv_score_stride)", "0", NPU_RANDOM),
+    Mutant(TILE, "Gap(args_.state_row_stride)", "0", NPU_RANDOM),
     Mutant(
         TILE,
         NPU_STATE_PAGE,
@@ -274,25 +278,25 @@ MUTANTS = [
         TILE,
         "slot % args_.state_page * args_.state_row_stride",
         "slot % args_.state_page * kRowWidth",
-        NPU_GAPS,
+        NPU_RANDOM,
     ),
-    Mutant(TILE, "position * args_.cos_sin_stride", "position * kRopeDim", NPU_GAPS),
-    Mutant(TILE, "to % args_.state_page != 0", "true", NPU_GAPS),
-    Mutant(TABLE, "request * stride_ + column", "request * columns_ + column", NPU_GAPS),
-    Mutant(FINISH, "entry * args_.k_entry_stride;", "entry * kHeadDim;", NPU_GAPS),
-    Mutant(FINISH, "args_.k_entry_stride - kHeadDim", "0", NPU_GAPS),
-    Mutant(FINISH, "(stride - 1) * sizeof(T)", "0", NPU_GAPS),
+    Mutant(TILE, "position * args_.cos_sin_stride", "position * kRopeDim", NPU_RANDOM),
+    Mutant(TILE, "to % args_.state_page != 0", "true", NPU_RANDOM),
+    Mutant(TABLE, "request * stride_ + column", "request * columns_ + column", NPU_RANDOM),
+    Mutant(FINISH, "entry * args_.k_entry_stride;", "entry * kHeadDim;", NPU_RANDOM),
+    Mutant(FINISH, "args_.k_entry_stride - kHeadDim", "0", NPU_RANDOM),
+    Mutant(FINISH, "(stride - 1) * sizeof(T)", "(stride - stride) * sizeof(T)", NPU_RANDOM),
     Mutant(
         FINISH,
         "page * args_.k_scale_page_stride",
         "page * args_.k_page * args_.k_scale_entry_stride",
-        NPU_GAPS,
+        NPU_RANDOM,
     ),
-    Mutant(FINISH, "slots_[end] % args_.k_page != 0", "true", NPU_GAPS),
+    Mutant(FINISH, "slots_[end] % args_.k_page != 0", "true", NPU_ENTRIES),
     # Arithmetic on NPUs.
-    Mutant(TILE, "kWeightless = -3e38f", "kWeightless = -1e4f", NPU_GAPS),
+    Mutant(TILE, "kWeightless = -3e38f", "kWeightless = -1e4f", NPU_RANDOM),
     Mutant(TILE, "frames_[used_].raw |= raw << row;", "", NPU_BLOCKS),
-    Mutant("csrc/ascend/pool.h", "Max(most_, most_, most_[kHeadDim], kHeadDim);", "", NPU_GAPS),
+    Mutant("csrc/ascend/pool.h", "Max(most_, most_, most_[kHeadDim], kHeadDim);", "", NPU_RANDOM),
     Mutant(
         FINISH,
         "Adds(factor_, factor_, args_.eps, kBatch)",
@@ -383,12 +387,23 @@ MUTANTS = [
         "mapping_gm_.GetValue(token * stride_)",
         NPU_ANEW,
     ),
+    Mutant(
+        "csrc/ascend/comparison/baselines.h",
+        "ReadFresh(positions[token])",
+        "positions.GetValue(token)",
+        f"{KERNELS}::test_the_algorithms_for_comparison_store_the_same",
+    ),
     Mutant(NPU_PLANNER, " && position < args_.max_pos", "", NPU_STRAY),
     Mutant(NPU_PLANNER, "position < args_.max_pos", "position <= args_.max_pos", NPU_STRAY),
     Mutant(NPU_PLANNER, "slot < args_.k_entries", "slot <= args_.k_entries", NPU_LAST),
-    Mutant(NPU_PLANNER, "slot >= 0 && slot", "slot > 0 && slot", NPU_LAST),
+    Mutant(NPU_PLANNER, "slot >= 0 && slot", "slot > 0 && slot", NPU_ENTRIES),
     Mutant(NPU_PLANNER, "row < args_.state_page ||", "", NPU_PAGE_0),
     Mutant(NPU_PLANNER, "row >= args_.state_pages", "row > args_.state_pages", NPU_NO_PAGE),
     Mutant(NPU_PLANNER, "run >= kWindow &&", "run >= kWindow - 1 &&", NPU_MIXED_PLAN),
-    Mutant("csrc/ascend/span.h", "end < tokens ? end : tokens", "end", NPU_MIXED_PLAN),
+    Mutant(
+        "csrc/ascend/span.h",
+        "end < tokens ? end : tokens",
+        "end < tokens ? end : end",
+        NPU_MIXED_PLAN,
+    ),
 ]

@@ -33,9 +33,10 @@ MAX_POSITION = 512
 _BLOCK = 64  # positions whose projections are drawn together
 _GAP = 16  # elements between rows, pages or entries
 # What is added to the gates of positions 0, 1, ...: a first window beside which masked rows must
-# still weigh nothing, windows that outweigh others, a row without weight, windows far below zero.
+# still weigh nothing, windows that outweigh others, a row without weight beside one that has all
+# of it, windows far below zero.
 _EXTREMES = torch.tensor(
-    [-2e4] * 4 + [0.0] * 4 + [3e4] * 4 + [-torch.inf] + [0.0] * 3 + [-1e30] * 8
+    [-2e4] * 4 + [0.0] * 4 + [3e4] * 4 + [-torch.inf, 200.0, 0.0, 0.0] + [-1e30] * 8
 )
 
 
