@@ -264,6 +264,16 @@ def test_int8_scales_of_tiny_and_huge_entries_equal_the_reference(magnitude):
         )
 
 
+@pytest.mark.parametrize("options", [{}, *INT8], ids=("fp8", "fp32_scale", "fp16_scale"))
+def test_the_first_and_the_last_entry_of_the_cache_are_as_good_as_others(options):
+    batch = make_batch([(0, 8)], **options)
+    last = batch.k_cache.shape[0] * batch.k_cache.shape[1] - 1
+    expected = batch.clone().compress("reference").entries()
+    batch.k_slot_mapping[[3, 7]] = torch.tensor([0, last])
+    for impl in ("cpu", "reference"):
+        assert batch.clone().compress(impl).entries() == expected
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_batches_equal_the_reference(seed):
     compare_with_reference([random_case(random.Random(seed))], differing=1e-3)
