@@ -40,6 +40,6 @@ def run(log: Path, *arguments: str) -> None:
     """Run Python in a process of its own, with its output in `log`."""
     command = [sys.executable, *arguments]
     with log.open("w+") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=600)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=1800)
         file.seek(0)
         assert done.returncode == 0, f"{log}: {file.read()[-4000:]}"

@@ -28,7 +28,7 @@ def stock(needle_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", "needles"]
     command += [str(needle_checkpoint), "--lengths", "8192,2048", "--output", str(folder)]
     command += ["--settings", '{"impl": "stock"}']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, done.stdout
 

@@ -316,7 +316,7 @@ def test_our_compressor_and_stock_agree_in_a_few_samples_of_two_tasks(
     command += [str(checkpoint), "--tokens", "64", "--servers", *served]
     command += ["--tasks", f"{sums},{niah}", "--samples", "3", "--context", "2560"]
     command += ["--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((tmp_path / "compare.json").read_text())
     agreements = result["agreement"]["two servers"]
