@@ -3,7 +3,7 @@
 BIN = .venv/bin
 
 # Everything that the targets leave behind. `make clean` removes it and .gitignore names it.
-MADE = .venv .cache .pytest_cache .ruff_cache .mypy_cache build deepseek-v4 serve_and_chat.log vllm_dsv4_indexer/*.so
+MADE = .venv .cache .pytest_cache .ruff_cache .mypy_cache build deepseek-v4 serve_and_chat.log ascend-report.txt vllm_dsv4_indexer/*.so
 
 # As in an activated environment, with all caches inside the checkout, reporting and fetching nothing.
 RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
@@ -102,7 +102,7 @@ ascend-cost: venv ## what the kernels for NPUs would cost, modelled from counts 
 	@$(RUN) python tests/ascend_emulation/cost_model.py
 
 ascend-test: ## on a machine with CANN and an NPU: test the op and an engine (PYTHON=..., MODEL=...)
-	@PYTHON="$(or $(PYTHON),python3)" sh tests/npu/run.sh
+	@PYTHON="$(or $(PYTHON),python3)" "$(or $(PYTHON),python3)" tests/npu/first_day.py
 
 long-context: deepseek-v4 ## serve a prompt of 32K tokens and show the op's share of the time (ARGS="--tokens 65536")
 	@$(RUN) python tests/accuracy/long_context.py deepseek-v4 $(ARGS)

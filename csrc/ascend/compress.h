@@ -27,8 +27,8 @@ class Compress {
     tile_.Init(pipe, a, &plan_);
     pipe->InitBuffer(carry_buffer_, kFrameFloats * sizeof(float));
     carry_ = carry_buffer_.template Get<float>();
-    pool_.Init(pipe);
     finish_.Init(pipe, a);
+    pool_.Init(finish_.Scratch());
   }
 
   __aicore__ inline void Process() {
@@ -66,13 +66,12 @@ class Compress {
     LocalTensor<float> previous = carry_;
     for (int f = 0; f < tile_.Frames(); ++f) {
       const LocalTensor<float> rows = tile_.Complete(f);
-      if (tile_.Entry(f) >= 0) {
-        pool_.Run(finish_.Pooled(), previous, rows);
-        finish_.Take(tile_.CosSin(f), tile_.Entry(f));
-      }
+      if (tile_.Entry(f) >= 0) pool_.Take(previous, rows);
       previous = rows;
     }
+    pool_.Run(finish_.Pooled());
     if (full_ && next_ < span_.end) Carry(previous);
+    finish_.Take(tile_);
   }
 
   // Keeps the front halves of the last frame for the tile to come.

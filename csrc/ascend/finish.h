@@ -11,64 +11,80 @@
 #include "../layout.h"
 #include "abi.h"
 #include "device.h"
+#include "paging.h"
 #include "pool.h"
+#include "tile.h"
 
 namespace dsv4 {
 
 constexpr int kBatch = 16;  // windows
 constexpr int kPlanes = 2;
 constexpr int kPlane = kHeadDim * kBlockFloats;  // floats
-constexpr int kBatchFloats = kBatch * kHeadDim;
+constexpr int kPooledRow = kPooledBlocks * kBlockFloats;
+constexpr int kCosSinRow = kRopeDim + kBlockFloats;
 
 template <int64_t kFormat>
 class Finish {
  public:
   __aicore__ inline void Init(TPipe* pipe, const RunArguments& a) {
     args_ = a;
-    pipe->InitBuffer(pooled_buffer_, kBatchFloats * sizeof(float));
-    pipe->InitBuffer(x_buffer_, kBatchFloats * sizeof(float));
-    pipe->InitBuffer(y_buffer_, kBatchFloats * sizeof(float));
-    pipe->InitBuffer(narrow_buffer_, kBatchFloats * sizeof(half));
-    pipe->InitBuffer(cos_sin_buffer_, kBatch * kRopeDim * sizeof(float));
-    pipe->InitBuffer(turned_buffer_, kBatch * kRopeDim * sizeof(float));
+    paging_.Init(a.k_page);
+    pipe->InitBuffer(pooled_buffer_, kBatch * kPooledRow * sizeof(float));
+    pipe->InitBuffer(cos_sin_buffer_, kBatch * kCosSinRow * sizeof(float));
+    pipe->InitBuffer(scratch_buffer_, Pool::kScratchFloats * sizeof(float));
     pipe->InitBuffer(gamma_buffer_, kPlane * sizeof(float));
     pipe->InitBuffer(weight_buffer_, kHeadDim * sizeof(float));
     pipe->InitBuffer(factor_buffer_, 3 * kBatch * sizeof(float));
     pipe->InitBuffer(out_, 2, kCodeBytes + kScaleBytes);
     pooled_ = pooled_buffer_.template Get<float>();
-    x_ = x_buffer_.template Get<float>();
-    y_ = y_buffer_.template Get<float>();
     cos_sin_ = cos_sin_buffer_.template Get<float>();
-    turned_ = turned_buffer_.template Get<float>();
+    x_ = scratch_buffer_.template Get<float>();
+    y_ = x_[kPlanes * kPlane];
+    turned_ = y_[kPlanes * kPlane];
+    narrow_ = turned_[kBatch * kRopeDim];
+    static_assert(2 * kPlanes * kPlane + kBatch * (kRopeDim + kHeadDim / 2) <=
+                  Pool::kScratchFloats);
     gamma_ = gamma_buffer_.template Get<float>();
     factor_ = factor_buffer_.template Get<float>();
     constant_ = factor_[kBatch];
     scale_ = constant_[kBatch];
     // A batch may end before it is full; what is not a window yet must be a number.
-    Duplicate(pooled_, 0.0f, kBatchFloats);
-    Duplicate(cos_sin_, 0.0f, kBatch * kRopeDim);
+    Duplicate(pooled_, 0.0f, kBatch * kPooledRow);
+    Duplicate(cos_sin_, 0.0f, kBatch * kCosSinRow);
     LoadGamma(pipe);
   }
 
-  // Room for the pooled channels of the next window.
-  __aicore__ inline LocalTensor<float> Pooled() { return pooled_[windows_ * kHeadDim]; }
+  // Memory of Pool::kScratchFloats that is free while no batch is finished.
+  __aicore__ inline LocalTensor<float> Scratch() const { return x_; }
 
-  // The window is pooled; `cos_sin` is its row of the table, and its entry goes to `slot`.
-  __aicore__ inline void Take(const LocalTensor<float>& cos_sin, int64_t slot) {
-    Copy(cos_sin_[windows_ * kRopeDim], cos_sin, kRopeDim, 1, {1, 1, 8, 8});
-    slots_[windows_++] = slot;
-    if (windows_ == kBatch) Flush();
+  // Room for the windows of a tile, once they are pooled.
+  __aicore__ inline LocalTensor<float> Pooled() const { return pooled_[windows_ * kPooledRow]; }
+
+  // The tile's windows are pooled.
+  __aicore__ inline void Take(const Tile& tile) {
+    if (tile.Windows() == 0) return;
+    Copy(cos_sin_[windows_ * kCosSinRow], tile.CosSin(0), kRopeDim,
+         static_cast<uint8_t>(tile.Windows()),
+         {1, 1, kCosSinRow / kBlockFloats, kRopeDim / kBlockFloats});
+    for (int f = 0; f < tile.Frames(); ++f)
+      if (tile.Entry(f) >= 0) slots_[windows_++] = tile.Entry(f);
+    if (windows_ + kMostFrames > kBatch) Flush();
   }
 
   __aicore__ inline void Flush() {
     if (windows_ == 0) return;
+    planes_ = windows_ > kBlockFloats ? kPlanes : 1;
+    // The compiler puts barriers between vector instructions that share tensors; addresses it may
+    // not see through.
+    AscendC::PipeBarrier<PIPE_V>();
     Turn(x_, pooled_, kHeadDim);
     Turn(turned_, cos_sin_, kRopeDim);
+    AscendC::PipeBarrier<PIPE_V>();
     Normalise();
     Rotate();
-    LocalTensor<bfloat16_t> rounded = narrow_buffer_.template Get<bfloat16_t>();
-    Cast(rounded, x_, RoundMode::CAST_RINT, kBatchFloats);
-    Cast(x_, rounded, RoundMode::CAST_NONE, kBatchFloats);
+    const LocalTensor<bfloat16_t> rounded = narrow_.template ReinterpretCast<bfloat16_t>();
+    Cast(rounded, x_, RoundMode::CAST_RINT, Channels());
+    Cast(x_, rounded, RoundMode::CAST_NONE, Channels());
     Hadamard();
     LocalTensor<int8_t> out = out_.template AllocTensor<int8_t>();
     Quantise(out);
@@ -83,6 +99,10 @@ class Finish {
   static constexpr int kCodeBytes = kBatch * kHeadDim;
   // Each scale is at the start of a block of its own.
   static constexpr int kScaleBytes = kBatch * kBlockBytes;
+
+  // Floats of the planes in use, and windows.
+  __aicore__ inline int Channels() const { return planes_ * kPlane; }
+  __aicore__ inline int Windows() const { return planes_ * kBlockFloats; }
 
   // The RMSNorm weight, each channel filling a block.
   __aicore__ inline void LoadGamma(TPipe* pipe) {
@@ -107,48 +127,40 @@ class Finish {
     Brcb(gamma_, weight, kHeadDim / kBlockFloats, {1, kBlockFloats});
   }
 
-  // [16][width] to planes [2][width][8].
+  // [16][width], a block apart, to planes [2][width][8].
   __aicore__ inline void Turn(const LocalTensor<float>& target, const LocalTensor<float>& source,
                               int width) {
     uint64_t targets[AscendC::NCHW_CONV_ADDR_LIST_SIZE], sources[AscendC::NCHW_CONV_ADDR_LIST_SIZE];
     for (int i = 0; i < kBatch; ++i) {
-      sources[i] = (uint64_t)source[i * width].GetPhyAddr();
+      sources[i] = (uint64_t)source[i * (width + kBlockFloats)].GetPhyAddr();
       targets[i] =
           (uint64_t)target[(i % kPlanes * width + i / kPlanes) * kBlockFloats].GetPhyAddr();
     }
     const uint8_t repeats = static_cast<uint8_t>(width / kBlockFloats);
-    Transpose(targets, sources,
-              AscendC::TransDataTo5HDParams(false, false, repeats, kBlockFloats, 1));
+    AscendC::TransDataTo5HD<float>(
+        targets, sources, AscendC::TransDataTo5HDParams(false, false, repeats, kBlockFloats, 1));
   }
 
   // Planes [2][128][8] back to [16][128].
   __aicore__ inline void TurnBack(const LocalTensor<float>& target,
                                   const LocalTensor<float>& source) {
     uint64_t targets[AscendC::NCHW_CONV_ADDR_LIST_SIZE], sources[AscendC::NCHW_CONV_ADDR_LIST_SIZE];
-    for (int plane = 0; plane < kPlanes; ++plane) {
+    for (int plane = 0; plane < planes_; ++plane) {
       for (int i = 0; i < kBatch; ++i) {
         sources[i] = (uint64_t)source[plane * kPlane + i * kBlockFloats].GetPhyAddr();
         targets[i] =
             (uint64_t)target[plane * kPlane + i / 2 * kHeadDim + i % 2 * kBlockFloats].GetPhyAddr();
       }
-      Transpose(targets, sources,
-                AscendC::TransDataTo5HDParams(false, false, kHeadDim / kBatch, 2, kBatch));
+      AscendC::TransDataTo5HD<float>(
+          targets, sources,
+          AscendC::TransDataTo5HDParams(false, false, kHeadDim / kBatch, 2, kBatch));
     }
-  }
-
-  // The compiler puts barriers between vector instructions that share tensors; addresses it may not
-  // see through.
-  __aicore__ inline void Transpose(uint64_t* targets, uint64_t* sources,
-                                   const AscendC::TransDataTo5HDParams& params) {
-    AscendC::PipeBarrier<PIPE_V>();
-    AscendC::TransDataTo5HD<float>(targets, sources, params);
-    AscendC::PipeBarrier<PIPE_V>();
   }
 
   // Every channel of a window times (or divided by) the window's factor.
   __aicore__ inline void Scale(const LocalTensor<float>& x, bool divide) {
     const BinaryRepeatParams per_window(1, 1, 0, kBlockFloats, kBlockFloats, 0);
-    for (int plane = 0; plane < kPlanes; ++plane) {
+    for (int plane = 0; plane < planes_; ++plane) {
       const LocalTensor<float> part = x[plane * kPlane], factor = factor_[plane * kBlockFloats];
       if (divide)
         Div(part, part, factor, kLanes, kPlane / kLanes, per_window);
@@ -158,20 +170,26 @@ class Finish {
   }
 
   __aicore__ inline void Normalise() {
-    Mul(y_, x_, x_, kBatchFloats);
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      const LocalTensor<float> sum = y_[plane * kPlane];
-      for (int half = kPlane / 2; half > kBlockFloats; half /= 2) Add(sum, sum, sum[half], half);
-      Add(factor_[plane * kBlockFloats], sum, sum[kBlockFloats], kBlockFloats);
-    }
-    Muls(factor_, factor_, 1.0f / kHeadDim, kBatch);
-    Adds(factor_, factor_, args_.eps, kBatch);
-    Sqrt(factor_, factor_, kBatch);  // Rsqrt is an approximation
-    Duplicate(constant_, 1.0f, kBatch);
-    Div(factor_, constant_, factor_, kBatch);
+    Mul(y_, x_, x_, Channels());
+    for (int half = kPlane / 2; half >= kBlockFloats; half /= 2)
+      for (int plane = 0; plane < planes_; ++plane) {
+        const LocalTensor<float> sum = y_[plane * kPlane];
+        Add(Folded(sum, plane, half), sum, sum[half], half);
+      }
+    Muls(factor_, factor_, 1.0f / kHeadDim, Windows());
+    Adds(factor_, factor_, args_.eps, Windows());
+    Sqrt(factor_, factor_, Windows());  // Rsqrt is an approximation
+    Duplicate(constant_, 1.0f, Windows());
+    Div(factor_, constant_, factor_, Windows());
     Scale(x_, false);
-    for (int plane = 0; plane < kPlanes; ++plane)
+    for (int plane = 0; plane < planes_; ++plane)
       Mul(x_[plane * kPlane], x_[plane * kPlane], gamma_, kPlane);
+  }
+
+  // Where half of what is left of a plane goes: in the end one block, a factor of each window.
+  __aicore__ inline LocalTensor<float> Folded(const LocalTensor<float>& part, int plane,
+                                              int half) const {
+    return half > kBlockFloats ? part : factor_[plane * kBlockFloats];
   }
 
   // The last 64 channels: a' = a cos - b sin, b' = b cos + a sin, where a and b are neighbouring
@@ -179,37 +197,43 @@ class Finish {
   __aicore__ inline void Rotate() {
     constexpr int kPairs = kRopeDim / 2 * kBlockFloats;  // floats
     constexpr int kRepeats = kPairs / kLanes;
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      const LocalTensor<float> a = x_[plane * kPlane + (kHeadDim - kRopeDim) * kBlockFloats],
-                               b = a[kBlockFloats];
-      const LocalTensor<float> cos = turned_[plane * 2 * kPairs], sin = cos[kPairs];
-      const LocalTensor<float> a_cos = y_, b_sin = y_[kPairs], b_cos = y_[2 * kPairs],
-                               a_sin = y_[3 * kPairs];
-      const BinaryRepeatParams factors(1, 2, 1, 8, 16, 8), sums(2, 1, 1, 16, 8, 8);
-      Mul(a_cos, a, cos, kLanes, kRepeats, factors);
-      Mul(b_sin, b, sin, kLanes, kRepeats, factors);
-      Mul(b_cos, b, cos, kLanes, kRepeats, factors);
-      Mul(a_sin, a, sin, kLanes, kRepeats, factors);
-      Sub(a, a_cos, b_sin, kLanes, kRepeats, sums);
-      Add(b, b_cos, a_sin, kLanes, kRepeats, sums);
+    const BinaryRepeatParams factors(1, 2, 1, 8, 16, 8), sums(2, 1, 1, 16, 8, 8);
+    for (int plane = 0; plane < planes_; ++plane) {
+      const LocalTensor<float> a = Rotated(plane), b = a[kBlockFloats],
+                               cos = turned_[plane * 2 * kPairs], sin = cos[kPairs],
+                               products = y_[plane * 4 * kPairs];
+      Mul(products, a, cos, kLanes, kRepeats, factors);
+      Mul(products[kPairs], b, sin, kLanes, kRepeats, factors);
+      Mul(products[2 * kPairs], b, cos, kLanes, kRepeats, factors);
+      Mul(products[3 * kPairs], a, sin, kLanes, kRepeats, factors);
+    }
+    for (int plane = 0; plane < planes_; ++plane) {
+      const LocalTensor<float> a = Rotated(plane), b = a[kBlockFloats],
+                               products = y_[plane * 4 * kPairs];
+      Sub(a, products, products[kPairs], kLanes, kRepeats, sums);
+      Add(b, products[2 * kPairs], products[3 * kPairs], kLanes, kRepeats, sums);
     }
   }
 
+  __aicore__ inline LocalTensor<float> Rotated(int plane) const {
+    return x_[plane * kPlane + (kHeadDim - kRopeDim) * kBlockFloats];
+  }
+
   // The seven stages of the orthonormal Sylvester-Hadamard transform, in the order of
-  // ops/reference.py. Both planes are one array of 256 blocks. The result is in x_.
+  // ops/reference.py. Both planes are one array of blocks. The result is in x_.
   __aicore__ inline void Hadamard() {
     LocalTensor<float> from = x_, to = y_;
     for (int stride = 1; stride < kHeadDim; stride *= 2) {
       // One instruction adds the eight blocks of a repeat to those `stride` further: neighbours
       // where `stride` allows, else one of every 2 * stride.
-      const int blocks = kPlanes * kHeadDim;
+      const int blocks = planes_ * kHeadDim;
       int block = 1, repeat = 2 * stride, repeats = blocks / (2 * stride), first = 8,
           instructions = stride / 8;
       if (stride < 8)
-        block = 2 * stride, repeat = 16 * stride, repeats = 16 / stride, first = 1,
+        block = 2 * stride, repeat = 16 * stride, repeats = blocks / (16 * stride), first = 1,
         instructions = stride;
       if (stride == kHeadDim / 2)
-        repeat = 8, repeats = stride / 8, first = kHeadDim, instructions = kPlanes;
+        repeat = 8, repeats = stride / 8, first = kHeadDim, instructions = planes_;
       const uint8_t b = static_cast<uint8_t>(block), r = static_cast<uint8_t>(repeat);
       const BinaryRepeatParams params(b, b, b, r, r, r);
       for (int i = 0; i < instructions; ++i) {
@@ -221,50 +245,60 @@ class Finish {
       from = to, to = swap;
     }
     constexpr float kOrthonormal = 0.08838834764831845f;  // 128^-1/2
-    Muls(x_, from, kOrthonormal, kBatchFloats);
+    Muls(x_, from, kOrthonormal, Channels());
   }
 
   // The largest magnitude of each window, in factor_.
   __aicore__ inline void Amax() {
-    Abs(y_, x_, kBatchFloats);
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      const LocalTensor<float> most = y_[plane * kPlane];
-      for (int half = kPlane / 2; half > kBlockFloats; half /= 2) Max(most, most, most[half], half);
-      Max(factor_[plane * kBlockFloats], most, most[kBlockFloats], kBlockFloats);
-    }
+    Abs(y_, x_, Channels());
+    for (int half = kPlane / 2; half >= kBlockFloats; half /= 2)
+      for (int plane = 0; plane < planes_; ++plane) {
+        const LocalTensor<float> most = y_[plane * kPlane];
+        Max(Folded(most, plane, half), most, most[half], half);
+      }
   }
 
   __aicore__ inline void Quantise(const LocalTensor<int8_t>& out) {
     Amax();
     if constexpr (kFormat == kInt8Hadamard) {
-      Maxs(factor_, factor_, kAmaxFloor, kBatch);
-      Duplicate(constant_, kInt8Max, kBatch);
-      Div(scale_, factor_, constant_, kBatch);
-      Div(factor_, constant_, factor_, kBatch);
+      Maxs(factor_, factor_, kAmaxFloor, Windows());
+      Duplicate(constant_, kInt8Max, Windows());
+      Div(scale_, factor_, constant_, Windows());
+      Div(factor_, constant_, factor_, Windows());
       Scale(x_, false);
     } else {
-      Muls(scale_, factor_, 1.0f / kFp8Max, kBatch);
-      Maxs(factor_, scale_, 1.1754944e-38f, kBatch);  // the least normal number: 0 / 0 is no code
+      Muls(scale_, factor_, 1.0f / kFp8Max, Windows());
+      Maxs(factor_, scale_, 1.1754944e-38f, Windows());  // the least normal: 0 / 0 is no code
       Scale(x_, true);
     }
-    TurnBack(pooled_, x_);
+    AscendC::PipeBarrier<PIPE_V>();  // as in Flush
+    TurnBack(y_, x_);
+    AscendC::PipeBarrier<PIPE_V>();
+    RoundCodes(out);
+    SpreadScales(out[kCodeBytes]);
+  }
+
+  // From y_.
+  __aicore__ inline void RoundCodes(const LocalTensor<int8_t>& codes) {
     if constexpr (kFormat == kInt8Hadamard) {
       // By way of int16, which is exact: float to half and half to int8 would round twice.
-      LocalTensor<int16_t> integer = narrow_buffer_.template Get<int16_t>();
-      LocalTensor<half> narrow = y_.template ReinterpretCast<half>();
-      Cast(integer, pooled_, RoundMode::CAST_RINT, kBatchFloats);
-      Cast(narrow, integer, RoundMode::CAST_RINT, kBatchFloats);
-      Cast(out, narrow, RoundMode::CAST_RINT, kBatchFloats);
+      const LocalTensor<int16_t> integer = narrow_.template ReinterpretCast<int16_t>();
+      const LocalTensor<half> narrow = x_.template ReinterpretCast<half>();
+      Cast(integer, y_, RoundMode::CAST_RINT, Channels());
+      Cast(narrow, integer, RoundMode::CAST_RINT, Channels());
+      Cast(codes, narrow, RoundMode::CAST_RINT, Channels());
     } else {
-      Cast(out.template ReinterpretCast<fp8_e4m3fn_t>(), pooled_, RoundMode::CAST_RINT,
-           kBatchFloats);
+      Cast(codes.template ReinterpretCast<fp8_e4m3fn_t>(), y_, RoundMode::CAST_RINT, Channels());
     }
+  }
+
+  __aicore__ inline void SpreadScales(const LocalTensor<int8_t>& scales) {
     if (kFormat == kInt8Hadamard && args_.k_scale_is_fp16) {
-      LocalTensor<half> narrow = narrow_buffer_.template Get<half>();
-      Cast(narrow, scale_, RoundMode::CAST_RINT, kBatch);
-      Brcb(out[kCodeBytes].template ReinterpretCast<half>(), narrow, kPlanes, {1, kBlockFloats});
+      const LocalTensor<half> narrow = constant_.template ReinterpretCast<half>();
+      Cast(narrow, scale_, RoundMode::CAST_RINT, Windows());
+      Brcb(scales.template ReinterpretCast<half>(), narrow, planes_, {1, kBlockFloats});
     } else {
-      Brcb(out[kCodeBytes].template ReinterpretCast<float>(), scale_, kPlanes, {1, kBlockFloats});
+      Brcb(scales.template ReinterpretCast<float>(), scale_, planes_, {1, kBlockFloats});
     }
   }
 
@@ -273,7 +307,7 @@ class Finish {
     for (int first = 0; first < windows_;) {
       int end = first + 1;
       while (end < windows_ && slots_[end] == slots_[end - 1] + 1 &&
-             slots_[end] % args_.k_page != 0)
+             paging_.InPage(slots_[end]) != 0)
         ++end;
       StoreRun(out, first, end - first);
       first = end;
@@ -281,7 +315,7 @@ class Finish {
   }
 
   __aicore__ inline void StoreRun(const LocalTensor<int8_t>& out, int first, int count) {
-    const int64_t page = slots_[first] / args_.k_page, entry = slots_[first] % args_.k_page;
+    const int64_t page = paging_.Page(slots_[first]), entry = paging_.InPage(slots_[first]);
     const uint16_t n = static_cast<uint16_t>(count);
     const uint64_t codes =
         args_.k_cache + page * args_.k_page_stride + entry * args_.k_entry_stride;
@@ -316,13 +350,15 @@ class Finish {
   }
 
   RunArguments args_;
-  int windows_ = 0;
+  Paging paging_;
+  int windows_ = 0;  // pooled, and not finished yet
+  int planes_;       // that they fill
   int64_t slots_[kBatch];
-  TBuf<> pooled_buffer_, x_buffer_, y_buffer_, narrow_buffer_;
-  TBuf<> cos_sin_buffer_, turned_buffer_, gamma_buffer_, factor_buffer_;
+  TBuf<> pooled_buffer_, cos_sin_buffer_, scratch_buffer_, gamma_buffer_, factor_buffer_;
   TBuf<TPosition::VECIN> weight_buffer_;
   TQue<TPosition::VECOUT, 1> out_;
-  LocalTensor<float> pooled_, x_, y_, cos_sin_, turned_, gamma_, factor_, constant_, scale_;
+  LocalTensor<float> pooled_, cos_sin_, x_, y_, turned_, narrow_, gamma_, factor_, constant_,
+      scale_;
 };
 
 }  // namespace dsv4

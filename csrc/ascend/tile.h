@@ -8,6 +8,7 @@
 #include "../layout.h"
 #include "abi.h"
 #include "device.h"
+#include "paging.h"
 #include "planned.h"
 #include "pool.h"
 
@@ -21,7 +22,8 @@ class Tile {
     kv_score_gm_.SetGlobalBuffer((__gm__ float*)a.kv_score);
     state_gm_.SetGlobalBuffer((__gm__ float*)a.state);
     cos_sin_gm_.SetGlobalBuffer((__gm__ float*)a.cos_sin);
-    pipe->InitBuffer(queue_, 2, kMost * (kFrameFloats + kRopeDim) * sizeof(float));
+    paging_.Init(a.state_page);
+    pipe->InitBuffer(queue_, kBuffers, kMostFrames * (kFrameFloats + kRopeDim) * sizeof(float));
     pipe->InitBuffer(bias_buffer_, kRatio * kKvWidth * sizeof(float));
     bias_ = bias_buffer_.Get<float>();
     LoadBias();
@@ -30,11 +32,12 @@ class Tile {
   // A tile's life: it begins empty, gets frames, its rows arrive, are completed, leave, and may be
   // saved before it ends.
   __aicore__ inline void Begin() {
-    used_ = 0;
+    used_ = windows_ = 0;
     rows_ = queue_.AllocTensor<float>();
   }
   __aicore__ inline void Arrive() {
     LoadRows();
+    LoadCosSin();
     queue_.EnQue<TPosition::GM, TPosition::VECIN, float>(rows_);
     rows_ = queue_.DeQue<TPosition::GM, TPosition::VECIN, float>();
   }
@@ -45,7 +48,7 @@ class Tile {
   __aicore__ inline void End() { queue_.FreeTensor(rows_); }
 
   __aicore__ inline int Frames() const { return used_; }
-  __aicore__ inline int Room() const { return kMost - used_; }
+  __aicore__ inline int Room() const { return kMostFrames - used_; }
 
   // Adds the group of tokens [first, last], whole. If `entry` is one, it is that of the window that
   // `last` closes, and the positions of the group before `first` are added for it.
@@ -55,7 +58,7 @@ class Tile {
     const int rows = static_cast<int>(last - first + 1);
     frames_[used_] = {first, row, rows, kHeadDim, ((1 << rows) - 1) << row, 0, entry};
     if (entry >= 0) Fetch(last, kRatio, row);
-    if (entry >= 0) LoadCosSin(position - row);
+    if (entry >= 0) starts_[windows_++] = position - row;
     ++used_;
   }
 
@@ -69,7 +72,7 @@ class Tile {
   __aicore__ inline void AddOwnHalves(int64_t last, int64_t entry) {
     frames_[used_] = {last, 0, 0, kHeadDim, 0, 0, entry};
     Fetch(last, kRatio, kRatio);
-    LoadCosSin(plan_->Position(last) - kRatio + 1);
+    starts_[windows_++] = plan_->Position(last) - kRatio + 1;
     ++used_;
   }
 
@@ -99,10 +102,13 @@ class Tile {
     return rows;
   }
 
-  // The entry of the window that ends with frame f, or -1; the cosines and sines of its position.
+  // The entry of the window that ends with frame f, or -1.
   __aicore__ inline int64_t Entry(int f) const { return frames_[f].entry; }
-  __aicore__ inline LocalTensor<float> CosSin(int f) const {
-    return rows_[kMost * kFrameFloats + f * kRopeDim];
+
+  // How many windows end here, and the cosines and sines of window w.
+  __aicore__ inline int Windows() const { return windows_; }
+  __aicore__ inline LocalTensor<float> CosSin(int w) const {
+    return rows_[kMostFrames * kFrameFloats + w * kRopeDim];
   }
 
   // Saves the whole rows. Where neighbours in the tile are neighbours in a page, they go together.
@@ -114,7 +120,7 @@ class Tile {
       for (int i = 0; i < frame.rows; ++i) {
         const int64_t to = plan_->StateSlot(frame.token + i);
         const int from = f * kRatio + frame.row + i;
-        if (rows > 0 && from == row + rows && to == slot + rows && to % args_.state_page != 0) {
+        if (rows > 0 && from == row + rows && to == slot + rows && paging_.InPage(to) != 0) {
           ++rows;
           continue;
         }
@@ -126,7 +132,8 @@ class Tile {
   }
 
  private:
-  static constexpr int kMost = 4;
+  // One is loaded, one pooled and one stored.
+  static constexpr int kBuffers = 3;
   static constexpr int kHalfBytes = kHeadDim * sizeof(float);
   static constexpr float kWeightless = -3e38f;  // a gate whose weight is 0 beside any other
 
@@ -155,9 +162,15 @@ class Tile {
                 DataCopyPadExtParams<float>());
   }
 
-  __aicore__ inline void LoadCosSin(int64_t position) {
-    CopyRows(CosSin(used_), cos_sin_gm_[position * args_.cos_sin_stride], 1,
-             kRopeDim * sizeof(float), 0, 0);
+  // Loads the windows' cosines and sines. Those of windows in a row come together.
+  __aicore__ inline void LoadCosSin() {
+    const int64_t stride = args_.cos_sin_stride;
+    const uint32_t gap = static_cast<uint32_t>((kRatio * stride - kRopeDim) * sizeof(float));
+    for (int w = 0, end = 0; w < windows_; w = end) {
+      for (end = w + 1; end < windows_ && starts_[end] == starts_[end - 1] + kRatio;) ++end;
+      CopyRows(CosSin(w), cos_sin_gm_[starts_[w] * stride], end - w, kRopeDim * sizeof(float), gap,
+               0);
+    }
   }
 
   // Fills rows [0, rows) of the next frame, which are rows `first` and on of the window of `last`,
@@ -205,8 +218,8 @@ class Tile {
 
   // Where the state has row `slot`, in elements.
   __aicore__ inline int64_t StateRow(int64_t slot) const {
-    return slot / args_.state_page * args_.state_page_stride +
-           slot % args_.state_page * args_.state_row_stride;
+    return paging_.Page(slot) * args_.state_page_stride +
+           paging_.InPage(slot) * args_.state_row_stride;
   }
 
   // Loads the whole rows. Where neighbours in the call are neighbours in the tile, they come
@@ -253,8 +266,11 @@ class Tile {
 
   RunArguments args_;
   Planned* plan_;
-  Frame frames_[kMost];
+  Frame frames_[kMostFrames];
   int used_ = 0;
+  int64_t starts_[kMostFrames];  // of the groups that windows end with, the first position
+  int windows_ = 0;
+  Paging paging_;
   GlobalTensor<float> kv_score_gm_, state_gm_, cos_sin_gm_;
   TQueBind<TPosition::VECIN, TPosition::VECOUT, 1> queue_;
   TBuf<TPosition::VECIN> bias_buffer_;

@@ -104,8 +104,8 @@ inline bool unsupported(const PlanArguments& a, bool by_requests, const Device& 
 
 inline bool unsupported(const RunArguments& a, const Device& device, char* message, int64_t size) {
   const bool fp8 = a.k_format == kFp8Amax;
-  const auto row_stride = [](int64_t stride, int64_t rows) {
-    return rows <= 1 || (stride >= kRowWidth && stride <= 1 << 20);
+  const auto row_stride = [](int64_t stride, int64_t rows, int64_t width) {
+    return rows <= 1 || (stride >= width && stride <= 1 << 20);
   };
   const Line lines[] = {
       {fp8 || a.k_format == kInt8Hadamard, "k_format number", a.k_format,
@@ -116,10 +116,12 @@ inline bool unsupported(const RunArguments& a, const Device& device, char* messa
       {is_k_page(a.k_page), "a K page, in entries, of", a.k_page, "32, 64 and 128"},
       {!fp8 || a.k_page_stride % 4 == 0, "a K page stride, in bytes, of", a.k_page_stride,
        "multiples of 4, for the fp32 scales"},
-      {row_stride(a.kv_score_stride, a.tokens), "a row stride of kv_score of", a.kv_score_stride,
-       "512 to 2^20"},
-      {row_stride(a.state_row_stride, a.state_page), "a row stride of the state of",
+      {row_stride(a.kv_score_stride, a.tokens, kRowWidth), "a row stride of kv_score of",
+       a.kv_score_stride, "512 to 2^20"},
+      {row_stride(a.state_row_stride, a.state_page, kRowWidth), "a row stride of the state of",
        a.state_row_stride, "512 to 2^20"},
+      {row_stride(a.cos_sin_stride, a.cos_sin_rows, kRopeDim), "a row stride of cos_sin_cache of",
+       a.cos_sin_stride, "64 to 2^20"},
   };
   return broken(device, lines, message, size);
 }

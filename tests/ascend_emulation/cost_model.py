@@ -3,9 +3,9 @@
 The counts are exact: count.py ran the kernels in the emulation and wrote them to counts.json, which
 a test keeps up to date. What is made of them is a model, with the vendor's figures where there are
 any. A launch takes as long as its busiest core. A core takes its rows in tiles: the scalar unit
-prepares one, MTE2 loads it, the vector unit computes, MTE3 stores it, and its buffer, one of two,
-is free again. What different tiles do in different units overlaps. A step's plan is made once for
-all layers, and is counted apart from them.
+prepares one, MTE2 loads it, the vector unit computes, MTE3 stores it. What different tiles do in
+different units overlaps: there is a buffer for each unit that works on one (csrc/ascend/tile.h). A
+step's plan is made once for all layers, and is counted apart from them.
 
 Left out, because nothing is known of them: a read and a write that meet in one bank, misses in the
 scalar unit's caches, and what cores do to each other beyond sharing the bandwidth.
@@ -52,7 +52,6 @@ PLANS = {  # of a step: how it is told, and of what
     "plan_requests, decode": "requests of one token, a number a request",
 }
 _LAYERS = 21  # of ratio 4, in DeepSeek-V4-Flash
-_BUFFERS = 2  # for tiles: csrc/ascend/tile.h
 _COMPUTE = 2  # the vector unit's place among a core's units
 WAYS = ("read", "write")
 
@@ -69,7 +68,6 @@ class Assumptions:
     issue: float = 6  # of the scalar unit, to make one instruction for another unit
     scalar_local: float = 8  # to read a scalar from the unified buffer
     scalar_global: float = 25  # and from global memory, through the data cache
-    division: float = 40  # of 64 bits, by the scalar unit: of a slot by the page's size
     launch: float = 9000  # 5 us, outside of graphs
 
 
@@ -80,7 +78,6 @@ RANGES = {
     "issue": (2, 15),
     "scalar_local": (2, 20),
     "scalar_global": (8, 100),
-    "division": (15, 80),
     "launch": (3600, 18000),
 }
 
@@ -113,11 +110,24 @@ def unit_cycles(core: dict, cores: int, a: Assumptions) -> tuple[float, float, f
         (core["reads"] + core["writes"]) * a.issue
         + core["scalar_local"] * a.scalar_local
         + core["scalar_global"] * a.scalar_global
-        + core["half_slots"] / 2 * a.division
     )
-    rate = min(_SHARED * _SHARERS / cores, _ALONE) * a.bandwidth
-    load, store = (core[f"{way}_bytes"] / rate + core[f"{way}s"] * a.transfer for way in WAYS)
+    load, store = (
+        core[f"{way}_bytes"] / _rate(cores, a) + core[f"{way}s"] * a.transfer for way in WAYS
+    )
     return scalar, load, vector_cycles(core["vector"], a), store
+
+
+def _rate(cores: int, a: Assumptions) -> float:
+    return min(_SHARED * _SHARERS / cores, _ALONE) * a.bandwidth
+
+
+def bytes_cycles(launches: Launches, a: Assumptions) -> float:
+    """What the busiest cores' bytes alone would take, reads beside writes: no kernel that moves
+    them is faster."""
+    return sum(
+        max(launch["busiest"][f"{way}_bytes"] for way in WAYS) / _rate(launch["cores"], a)
+        for launch in launches
+    )
 
 
 def vector_cycles(vector: dict[str, list[int]], a: Assumptions) -> float:
@@ -129,19 +139,14 @@ def vector_cycles(vector: dict[str, list[int]], a: Assumptions) -> float:
 
 
 def core_cycles(core: dict, cores: int, a: Assumptions) -> float:
-    """One core's time in a launch: its tiles, taken to be equal, and what it computes after
-    them."""
+    """One core's time in a launch: its tiles, taken to be equal, and what it computes after them.
+    The first passes all units, and each of the others takes what the slowest does."""
     tiles = max(core["tiles"], 1)
     stages = [cycles / tiles for cycles in unit_cycles(core, cores, a)]
-    idle = [0.0] * len(stages)  # since when, each unit
-    free = [0.0] * _BUFFERS  # since when, each buffer
-    for tile in range(tiles):
-        idle[0] += stages[0]
-        done = max(idle[0], free[tile % _BUFFERS])
-        for unit in range(1, len(stages)):
-            done = idle[unit] = max(done, idle[unit]) + stages[unit]
-        free[tile % _BUFFERS] = done
-    return max(done, idle[_COMPUTE] + vector_cycles(core["after"], a))
+    computed, stored = (
+        sum(units) + (tiles - 1) * max(units) for units in (stages[: _COMPUTE + 1], stages)
+    )
+    return max(stored, computed + vector_cycles(core["after"], a))
 
 
 def kernel_cycles(launches: Launches, a: Assumptions) -> float:
@@ -206,7 +211,7 @@ def _yardstick(counts: Counts) -> "Table":
 def _raw(counts: Counts) -> "Table":
     columns = ["tokens", "", "launches", "cores", "KiB read", "written", "together"]
     columns += ["of them constants", "transfers"]
-    columns += ["vector", "repeats", "waits", "bank turns", "scalar UB", "scalar GM", "slots"]
+    columns += ["vector", "repeats", "waits", "bank turns", "scalar UB", "scalar GM"]
     rows = [
         [str(t), title, *_raw_cells(counts[name][t], t)]
         for t in counts["one_pass"]
@@ -231,7 +236,6 @@ def _raw_cells(launches: Launches, tokens: int) -> list[str]:
         *(sum(column) for column in zip(*vector)),
         sum_of("scalar_local"),
         sum_of("scalar_global"),
-        sum_of("half_slots") / 2,
     )
     return [
         str(len(launches)),
@@ -253,15 +257,17 @@ def _constants(launch: dict) -> int:
 
 def _cycles(counts: Counts) -> "Table":
     central, (*replaced, ours) = Assumptions(), ALGORITHMS.values()
-    columns = ["tokens", *ALGORITHMS.values(), *(f"{ours} saves of {name}" for name in replaced)]
+    columns = ["tokens", *ALGORITHMS.values(), "its bytes alone"]
+    columns += [f"{ours} saves of {name}" for name in replaced]
     rows = []
     for t in counts["one_pass"]:
         launches = [counts[name][t] for name in ALGORITHMS]
         kernels = [kernel_cycles(x, central) for x in launches]
         savings = [_range(saving(other, launches[2])) for other in launches[:2]]
+        alone = bytes_cycles(launches[2], central)
         whole = [cycles + len(x) * central.launch for cycles, x in zip(kernels, launches)]
-        cycles = [f"{n:.0f}" for n in (*kernels, *whole)]
-        rows.append([str(t), *cycles[:3], *savings, *cycles[3:]])
+        cycles = [f"{n:.0f}" for n in (*kernels, alone, *whole)]
+        rows.append([str(t), *cycles[:4], *savings, *cycles[4:]])
     return output.table(
         [*columns, *(f"{name}, with launches" for name in ALGORITHMS.values())], rows
     )

@@ -28,9 +28,8 @@ std::vector<std::vector<emulation::Counts>> launches;  // counts of each core of
 // The tensors behind the arguments.
 class Regions {
  public:
-  void add(const char* name, uint64_t address, int64_t bytes, bool writable = false,
-           bool paged = false) {
-    if (address && bytes > 0) all_.push_back({name, address, address + bytes, writable, paged});
+  void add(const char* name, uint64_t address, int64_t bytes, bool writable = false) {
+    if (address && bytes > 0) all_.push_back({name, address, address + bytes, writable});
   }
   std::vector<Region> take() { return std::move(all_); }
 
@@ -43,8 +42,7 @@ int64_t plan_bytes(int64_t tokens) { return (kPlanHeader + kPlanWidth * tokens) 
 std::vector<Region> regions_of(const PlanArguments& a, bool by_requests) {
   Regions regions;
   const auto table = [&](const char* name, uint64_t address, int64_t stride, int64_t columns) {
-    if (columns > 0)
-      regions.add(name, address, ((a.requests - 1) * stride + columns) * 4, false, true);
+    if (columns > 0) regions.add(name, address, ((a.requests - 1) * stride + columns) * 4);
   };
   regions.add("plan", a.plan, plan_bytes(a.tokens), true);
   table("inner_state_block_table", a.block_table, a.block_table_stride, a.table_columns);
@@ -74,17 +72,17 @@ std::vector<Region> regions_of(const RunArguments& a) {
               ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride +
                kRowWidth) *
                   4,
-              true, true);
+              true);
   regions.add("k_cache", a.k_cache,
               (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim +
                   (fp8 ? a.k_page * 4 : 0),
-              true, true);
+              true);
   if (!fp8)
     regions.add(
         "k_scale_cache", a.k_scale,
         ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
             (a.k_scale_is_fp16 ? 2 : 4),
-        true, true);
+        true);
   return regions.take();
 }
 
@@ -158,8 +156,8 @@ std::string json(const emulation::Counts& n) {
   out << "{\"read_bytes\":" << n.read_bytes << ",\"write_bytes\":" << n.write_bytes
       << ",\"reads\":" << n.reads << ",\"writes\":" << n.writes
       << ",\"scalar_local\":" << n.scalar_local << ",\"scalar_global\":" << n.scalar_global
-      << ",\"tiles\":" << n.tiles << ",\"half_slots\":" << n.half_slots
-      << ",\"vector\":" << json(n.vector) << ",\"after\":" << json(n.after) << "}";
+      << ",\"tiles\":" << n.tiles << ",\"vector\":" << json(n.vector)
+      << ",\"after\":" << json(n.after) << "}";
   return out.str();
 }
 

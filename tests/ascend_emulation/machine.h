@@ -76,12 +76,11 @@ struct Count {
 };
 
 // What a core has done. Bytes and transfers between global memory and the unified buffer, scalar
-// reads of both, tiles of rows. Slots of paged memory, each of which the scalar unit divides by the
-// page's size, in halves: our kernels read a row of the state by its halves.
+// reads of both, tiles of rows.
 struct Counts {
   int64_t read_bytes = 0, write_bytes = 0, reads = 0, writes = 0;
   int64_t scalar_local = 0, scalar_global = 0;
-  int64_t tiles = 0, half_slots = 0;
+  int64_t tiles = 0;
   std::map<std::string, Count> vector, after;  // and of them, apart: after the last tile was stored
 };
 
@@ -89,7 +88,6 @@ struct Region {
   const char* name;
   uintptr_t begin, end;
   bool writable;
-  bool paged = false;
 };
 
 struct Access {
@@ -345,7 +343,6 @@ class Memory {
     require(region, "bounds: %s touches %llu bytes of global memory outside every tensor", what,
             (unsigned long long)bytes);
     require(region->writable || !write, "bounds: %s writes %s, an input", what, region->name);
-    if (region->paged) core.counts.half_slots += write || scalar ? 2 : 1;
     if (!region->writable) return;
     accesses_.push_back(core.access(begin, end, sequence_++, write));
     if (scalar && write) scalar_stores_.push_back({begin / DataCaches::kLine, core.index});

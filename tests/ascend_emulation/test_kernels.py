@@ -459,12 +459,14 @@ def test_a_chip_of_the_first_generation_is_refused(ascend_emulation):
         make_batch([(0, 8)], k_format="int8_hadamard", k_page=32).compress("ascend")
 
 
-def test_rows_that_lie_in_each_other_are_refused(ascend_emulation):
+@pytest.mark.parametrize("name, least", [("kv_score", 512), ("cos_sin_cache", 64)])
+def test_rows_that_lie_in_each_other_are_refused(ascend_emulation, name, least):
     ascend_emulation.use()
     batch = make_batch([(0, 8)], k_format="int8_hadamard", k_page=32)
-    batch = replace(batch, kv_score=batch.kv_score[:1].expand(8, -1))
+    rows = getattr(batch, name)
+    batch = replace(batch, **{name: rows[:1].expand(len(rows), -1)})
     with pytest.raises(
         ContractError,
-        match="a row stride of kv_score of 0 is not supported; supported: 512 to 2\\^20",
+        match=f"a row stride of {name} of 0 is not supported; supported: {least} to 2\\^20",
     ):
         batch.compress("ascend")

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from batches import Batch, make_batch, random_case
-from steps import INT8, K_PAGE, PAGES, SHARED, random_requests, shared_batch
+from steps import (
+    INT8,
+    K_PAGE,
+    PAGES,
+    SHARED,
+    assert_same_plan,
+    random_requests,
+    shared_batch,
+)
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.contract import (
     EARLY,
@@ -15,7 +23,6 @@ from vllm_dsv4_indexer.contract import (
     NO_WINDOW,
     Extents,
     Plan,
-    PlanHeader,
     Requests,
     Step,
     row_source,
@@ -31,26 +38,11 @@ def step_and_extents(batch: Batch) -> tuple[Step, Extents]:
     return batch.call.step, Extents.of(batch.call.layer)
 
 
-def assert_same(actual: Tensor, expected: Tensor, case: object = "") -> None:
-    """But for what a device cannot know: how many windows there are, and whether slots are unique.
-    The reference has all windows early if they are not."""
-    ours, theirs = Plan.of(actual), Plan.of(expected)
-    told = PlanHeader(*theirs.header[: len(PlanHeader._fields)].tolist())
-    header = told._replace(entries=-1, early=-1, unique=1)
-    assert ours.header.tolist() == [*header] + [0] * (len(ours.header) - len(header)), case
-    for name in ("positions", "requests", "state_slots", "k_slots"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, case)
-    if told.unique:
-        assert torch.equal(ours.windows, theirs.windows), case
-    early = ours.windows == EARLY
-    assert torch.equal(ours.sources[early], theirs.sources[early]), case
-
-
 def compare(emulation, batch: Batch, case: object = "", cores: tuple[int, ...] = CORES) -> Plan:
     expected = batch.plan("reference")
     for count in cores:
         emulation.use(cores=count, order=count)
-        assert_same(batch.plan("ascend"), expected, (case, count))
+        assert_same_plan(batch.plan("ascend"), expected, (case, count))
     return Plan.of(expected)
 
 
@@ -238,7 +230,7 @@ def compare_requests(
     emulation.use(cores=cores)
     actual = ops.plan_requests(requests, tokens, extents, K_PAGE, impl="ascend")
     expected = reference.plan(step_of(requests, tokens, extents.state_page, K_PAGE), extents)
-    assert_same(actual, expected, case)
+    assert_same_plan(actual, expected, case)
     assert len(emulation.counts()) == 1  # launch
     return Plan.of(actual)
 

@@ -66,7 +66,7 @@ TILE, TABLE, FINISH = "csrc/ascend/tile.h", "csrc/ascend/table.h", "csrc/ascend/
 PLANNED, NPU_PLANNER = "csrc/ascend/planned.h", "csrc/ascend/planner.h"
 
 STATE_PAGE = "slot / l.state_page * l.state_page_stride"
-NPU_STATE_PAGE = "slot / args_.state_page * args_.state_page_stride"
+NPU_STATE_PAGE = "paging_.Page(slot) * args_.state_page_stride"
 
 MUTANTS = [
     # The reference.
@@ -270,18 +270,20 @@ MUTANTS = [
     Mutant(
         TILE,
         NPU_STATE_PAGE,
-        "slot / args_.state_page * args_.state_page * args_.state_row_stride",
+        "paging_.Page(slot) * args_.state_page * args_.state_row_stride",
         NPU_BLOCKS,
     ),
     Mutant(TILE, NPU_STATE_PAGE, f"static_cast<uint32_t>({NPU_STATE_PAGE})", NPU_FAR),
     Mutant(
         TILE,
-        "slot % args_.state_page * args_.state_row_stride",
-        "slot % args_.state_page * kRowWidth",
+        "paging_.InPage(slot) * args_.state_row_stride",
+        "paging_.InPage(slot) * kRowWidth",
         NPU_RANDOM,
     ),
-    Mutant(TILE, "position * args_.cos_sin_stride", "position * kRopeDim", NPU_RANDOM),
-    Mutant(TILE, "to % args_.state_page != 0", "true", NPU_RANDOM),
+    Mutant(TILE, "starts_[w] * stride", "starts_[w] * kRopeDim", NPU_RANDOM),
+    Mutant(TILE, "kRatio * stride - kRopeDim", "kRatio * kRopeDim - kRopeDim", NPU_RANDOM),
+    Mutant(TILE, "starts_[end] == starts_[end - 1] + kRatio", "true", NPU_RANDOM),
+    Mutant(TILE, "paging_.InPage(to) != 0", "true", NPU_RANDOM),
     Mutant(TABLE, "request * stride_ + column", "request * columns_ + column", NPU_RANDOM),
     Mutant(FINISH, "entry * args_.k_entry_stride;", "entry * kHeadDim;", NPU_RANDOM),
     Mutant(FINISH, "args_.k_entry_stride - kHeadDim", "0", NPU_RANDOM),
@@ -292,15 +294,15 @@ MUTANTS = [
         "page * args_.k_page * args_.k_scale_entry_stride",
         NPU_RANDOM,
     ),
-    Mutant(FINISH, "slots_[end] % args_.k_page != 0", "true", NPU_ENTRIES),
+    Mutant(FINISH, "paging_.InPage(slots_[end]) != 0", "true", NPU_ENTRIES),
     # Arithmetic on NPUs.
     Mutant(TILE, "kWeightless = -3e38f", "kWeightless = -1e4f", NPU_RANDOM),
     Mutant(TILE, "frames_[used_].raw |= raw << row;", "", NPU_BLOCKS),
-    Mutant("csrc/ascend/pool.h", "Max(most_, most_, most_[kHeadDim], kHeadDim);", "", NPU_RANDOM),
+    Mutant("csrc/ascend/pool.h", "Max(sum_, sum_, sum_[row_], row_);", "", NPU_RANDOM),
     Mutant(
         FINISH,
-        "Adds(factor_, factor_, args_.eps, kBatch)",
-        "Adds(factor_, factor_, 1e-6f, kBatch)",
+        "Adds(factor_, factor_, args_.eps, Windows())",
+        "Adds(factor_, factor_, 1e-6f, Windows())",
         NPU_TIES,
     ),
     Mutant(
@@ -311,14 +313,14 @@ MUTANTS = [
     ),
     Mutant(
         FINISH,
-        "Cast(integer, pooled_, RoundMode::CAST_RINT",
-        "Cast(integer, pooled_, RoundMode::CAST_ROUND",
+        "Cast(integer, y_, RoundMode::CAST_RINT",
+        "Cast(integer, y_, RoundMode::CAST_ROUND",
         NPU_TIES,
     ),
     Mutant(
         FINISH,
-        "<fp8_e4m3fn_t>(), pooled_, RoundMode::CAST_RINT",
-        "<fp8_e4m3fn_t>(), pooled_, RoundMode::CAST_ROUND",
+        "<fp8_e4m3fn_t>(), y_, RoundMode::CAST_RINT",
+        "<fp8_e4m3fn_t>(), y_, RoundMode::CAST_ROUND",
         NPU_TIES,
     ),
     Mutant(
@@ -335,16 +337,17 @@ MUTANTS = [
     ),
     Mutant(
         FINISH,
-        "Cast(out, narrow, RoundMode::CAST_RINT",
-        "Cast(out, narrow, RoundMode::CAST_ROUND",
+        "Cast(codes, narrow, RoundMode::CAST_RINT",
+        "Cast(codes, narrow, RoundMode::CAST_ROUND",
         equivalent="they are integers already",
     ),
     Mutant(
         FINISH,
-        "Maxs(factor_, factor_, kAmaxFloor, kBatch)",
-        "Maxs(factor_, factor_, 0.0f, kBatch)",
+        "Maxs(factor_, factor_, kAmaxFloor, Windows())",
+        "Maxs(factor_, factor_, 0.0f, Windows())",
         NPU_ZEROS,
     ),
+    Mutant(FINISH, "windows_ > kBlockFloats ?", "windows_ > kBlockFloats + 1 ?", NPU_RANDOM),
     Mutant(
         "csrc/ascend/compress.h", "full_ = last - next_ + 1 == kRatio;", "full_ = true;", NPU_BLOCKS
     ),

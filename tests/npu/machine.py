@@ -50,15 +50,23 @@ def installed(package: str) -> str:
         return "not installed"
 
 
+def said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+
+
 def describe(name: str) -> None:
     import torch
 
     print(f"product    {name}, {torch.npu.device_count()} of {torch.npu.get_device_name(0)}")
     print(f"host       {platform.platform()}, Python {platform.python_version()}")
+    print(f"checkout   {said('git', 'describe', '--always', '--dirty') or 'without git'}")
     print(f"CANN       {os.path.realpath(os.environ['ASCEND_HOME_PATH'])}")
     for package in PACKAGES:
         print(f"{package:<10} {installed(package)}")
-    print(subprocess.run(["npu-smi", "info"], capture_output=True, text=True).stdout)
+    print(said("npu-smi", "info"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Steps in which requests share a prefix that others fill, and steps told by their requests."""
+"""Steps in which requests share a prefix that others fill, steps told by their requests, and how a
+device's plan of a step is compared."""
 
 import random
 
 import torch
 
 from batches import Batch, Prefixes, make_batch, random_case
-from vllm_dsv4_indexer.contract import Extents, Requests
+from vllm_dsv4_indexer.contract import EARLY, Extents, Plan, PlanHeader, Requests
 
 PAGES = (2, 4, 8)  # of the state, in tokens
 K_PAGE = 32  # entries
@@ -52,3 +53,18 @@ def random_requests(seed: int) -> tuple[Requests, int, Extents]:
     if pick.random() < 0.5:
         requests = padded(requests, pick.randrange(1, 4))
     return requests, tokens, Extents.of(batch.call.layer)
+
+
+def assert_same_plan(actual: torch.Tensor, expected: torch.Tensor, case: object = "") -> None:
+    """But for what a device cannot know: how many windows there are, and whether slots are unique.
+    The reference has all windows early if they are not."""
+    ours, theirs = Plan.of(actual.cpu()), Plan.of(expected.cpu())
+    told = PlanHeader(*theirs.header[: len(PlanHeader._fields)].tolist())
+    header = told._replace(entries=-1, early=-1, unique=1)
+    assert ours.header.tolist() == [*header] + [0] * (len(ours.header) - len(header)), case
+    for name in ("positions", "requests", "state_slots", "k_slots"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, case)
+    if told.unique:
+        assert torch.equal(ours.windows, theirs.windows), case
+    early = ours.windows == EARLY
+    assert torch.equal(ours.sources[early], theirs.sources[early]), case

@@ -63,8 +63,8 @@ class PoolRows {
     plan_gm_.SetGlobalBuffer((__gm__ int64_t*)a.plan);
     plan_.Init(pipe, a);
     tile_.Init(pipe, a, &plan_);
-    pool_.Init(pipe);
     finish_.Init(pipe, a);
+    pool_.Init(finish_.Scratch());
   }
 
   __aicore__ inline void Process() {
@@ -111,10 +111,11 @@ class PoolRows {
 
   __aicore__ inline void PoolWindows() {
     for (int f = 0; f < tile_.Frames(); f += 2) {
-      const LocalTensor<float> previous = tile_.Complete(f), own = tile_.Complete(f + 1);
-      pool_.Run(finish_.Pooled(), previous, own);
-      finish_.Take(tile_.CosSin(f + 1), tile_.Entry(f + 1));
+      const LocalTensor<float> previous = tile_.Complete(f);
+      pool_.Take(previous, tile_.Complete(f + 1));
     }
+    pool_.Run(finish_.Pooled());
+    finish_.Take(tile_);
   }
 
   int64_t tokens_;
