@@ -158,5 +158,6 @@ def test_the_checks_hold_in_the_emulation():
     options = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=tests/op tests/ascend_emulation"]
     files = [step.command[-1] for step in STEPS if step.command[:2] == PYTEST[:2]]
     files.remove("tests/npu/check_engine.py")
-    done = run([sys.executable, *PYTEST[:2], *options, *files], TEST_DEVICE="cpu")
+    command = [sys.executable, *PYTEST[:2], *options, *files]
+    done = run(command, TEST_DEVICE="cpu", OMP_NUM_THREADS="1")  # tensors are small
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
