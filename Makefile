@@ -63,7 +63,7 @@ accuracy: venv ## find needles by length and depth, then with planted faults (3 
 sanitize: venv ## run random calls of the native op under sanitizers (10 minutes; ARGS="--seconds 60")
 	@$(RUN) python tests/native/sanitize.py $(ARGS)
 
-mutants: venv ## plant small faults in the op, each of which a test must catch (an hour; ARGS="csrc/cpu")
+mutants: venv ## plant small faults, each of which a test must catch (two hours; ARGS="csrc/cpu" or "engines")
 	@$(RUN) python tests/mutants/run.py $(ARGS)
 
 # The targets below want tools that the set-up does not install, and so are not in `make test`.

@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 GROUPS = {
     "engine answers": (
         "engine/test_generation.py",
+        "engine/test_explanation.py",
         "engine/test_state_save.py",
         "engine/test_pipeline_parallelism.py",
         "engine/test_two_nodes.py",

@@ -3,11 +3,13 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from vllm_dsv4_indexer import __version__, doctor, options
 from vllm_dsv4_indexer.accuracy import commands as accuracy
 from vllm_dsv4_indexer.bench import command as bench
 from vllm_dsv4_indexer.errors import UserError
+from vllm_dsv4_indexer.packages import need
 
 PROGRAM = "vllm-dsv4-indexer"
 MAKE_CHECKPOINT: options.Options = {
@@ -25,6 +27,25 @@ MAKE_CHECKPOINT: options.Options = {
         help="of babble: hidden size, a multiple of 32 (default: 512)",
     ),
     "--seed": dict(type=int, default=0, metavar="S", help="of the weights (default: %(default)s)"),
+}
+
+REPLAY: options.Options = {
+    "file": dict(type=Path, metavar="FILE", help="a capture, as the setting `capture` makes it"),
+    "--impl": dict(
+        default="cpu",
+        metavar="NAME",
+        help="compared with the reference: an implementation of the op for CPUs (default: "
+        "%(default)s)",
+    ),
+}
+
+EXPLAIN: options.Options = {
+    "model": dict(metavar="MODEL", help="its folder or name; only config.json is read"),
+    "flags": dict(
+        nargs=argparse.REMAINDER,
+        metavar="FLAGS",
+        help="those of vllm serve, such as --max-model-len 65536 --max-num-batched-tokens 2048",
+    ),
 }
 
 
@@ -58,7 +79,21 @@ def _parser() -> options.Parser:
         "doctor",
         doctor.run,
         "say what is installed and whether the backend would start; paste it into your issue",
-        {},
+        doctor.OPTIONS,
+    )
+    options.add_command(
+        commands,
+        "explain",
+        _explain,
+        "say what the caches of a model take with flags of vllm serve, and what is refused",
+        EXPLAIN,
+    )
+    options.add_command(
+        commands,
+        "replay",
+        _replay,
+        "run a captured step and compare it with the reference; status 1 if it differs",
+        REPLAY,
     )
     bench.add_to(commands)
     accuracy.add_to(commands)
@@ -83,6 +118,21 @@ def _make_checkpoint(arguments: argparse.Namespace) -> None:
     else:
         make_checkpoint(arguments.directory, seed=arguments.seed, report=print, **sizes)
     print(f"done in {time.monotonic() - start:.0f} s")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    need("vllm", "explain")
+    from vllm_dsv4_indexer.explain import explain
+
+    return explain(arguments.model, arguments.flags)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    need("torch", "replay")
+    need("safetensors", "replay")
+    from vllm_dsv4_indexer.replay import replay
+
+    return replay(arguments.file, arguments.impl)
 
 
 if __name__ == "__main__":

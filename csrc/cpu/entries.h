@@ -7,13 +7,14 @@ namespace {
 
 // Pooled windows on their way to the cache. They are finished some at a time and step by step:
 // within an entry each step waits for a sum over all of it, which other entries fill.
+template <class G>
 class Entries {
  public:
-  Entries(const LayerCall& call, const Entry& norm_weight)
+  Entries(const LayerCall& call, const Entry<G::kHeadDim>& norm_weight)
       : call_(call), a_(call.layer), norm_weight_(norm_weight) {}
 
   // `token` closes the window.
-  void add(int64_t token, const Entry& pooled) {
+  void add(int64_t token, const Entry<G::kHeadDim>& pooled) {
     token_[count_] = token;
     entry_[count_++] = pooled;
     if (count_ == kMost) finish();
@@ -25,9 +26,13 @@ class Entries {
     for (int i = 0; i < count_; ++i) scale[i] = inverse_rms(entry_[i], static_cast<float>(a_.eps));
     for (int i = 0; i < count_; ++i) {
       normalise(entry_[i], scale[i], norm_weight_);
-      rotate(entry_[i], a_.cos_sin + (call_.positions[token_[i]] - kRatio + 1) * a_.cos_sin_stride);
+      const int64_t position = call_.positions[token_[i]] - G::kRatio + 1;
+      rotate(entry_[i], a_.cos_sin + position * a_.cos_sin_stride);
     }
-    a_.k_format == kFp8Pow2 ? store_fp8() : store_int8();
+    if constexpr (G::kHeadDim == Main4::kHeadDim)
+      store_ds_mla();
+    else
+      a_.k_format == kFp8Pow2 ? store_fp8() : store_int8();
     count_ = 0;
   }
 
@@ -45,10 +50,14 @@ class Entries {
     for (int i = 0; i < count_; ++i) ::store_int8(a_, call_.k_slots[token_[i]], entry_[i]);
   }
 
+  void store_ds_mla() {
+    for (int i = 0; i < count_; ++i) ::store_ds_mla(a_, call_.k_slots[token_[i]], entry_[i]);
+  }
+
   const LayerCall& call_;
   const LayerArguments& a_;
-  const Entry& norm_weight_;
-  Entry entry_[kMost];
+  const Entry<G::kHeadDim>& norm_weight_;
+  Entry<G::kHeadDim> entry_[kMost];
   int64_t token_[kMost];
   int count_ = 0;
 };

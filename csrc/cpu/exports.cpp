@@ -56,16 +56,21 @@ bool usable(const char* isa) {
 
 struct Runner {
   const char* algorithm;
+  int head_dim, ratio;
   const char* isa;
   Run run;
 };
 
-#define DSV4_RUNNER(isa, algorithm, layout) {#algorithm, #isa, run<isa::algorithm, layout>}
-#define DSV4_RUNNERS(isa)                                                                      \
-  DSV4_RUNNER(isa, one_pass, kPlanLayout), DSV4_RUNNER(isa, one_pass_past_cache, kPlanLayout), \
-      DSV4_RUNNER(isa, overlay_scan, kStateOnlyLayout),                                        \
-      DSV4_RUNNER(isa, scatter_pool, kStateOnlyLayout), DSV4_RUNNER(isa, floor, kPlanLayout),  \
-      DSV4_RUNNER(isa, floor_past_cache, kPlanLayout)
+#define DSV4_RUNNER(isa, algorithm, G) \
+  {#algorithm, G::kHeadDim, G::kRatio, #isa, run<isa::algorithm<G>, kPlanLayout>}
+#define DSV4_RUNNERS_OF(isa, G)                                            \
+  DSV4_RUNNER(isa, one_pass, G), DSV4_RUNNER(isa, one_pass_past_cache, G), \
+      DSV4_RUNNER(isa, floor, G), DSV4_RUNNER(isa, floor_past_cache, G)
+#define DSV4_BASELINE(isa, algorithm) \
+  {#algorithm, kHeadDim, kRatio, #isa, run<isa::algorithm, kStateOnlyLayout>}
+#define DSV4_RUNNERS(isa)                                                                    \
+  DSV4_RUNNERS_OF(isa, Indexer), DSV4_RUNNERS_OF(isa, Main4), DSV4_RUNNERS_OF(isa, Main128), \
+      DSV4_BASELINE(isa, overlay_scan), DSV4_BASELINE(isa, scatter_pool)
 
 constexpr Runner kRunners[] = {
 #if defined(__x86_64__)
@@ -75,6 +80,8 @@ constexpr Runner kRunners[] = {
     DSV4_RUNNERS(generic),
 };
 #undef DSV4_RUNNERS
+#undef DSV4_BASELINE
+#undef DSV4_RUNNERS_OF
 #undef DSV4_RUNNER
 
 }  // namespace
@@ -82,14 +89,16 @@ constexpr Runner kRunners[] = {
 
 extern "C" {
 
-int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t rule, int64_t* plan,
-                          dsv4::Violation* violation) {
-  return dsv4::make_plan(*step, static_cast<dsv4::Rule>(rule), plan, *violation);
+int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t ratio, int64_t rule,
+                          int64_t* plan, dsv4::Violation* violation) {
+  return dsv4::make_plan(*step, ratio, static_cast<dsv4::Rule>(rule), plan, *violation);
 }
 
-dsv4::Run dsv4_indexer_run_for(const char* algorithm, const char* isa) {
+dsv4::Run dsv4_indexer_run_for(const char* algorithm, int64_t head_dim, int64_t ratio,
+                               const char* isa) {
   for (const dsv4::Runner& r : dsv4::kRunners)
-    if (!std::strcmp(r.algorithm, algorithm) && !std::strcmp(r.isa, isa) && dsv4::usable(isa))
+    if (!std::strcmp(r.algorithm, algorithm) && r.head_dim == head_dim && r.ratio == ratio &&
+        !std::strcmp(r.isa, isa) && dsv4::usable(isa))
       return r.run;
   return nullptr;
 }

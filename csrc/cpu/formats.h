@@ -22,17 +22,18 @@ int32_t bits_as_bfloat16(int32_t bits) {
 
 // The bits of the largest magnitude. Magnitudes are compared as integers, which order floats and
 // put a NaN above infinity.
-int32_t largest_magnitude(const Entry& x) {
+template <int channels>
+int32_t largest_magnitude(const Entry<channels>& x) {
   Ints most = {};
   DSV4_UNROLL
-  for (int i = 0; i < kPairVectors; ++i)
+  for (int i = 0; i < x.kVectors; ++i)
     most = larger(larger(magnitude_bits(x.even[i]), magnitude_bits(x.odd[i])), most);
   return fold(most, [](Ints a, Ints b) { return larger(a, b); });
 }
 
-// At least kAmaxFloor; a NaN counts as infinity.
-int32_t amax_bits(int32_t largest) {
-  const int32_t least = bits_of(kAmaxFloor);
+// At least `floor`; a NaN counts as infinity.
+int32_t amax_bits(int32_t largest, float floor) {
+  const int32_t least = bits_of(floor);
   return largest < least ? least : largest < kInfinity ? largest : kInfinity;
 }
 
@@ -52,34 +53,79 @@ Ints fp8_codes(Floats v) {
   return finite ? code : v == v ? code : broadcast(0x7f);
 }
 
-template <bool finite>
-void store_fp8_codes(uint8_t* to, const Entry& x, float inverse) {
+template <bool finite, int channels>
+void store_scaled_codes(uint8_t* to, const Entry<channels>& x, float inverse) {
   const auto code = [inverse](Floats v) {
     const Floats rounded = (Floats)bits_as_bfloat16((Ints)v);
     return fp8_codes<finite>((finite ? rounded : v == v ? rounded : v) * inverse);
   };
   DSV4_UNROLL
-  for (int i = 0; i < kPairVectors; ++i)
+  for (int i = 0; i < x.kVectors; ++i)
     store_bytes(to + 2 * i * kLanes, code(x.even[i]), code(x.odd[i]));
 }
 
-// The scale is the least power of two that brings the largest magnitude to 448 or less.
-void store_fp8(const LayerArguments& a, int64_t slot, const Entry& x, int32_t largest) {
-  const int32_t bits = bits_as_bfloat16(amax_bits(largest));
+float power_of_two(int32_t exponent) { return float_of((127 + exponent) << 23); }
+
+// Stores the codes of x and returns the exponent of their scale: the least power of two that brings
+// the largest magnitude to 448 or less.
+template <int channels>
+int32_t store_fp8_codes(uint8_t* to, const Entry<channels>& x, int32_t largest, float floor) {
+  const int32_t bits = bits_as_bfloat16(amax_bits(largest, floor));
   const int32_t exponent =
       (bits >> 23) - 127 - 8 + ((bits & 0x7fffff) > 0x600000);  // 448 = 1.75 * 2^8
-  const float scale = float_of((127 + exponent) << 23), inverse = float_of((127 - exponent) << 23);
+  const auto store =
+      bits < kInfinity ? store_scaled_codes<true, channels> : store_scaled_codes<false, channels>;
+  store(to, x, power_of_two(-exponent));
+  return exponent;
+}
+
+void store_fp8(const LayerArguments& a, int64_t slot, const Entry<kHeadDim>& x, int32_t largest) {
   const Fp8Place place = fp8_place(a, slot);
-  (bits < kInfinity ? store_fp8_codes<true> : store_fp8_codes<false>)(place.codes, x, inverse);
+  const float scale = power_of_two(store_fp8_codes(place.codes, x, largest, kAmaxFloor));
   std::memcpy(place.scale, &scale, sizeof scale);
 }
 
+template <int part, int channels>
+Entry<part> channels_from(const Entry<channels>& x, int first) {
+  Entry<part> y;
+  std::memcpy(y.even, x.even + first / 2 / kLanes, sizeof y.even);
+  std::memcpy(y.odd, x.odd + first / 2 / kLanes, sizeof y.odd);
+  return y;
+}
+
+// As bfloat16; of a NaN always the same bits, whatever sign the CPU gave it.
+template <int channels>
+void store_bfloat16(uint8_t* to, const Entry<channels>& x) {
+  constexpr int32_t kNaN = 0x7fc00000;
+  const auto bits = [](Floats v) { return v == v ? bits_as_bfloat16((Ints)v) : broadcast(kNaN); };
+  for (int i = 0; i < x.kVectors; ++i) {
+    const Ints both = (Ints)((UnsignedInts)bits(x.even[i]) >> 16) | bits(x.odd[i]);
+    std::memcpy(to + i * sizeof both, &both, sizeof both);
+  }
+}
+
+// Codes of the channels that RoPE leaves alone, with an exponent for each block of them; the
+// rotated ones as they are.
+template <int channels>
+void store_ds_mla(const LayerArguments& a, int64_t slot, const Entry<channels>& x) {
+  static_assert(channels == kDsMlaCodes + kRopeDim);
+  const DsMlaPlace place = ds_mla_place(a, slot);
+  for (int b = 0; b < kDsMlaBlocks; ++b) {
+    const auto block = channels_from<kDsMlaBlock>(x, b * kDsMlaBlock);
+    const int32_t exponent = store_fp8_codes(place.codes + b * kDsMlaBlock, block,
+                                             largest_magnitude(block), kFp8Max * kDsMlaScaleFloor);
+    place.exponents[b] = static_cast<uint8_t>(127 + exponent);
+  }
+  place.exponents[kDsMlaBlocks] = 0;
+  store_bfloat16(place.rotated, channels_from<kRopeDim>(x, kDsMlaCodes));
+}
+
 // Multiplies by the Sylvester-Hadamard matrix of order 128, scaled to be orthonormal.
-void hadamard(Entry& x) {
+void hadamard(Entry<kHeadDim>& x) {
   constexpr float kOrthonormal = 0.08838834764831845f;  // 128^-1/2
   alignas(64) float pairs[2][kHeadDim / 2];
   DSV4_UNROLL
-  for (int i = 0; i < kPairVectors; ++i) {
+  for (int i = 0; i < x.kVectors; ++i) {
     store(pairs[0] + i * kLanes, x.even[i] + x.odd[i]);
     store(pairs[1] + i * kLanes, x.even[i] - x.odd[i]);
   }
@@ -92,7 +138,7 @@ void hadamard(Entry& x) {
           half[k + stride] = p - q;
         }
   DSV4_UNROLL
-  for (int i = 0; i < kPairVectors; ++i) {
+  for (int i = 0; i < x.kVectors; ++i) {
     x.even[i] = load(pairs[0] + i * kLanes) * kOrthonormal;
     x.odd[i] = load(pairs[1] + i * kLanes) * kOrthonormal;
   }
@@ -115,19 +161,19 @@ Ints int8_codes(Floats v) {
 }
 
 // int8 entry: rounded, Hadamard rotation, then the scale that brings the largest magnitude to 127.
-void store_int8(const LayerArguments& a, int64_t slot, Entry& x) {
+void store_int8(const LayerArguments& a, int64_t slot, Entry<kHeadDim>& x) {
   const auto rounded = [](Floats v) { return v == v ? (Floats)bits_as_bfloat16((Ints)v) : v; };
   DSV4_UNROLL
-  for (int i = 0; i < kPairVectors; ++i) {
+  for (int i = 0; i < x.kVectors; ++i) {
     x.even[i] = rounded(x.even[i]);
     x.odd[i] = rounded(x.odd[i]);
   }
   hadamard(x);
-  const float most = float_of(amax_bits(largest_magnitude(x))), scale = most / kInt8Max,
+  const float most = float_of(amax_bits(largest_magnitude(x), kAmaxFloor)), scale = most / kInt8Max,
               inverse = kInt8Max / most;
   const Int8Place place = int8_place(a, slot);
   DSV4_UNROLL
-  for (int i = 0; i < kPairVectors; ++i)
+  for (int i = 0; i < x.kVectors; ++i)
     store_bytes(place.codes + 2 * i * kLanes, int8_codes(x.even[i] * inverse),
                 int8_codes(x.odd[i] * inverse));
   if (a.k_scale_is_fp16)

@@ -24,6 +24,18 @@ static inline Fp8Place fp8_place(const LayerArguments& l, int64_t slot) {
   return {page + entry * kHeadDim, page + kFp8ScaleOffset + entry * sizeof(float)};
 }
 
+// An fp8_ds_mla page: the codes and rotated channels of all its entries, then their exponents.
+struct DsMlaPlace {
+  uint8_t *codes, *rotated, *exponents;
+};
+
+static inline DsMlaPlace ds_mla_place(const LayerArguments& l, int64_t slot) {
+  uint8_t* page = static_cast<uint8_t*>(l.k_cache) + slot / l.k_page * l.k_page_stride;
+  const int64_t entry = slot % l.k_page;
+  uint8_t* codes = page + entry * kDsMlaDataBytes;
+  return {codes, codes + kDsMlaCodes, page + l.k_page * kDsMlaDataBytes + entry * kDsMlaScaleBytes};
+}
+
 // int8: the codes in one tensor, the scales in another.
 struct Int8Place {
   int8_t* codes;

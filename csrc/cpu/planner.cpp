@@ -55,6 +55,7 @@ class LastTokens {
 
 bool in_range(int64_t value, int64_t lowest, int64_t end) { return value >= lowest && value < end; }
 
+template <int ratio>
 class Planner {
  public:
   Planner(const StepArguments& step, Rule rule, int64_t* plan)
@@ -67,7 +68,6 @@ class Planner {
   int64_t make(Violation& violation) {
     violation.code = kNoViolation;
     if (!last_tokens_.allocate(a_.state_slots, a_.tokens)) return kNoMemory;
-    std::fill_n(sources_, kWindow * a_.tokens, kMasked);
     int64_t run = 0;  // tokens up to this one that are consecutive positions of one request
     for (int64_t token = 0; token < a_.tokens; ++token) {
       run = token > 0 && follows(token) ? run + 1 : 1;
@@ -87,12 +87,14 @@ class Planner {
   }
 
  private:
+  static constexpr int kWindow = window_of(ratio);
+
   int64_t state_rows() const { return a_.state_pages * a_.state_page; }
 
-  // A token closes a window, and emits an entry, if it ends a group of four and has somewhere to
-  // put the entry.
+  // A token closes a window, and emits an entry, if it ends a group and has somewhere to put the
+  // entry.
   bool closes_window(int64_t token) const {
-    return a_.k_slots[token] >= 0 && a_.positions[token] % kRatio == kRatio - 1;
+    return a_.k_slots[token] >= 0 && a_.positions[token] % ratio == ratio - 1;
   }
 
   // Whether `token` continues the request of the token before it. Unsigned: a padding row's
@@ -232,8 +234,10 @@ class Planner {
 
 }  // namespace
 
-int64_t make_plan(const StepArguments& step, Rule rule, int64_t* plan, Violation& violation) {
-  return Planner(step, rule, plan).make(violation);
+int64_t make_plan(const StepArguments& step, int64_t ratio, Rule rule, int64_t* plan,
+                  Violation& violation) {
+  return ratio == Main128::kRatio ? Planner<Main128::kRatio>(step, rule, plan).make(violation)
+                                  : Planner<Indexer::kRatio>(step, rule, plan).make(violation);
 }
 
 }  // namespace dsv4

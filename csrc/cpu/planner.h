@@ -5,8 +5,9 @@
 
 namespace dsv4 {
 
-// Writes the plan [kPlanHeader + kPlanWidth * tokens] and returns how many windows the step closes,
-// or a Failure.
-int64_t make_plan(const StepArguments& step, Rule rule, int64_t* plan, Violation& violation);
+// Writes the plan [plan_size(tokens, ratio)] of a ratio that some geometry has, and returns how
+// many windows the step closes, or a Failure.
+int64_t make_plan(const StepArguments& step, int64_t ratio, Rule rule, int64_t* plan,
+                  Violation& violation);
 
 }  // namespace dsv4

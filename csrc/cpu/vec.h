@@ -138,29 +138,30 @@ constexpr float kRounder = 12582912.0f;
 // exp(x) for x <= 0, as weights of a softmax need it: within 1.8e-7 of itself down to -1 and
 // within 1.4e-6 down to -87, below which it is 0. exp(x) = 2^n * 2^f with |f| <= 1/2 and a minimax
 // polynomial of degree 5 for 2^f. The product x * log2(e) is not taken apart: what that loses grows
-// with -x, slower than the weight falls. Eight at a time and step by step: no CPU looks far enough
-// ahead to overlap eight such chains by itself.
-inline void exp_nonpositive(Floats (&x)[8]) {
+// with -x, slower than the weight falls. Some at a time and step by step: no CPU looks far enough
+// ahead to overlap such chains by itself.
+template <int n>
+inline void exp_nonpositive(Floats (&x)[n]) {
   constexpr float kLog2E = 1.44269504f, kSmallest = -87.0f;
   constexpr float kBiased = kRounder + 127;  // leaves n with the exponent's bias in the low bits
   constexpr float kCoefficients[] = {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f,
                                      1.0f};
-  Floats shifted[8], p[8];
-  Ints underflows[8];
+  Floats shifted[n], p[n];
+  Ints underflows[n];
   DSV4_UNROLL
-  for (int j = 0; j < 8; ++j) underflows[j] = x[j] < kSmallest;
+  for (int j = 0; j < n; ++j) underflows[j] = x[j] < kSmallest;
   DSV4_UNROLL
-  for (int j = 0; j < 8; ++j)
+  for (int j = 0; j < n; ++j)
     shifted[j] = multiply_add(x[j], broadcast(kLog2E), broadcast(kBiased));
   DSV4_UNROLL
-  for (int j = 0; j < 8; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kBiased - shifted[j]);
+  for (int j = 0; j < n; ++j) x[j] = multiply_add(x[j], broadcast(kLog2E), kBiased - shifted[j]);
   DSV4_UNROLL
-  for (int j = 0; j < 8; ++j) p[j] = broadcast(0.00132647273f);
+  for (int j = 0; j < n; ++j) p[j] = broadcast(0.00132647273f);
   DSV4_UNROLL
   for (int i = 0; i < 5; ++i) DSV4_UNROLL
-  for (int j = 0; j < 8; ++j) p[j] = multiply_add(p[j], x[j], broadcast(kCoefficients[i]));
+  for (int j = 0; j < n; ++j) p[j] = multiply_add(p[j], x[j], broadcast(kCoefficients[i]));
   DSV4_UNROLL
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < n; ++j) {
     const Floats power = (Floats)((Ints)shifted[j] << 23);
     x[j] = underflows[j] ? Floats{} : p[j] * power;
   }

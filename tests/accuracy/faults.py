@@ -70,8 +70,8 @@ def _(a):
 # No slot counts as unique, so that the plan says of every row where it comes from.
 @spoils_reference("window one row too early", "_windows", _unique=lambda slots: False)
 def _(windows):
-    def early(token, step):
-        right = windows(token, step)
+    def early(token, step, window):
+        right = windows(token, step, window)
         q = right.q - 1
         u = token[:, None] + q - step.positions[token, None]
         held = u.clamp(min=0)
@@ -118,7 +118,7 @@ def _(a):
 @spoils_reference("scale's exponent without the carry", "_store_fp8_pow2")
 def _(store):
     def without_carry(x, slots, k_cache):
-        carries = (reference._amax(x).view(torch.int32) & 0x7FFFFF) > 0x600000
+        carries = (reference._amax(x, contract.AMAX_FLOOR).view(torch.int32) & 0x7FFFFF) > 0x600000
         # The same codes, with half the scale.
         store(x * torch.where(carries, 0.5, 1.0)[:, None], slots, k_cache)
 
@@ -151,12 +151,7 @@ def _(store):
 
 
 def twelve_rows(call: Call, **options) -> int:
-    """A plan then has as many sources for a token."""
-    rows, width = contract.WINDOW + 4, contract.PLAN_WIDTH + 4
-    with (
-        mock.patch.multiple(contract, WINDOW=rows, PLAN_WIDTH=width),
-        mock.patch.object(reference, "WINDOW", rows),
-    ):
+    with mock.patch.object(contract, "window_of", lambda ratio: 12):
         return compress(call, REFERENCE, **options)
 
 

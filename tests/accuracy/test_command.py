@@ -109,7 +109,6 @@ TWO = [*COMPARE, "--servers", NOWHERE, NOWHERE]
         ([*RECALL, "--lengths", "2048"], "recall needs a length above 2048"),
         ([*RECALL, "--lengths", "64,4096,63"], "--lengths: 63 is less than 64"),
         ([*RECALL, "--prompts", "0"], "--prompts: 0 is less than 1"),
-        ([*RECALL, "--settings", '{"state_save": "tail"}'], "state_save 'tail' is refused"),
         ([*RECALL, "--settings", '{"impl": "stok"}'], "impl is 'stok'"),
         ([*RECALL, "--against", "stock"], "--against: 'stock': Expecting value"),
         (RECALL, "has no tensor layers.N.attn.indexer"),

@@ -37,7 +37,7 @@ class Regions {
   std::vector<Region> all_;
 };
 
-int64_t plan_bytes(int64_t tokens) { return (kPlanHeader + kPlanWidth * tokens) * 8; }
+int64_t plan_bytes(int64_t tokens) { return plan_size(tokens, kRatio) * 8; }
 
 std::vector<Region> regions_of(const PlanArguments& a, bool by_requests) {
   Regions regions;

@@ -10,10 +10,11 @@ import torch
 
 from vllm_dsv4_indexer import cli, ops, output
 from vllm_dsv4_indexer.bench import cases, contestants, measure, plot, report
-from vllm_dsv4_indexer.contract import check_call
+from vllm_dsv4_indexer.contract import ContractError, check_call
 from vllm_dsv4_indexer.ops.cpu import FLOORS
 
 NAMES = contestants.available()
+IF_ASKED = {"reference", "checked", "readable"}
 TINY = [cases.mix(kind, 13) for kind in cases.LENGTHS]
 
 
@@ -41,7 +42,7 @@ def test_the_result_holds_every_call_of_every_contestant(result):
         for cache in ("warm", "cold")
     }
     for cell in result["cells"]:
-        assert cell["nanoseconds"].keys() == {*NAMES, *FLOORS} - {"reference", *contestants.TAILS}
+        assert cell["nanoseconds"].keys() == {*NAMES, *FLOORS} - IF_ASKED
         assert all(
             len(calls) >= measure.LEAST_ROUNDS and min(calls) > 0
             for calls in cell["nanoseconds"].values()
@@ -156,6 +157,15 @@ def test_with_hidden_sizes_both_project_first_and_the_shares_of_changed_codes_ar
     assert "GFLOP/s" in table and "ours_projection" in table and "of floor" not in table
 
 
+@pytest.mark.parametrize("geometry", ("512/4", "512/128"))
+def test_a_main_compressor_is_measured_beside_vllm_s(tmp_path, geometry):
+    result = run(tmp_path, "--requests", "one", "--lengths", "8,130", "--geometry", geometry)
+    assert {c["case"] for c in result["cells"]} == {f"one, T={n}, {geometry}" for n in (8, 130)}
+    names = {*contestants.EVERY_COMPRESSOR, *FLOORS} & {*NAMES, *FLOORS}
+    for cell in result["cells"]:
+        assert cell["nanoseconds"].keys() == names - {"reference"}
+
+
 def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
     case = cases.projected(cases.mix("one", 64), 64)
     call = cases.make_call(case, torch.float32)
@@ -193,6 +203,19 @@ def test_the_preset_step_measures_whole_steps(tmp_path, monkeypatch):
     ]
     for cell in result["cells"]:
         assert cell["nanoseconds"].keys() == {*contestants.WHOLE, *FLOORS} & {*NAMES, *FLOORS}
+
+
+def test_checked_mode_checks_a_step_and_each_of_its_layers():
+    case = cases.replace(cases.mix("mixed", 60), layers=2)
+    calls = cases.make_layers(case, torch.float32)
+    run = contestants.contestants(["checked"], calls)["checked"]
+    run()
+    calls[0].kv_score[7, 3] = torch.nan  # the layers share it
+    with pytest.raises(ContractError, match=r"token 7 .* has nan in channel 3 of its kv"):
+        run()
+    calls[0].inner_state_slot_mapping[7] = -1
+    with pytest.raises(ContractError, match=r"token 7 .* has no state row"):
+        run()
 
 
 def test_traffic_is_chats_and_long_documents_in_chunks():
@@ -259,6 +282,9 @@ def test_a_contestant_with_other_results_is_not_timed():
         (["--hidden", "64", "--contestants", "one_pass"], "'one_pass' is not one of ours, vllm"),
         (["--preset", "traffic", "--lengths", "8"], "--preset traffic has its own lengths"),
         (["--preset", "step", "--hidden", "64"], "leave --hidden out"),
+        (["--geometry", "512/4", "--hidden", "64"], "--geometry 512/4 is for the standard calls"),
+        (["--geometry", "512/4", "--preset", "step"], "leave --preset and --hidden out"),
+        (["--geometry", "512/4", "--contestants", "tail"], "'tail' is not one of ours, reference"),
         (["--lengths", "4K"], "--lengths: '4K' is not a whole number"),
     ],
 )

@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_dsv4_indexer import cli, ops
 from vllm_dsv4_indexer.bench import cost
-from vllm_dsv4_indexer.bench.cases import PAGE, PAGE_BYTES, Case, make_call
+from vllm_dsv4_indexer.bench.cases import HIT_TOKENS, PAGE, PAGE_BYTES, Case, make_call
 from vllm_dsv4_indexer.contract import (
     FP8_ENTRY_BYTES,
     FP8_PAGE_ENTRIES,
@@ -20,6 +20,7 @@ from vllm_dsv4_indexer.contract import (
     WINDOW,
     Call,
 )
+from vllm_dsv4_indexer.engines.vllm_cpu.state import ReadableStateSpec
 
 STATE_PAGE = SlidingWindowMLASpec(  # as CompressorStateCache of vLLM 0.32.0 asks for it
     block_size=PAGE,
@@ -29,6 +30,7 @@ STATE_PAGE = SlidingWindowMLASpec(  # as CompressorStateCache of vLLM 0.32.0 ask
     sliding_window=WINDOW,
     alignment=576,
 )
+READABLE_PAGE = ReadableStateSpec.of(STATE_PAGE, RATIO)
 
 
 def some_case(seed: int) -> Case:
@@ -85,26 +87,25 @@ def test_vllm_pads_pages_of_both_kinds_to_the_stride_on_paper():
     assert STATE_PAGE.page_size_bytes == k_page.page_size_bytes == PAGE_BYTES
 
 
-@pytest.mark.parametrize("chunk", (1, 2, 5, 64, 8192))
-def test_a_request_holds_the_state_pages_that_vllm_allocates(chunk):
-    """The most over some calls, one after the other, from any start."""
-    held = set()
-    for start in range(RATIO):
-        pool = BlockPool(4 * chunk + 64, enable_caching=False, hash_block_size=PAGE)
-        manager = SlidingWindowManager(
-            STATE_PAGE,
-            block_pool=pool,
-            enable_caching=False,
-            kv_cache_group_id=0,
-            scheduler_block_size=PAGE,
-        )
-        free = pool.get_num_free_blocks()
-        for computed in (0, *range(16 + start, 16 + start + 4 * chunk, chunk)):
-            manager.remove_skipped_blocks("a request", computed)
-            end = computed + chunk if computed else 16 + start
-            manager.allocate_new_blocks("a request", end, end)
-            held.add((free - pool.get_num_free_blocks()) * bool(computed))
-    assert max(held) * PAGE_BYTES == cost.state_bytes(1 << 20, chunk)
+@pytest.mark.parametrize("chunk", (1, 2, 5, 64, 100, 512, 8192))
+@pytest.mark.parametrize("readable", (False, True), ids=("full", "readable"))
+def test_a_request_holds_the_state_pages_that_are_allocated(readable, chunk):
+    """In every call of a prompt."""
+    spec = READABLE_PAGE if readable else STATE_PAGE
+    pool = BlockPool(4 * chunk + 64, enable_caching=True, hash_block_size=PAGE)
+    manager = KVCacheSpecRegistry.get_manager_class(spec)(
+        spec,
+        block_pool=pool,
+        enable_caching=True,
+        kv_cache_group_id=0,
+        scheduler_block_size=HIT_TOKENS,
+    )
+    free = pool.get_num_free_blocks()
+    for end in range(chunk, 12 * chunk, chunk):
+        manager.remove_skipped_blocks("a request", end - chunk)
+        manager.allocate_new_blocks("a request", end, end)
+        held = free - pool.get_num_free_blocks()
+        assert held * PAGE_BYTES == cost.state_bytes(end, chunk, readable), end
 
 
 def test_at_any_context_a_prompt_costs_the_same_bytes_a_token():

@@ -1,5 +1,6 @@
 """`vllm-dsv4-indexer doctor`: each kind of problem is found and comes with its remedy."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_dsv4_indexer import cli, doctor, processor
+from vllm_dsv4_indexer import cli, doctor, processor, selftest
 from vllm_dsv4_indexer.engines import versions
 from vllm_dsv4_indexer.errors import NotInstalled
 from vllm_dsv4_indexer.ops import ascend, cpu
@@ -26,7 +27,7 @@ def logging_level(monkeypatch):
 
 def doctor_of(*options: str, **environment: str) -> tuple[int, str]:
     """The command's status and output in a process of its own."""
-    command = [sys.executable, *options, "-m", "vllm_dsv4_indexer.cli", "doctor"]
+    command = [sys.executable, *options, "-m", "vllm_dsv4_indexer.cli", "doctor", "--cases", "5"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )
@@ -47,6 +48,7 @@ def test_where_all_is_well_it_says_what_would_be_chosen():
         "engine          vllm_dsv4_indexer.engines.vllm_cpu serves this vLLM",
         f"instruction set {cpu.native().isa}, of ",
         "libdsv4_indexer_cpu.so, built from these sources",
+        "op              5 random cases, ",
         "The backend would start: --attention-backend dsv4_indexer",
     ):
         assert what in text
@@ -146,9 +148,89 @@ def test_versions_and_cann_are_told_where_they_are(monkeypatch, tmp_path):
 
 
 def test_the_status_is_that_of_the_findings(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("a", "two\n  lines", True)])
+    monkeypatch.setattr(doctor, "examine", lambda *_: [doctor.Finding("a", "two\n  lines", True)])
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().out.startswith("! a               two lines\n")
+
+
+def test_an_op_that_stores_something_else_is_a_problem_with_the_line_that_repeats_it(monkeypatch):
+    def differs(*_):
+        return "token 3 (request 0, position 3), code 9 is 1 by the reference and 7"
+
+    assert not doctor._op(cases=3, seed=7).problem
+    monkeypatch.setattr(selftest, "first_difference", differs)
+    finding = doctor._op(cases=3, seed=7)
+    assert finding.problem and finding.found.startswith(differs())
+    assert "by cpu; again: vllm-dsv4-indexer doctor --cases 1 --seed 7" in finding.found
+
+
+def test_the_findings_are_json_for_a_program(monkeypatch, capsys):
+    found = [doctor.Finding("a", "two\n  lines", True), doctor.Finding("b", "well")]
+    monkeypatch.setattr(doctor, "examine", lambda *_: found)
+    assert cli.main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {
+        "problems": 1,
+        "findings": [
+            {"what": "a", "found": "two lines", "problem": True},
+            {"what": "b", "found": "well", "problem": False},
+        ],
+    }
+
+
+SPEC = ModuleSpec("", None)
+
+
+def raise_no_operator(package):
+    raise RuntimeError("operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize(
+    "environment, replaced, what, problem, says",
+    [
+        ({}, {"_distribution": lambda *_: False}, "vLLM", True, "install it by pip, do not copy"),
+        (
+            {},
+            {
+                "find_spec": lambda _: SPEC,
+                "importlib": SimpleNamespace(import_module=raise_no_operator),
+            },
+            "torchvision",
+            True,
+            "operator torchvision::nms does not exist): uninstall torchvision, torchaudio and",
+        ),
+        ({}, {"find_spec": lambda _: SPEC}, "Triton", True, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        (
+            {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+            {"find_spec": lambda _: SPEC},
+            "Triton",
+            False,
+            "Model Runner V2",
+        ),
+        (
+            {"VLLM_ATTENTION_BACKEND": "X"},
+            {},
+            "VLLM_ATTENTION_BACKEND",
+            False,
+            "pass --attention-backend dsv4_indexer",
+        ),
+        ({}, {"_shared_memory": lambda: 64 << 20}, "/dev/shm", False, "64 MiB, too little"),
+        ({"LD_PRELOAD": ""}, {}, "tcmalloc", False, "is not in LD_PRELOAD"),
+    ],
+)
+def test_a_surrounding_that_is_known_to_go_wrong_is_told_with_its_remedy(
+    monkeypatch, environment, replaced, what, problem, says
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in replaced.items():
+        monkeypatch.setattr(doctor, name, value)
+    found = {finding.what: finding for finding in doctor._surroundings()}
+    assert found[what].problem == problem and says in found[what].found
+
+
+def test_where_nothing_is_known_to_go_wrong_nothing_is_told(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "libtcmalloc_minimal.so.4")
+    assert not list(doctor._surroundings())
 
 
 @pytest.mark.parametrize("name", ["flags", "Features"])

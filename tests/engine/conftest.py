@@ -28,7 +28,7 @@ from engine import (
 )
 
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
-TAIL = {"dsv4_indexer": {"state_save": "tail"}}
+FULL = {"dsv4_indexer": {"state_save": "full"}}
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +56,14 @@ def stock(engine) -> Result:
 
 @pytest.fixture(scope="session")
 def ours(engine) -> Result:
-    """The same engine with our compressor."""
-    return engine("ours", [*ALONE, BATCHED], caches=True, enable_prefix_caching=False)
+    """The same engine with our compressors, which save the same rows."""
+    return engine(
+        "ours",
+        [*ALONE, BATCHED],
+        caches=True,
+        enable_prefix_caching=False,
+        additional_config=FULL,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -168,28 +174,16 @@ def reference(engine) -> Result:
 
 
 @pytest.fixture(scope="session")
+def readable(engine) -> Result:
+    """In chunks, with prefix caching. Rounds: MIXED; REPEATED twice."""
+    return engine("readable", [MIXED, REPEATED, REPEATED], **recorded_chunks())
+
+
+@pytest.fixture(scope="session")
 def full(engine) -> Result:
-    """In chunks, with prefix caching; saves every state row. Rounds: MIXED; REPEATED twice."""
-    return engine("full", [MIXED, REPEATED, REPEATED], **recorded_chunks())
-
-
-@pytest.fixture(scope="session")
-def tail(engine) -> Result:
-    """The same with tail-only saving, for which prefix caching must be off."""
-    return engine(
-        "tail",
-        [MIXED, REPEATED],
-        additional_config=TAIL,
-        enable_prefix_caching=False,
-        **recorded_chunks(),
-    )
-
-
-@pytest.fixture(scope="session")
-def unsafe_tail(engine) -> Result:
-    """Tail-only saving with prefix caching, without the check that refuses it at start-up."""
-    options = recorded_chunks() | dict(additional_config=TAIL, without=["_refuse_unsafe_tail"])
-    return engine("unsafe_tail", [REPEATED, REPEATED], **options)
+    """The same, where every state row is saved."""
+    options = recorded_chunks() | dict(additional_config=FULL)
+    return engine("full", [MIXED, REPEATED, REPEATED], **options)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.v1.metrics.reader import Counter
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, Plan
+from vllm_dsv4_indexer.contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, Plan
 from vllm_dsv4_indexer.engines.vllm_cpu import configuration
 
 
@@ -70,8 +70,8 @@ def logprobs(position: dict) -> dict[int, float]:
 
 
 def record_calls() -> list[np.ndarray]:
-    """A list that grows by each call of the op: the entries that it stored, [entries, 132], in the
-    order of its tokens.
+    """A list that grows by each call of an indexer's op: the entries [entries, 132] that it stored,
+    in the order of its tokens.
 
     They can be compared between engines that lay out their caches differently; the worker runs in
     this process.
@@ -80,6 +80,8 @@ def record_calls() -> list[np.ndarray]:
 
     def recording(bound, kv_score, plan) -> None:
         run(bound, kv_score, plan)
+        if bound.layer.k_cache.shape[-1] != FP8_ENTRY_BYTES:  # a main compressor's
+            return
         slots, pages = Plan.of(plan).k_slots, bound.layer.k_cache.flatten(1)
         slots = slots[slots >= 0]
         page, entry = slots // FP8_PAGE_ENTRIES, slots % FP8_PAGE_ENTRIES

@@ -2,6 +2,8 @@
 
 JOB: {"options": arguments of LLM, "schedules": as in schedules.py}. Each schedule meets an empty
 prefix cache, and the engine core is in this process, so that the steps are the same every time.
+Pages that nobody may read are NaN before each step.
+
 RESULT: {"schedules": [[by request, what each worker stored], ...], "alone": [what each worker
 stored, ...], "metrics": vLLM's counters}. "alone" has every sequence of tokens that the model took,
 computed again with no other request and nothing cached.
@@ -12,8 +14,10 @@ import pickle
 import sys
 from pathlib import Path
 
-from stored import Stored, forget, take, watch
+from schedules import due
+from stored import Stored, forget, poison, take, watch
 from vllm import LLM, SamplingParams
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.metrics.reader import Counter
 
 
@@ -37,7 +41,8 @@ def run(
     """By request, what each worker stored."""
     print(f"schedule: {name}", flush=True)
     engine = llm.llm_engine
-    engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = budget
+    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler.max_num_scheduled_tokens = budget
     llm.reset_prefix_cache()
     llm.collective_rpc(forget)  # a row that was there before could be the right one by chance
     coming, tokens, step = dict(enumerate(requests)), {}, 0
@@ -48,6 +53,7 @@ def run(
             most = coming.pop(number)["max_tokens"]
             sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
             engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+        llm.collective_rpc(poison, args=(unused(scheduler.kv_cache_manager.block_pool),))
         for output in engine.step():
             (answer,) = output.outputs
             tokens[int(output.request_id)] = [*output.prompt_token_ids, *answer.token_ids]
@@ -56,15 +62,10 @@ def run(
     return [[stored[number] for stored in workers] for number in range(len(requests))]
 
 
-def due(coming: dict[int, dict], tokens: dict[int, list[int]], step: int) -> dict[int, list[int]]:
-    """The prompts of the requests that are to come before this step; tokens: of those that ran."""
-    prompts = {}
-    for number, one in coming.items():
-        if "of" not in one and one["step"] <= step:
-            prompts[number] = one["prompt"]
-        elif "of" in one and len(tokens.get(one["of"], [])) >= one["at"]:
-            prompts[number] = [*tokens[one["of"]][: one["at"]], *one["prompt"]]
-    return prompts
+def unused(pool: BlockPool) -> list[int]:
+    """The null page, and the pages that belong to no request and that no prefix hit can find: what
+    they hold is never read."""
+    return [0, *(b.block_id for b in pool.blocks if b.ref_cnt == 0 and b.block_hash is None)]
 
 
 def by_number(stored: dict[str, Stored]) -> dict[int, Stored]:

@@ -73,6 +73,17 @@ def written(requests: list[dict], number: int) -> int:
     return written(requests, one["of"]) if "of" in one else len(one["prompt"])
 
 
+def due(coming: dict[int, dict], tokens: dict[int, list[int]], step: int) -> dict[int, list[int]]:
+    """The prompts of the requests that are to come before this step; tokens: of those that ran."""
+    prompts = {}
+    for number, one in coming.items():
+        if "of" not in one and one["step"] <= step:
+            prompts[number] = one["prompt"]
+        elif "of" in one and len(tokens.get(one["of"], [])) >= one["at"]:
+            prompts[number] = [*tokens[one["of"]][: one["at"]], *one["prompt"]]
+    return prompts
+
+
 def _request(tokens: list[int], step: int = 0, max_tokens: int = ANSWER) -> dict:
     return dict(prompt=tokens, step=step, max_tokens=max_tokens)
 

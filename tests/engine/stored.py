@@ -1,5 +1,4 @@
-"""What the indexers' K caches hold for each request of a running engine, read as the engine reads
-it.
+"""What the K caches hold for each request of a running engine, read as the engine reads it.
 
 The functions run in the workers: `llm.collective_rpc(watch)` before, `take` after.
 """
@@ -9,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, FP8_SCALE_OFFSET, RATIO
+from vllm_dsv4_indexer.contract import DS_MLA_DATA_BYTES, FP8_PAGE_ENTRIES, HEAD_DIM, RATIO
+
+BLOCK = 256  # tokens of a page of keys
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class Stored:
     """A request as its last step left it.
 
     lengths: by step, how many tokens counted as computed before it, and behind it. tokens: all that
-    the model took, drafts too. entries: of these, uint8 [layers, tokens // 4, 132].
+    the model took, drafts too. entries: of these, the indexers' keys, uint8 [layers, tokens // 4,
+    132]. main: the others, by layer: its ratio, and uint8 [tokens // ratio, 584].
     """
 
     lengths: dict[int, tuple[int, int]]
     tokens: list[int]
     entries: np.ndarray
+    main: list[tuple[int, np.ndarray]]
 
 
 def watch(worker: Any) -> None:
@@ -44,9 +47,19 @@ def watch(worker: Any) -> None:
 
 def forget(worker: Any) -> None:
     """Zero the states of a worker that runs nothing."""
-    for name, layer in worker.model_runner.compilation_config.static_forward_context.items():
-        if name.endswith("indexer.compressor.state_cache"):
-            layer.kv_cache.zero_()
+    for state in _states(worker):
+        state.zero_()
+
+
+def poison(worker: Any, pages: list[int]) -> None:
+    """Fill pages of the states with NaN."""
+    for state in _states(worker):
+        state[pages] = float("nan")
+
+
+def _states(worker: Any) -> list[Any]:
+    layers = worker.model_runner.compilation_config.static_forward_context
+    return [layer.kv_cache for name, layer in layers.items() if name.endswith("state_cache")]
 
 
 def take(worker: Any) -> dict[str, Stored]:
@@ -64,24 +77,31 @@ def _read_all(runner: Any, scheduled: dict[str, int]) -> None:
         lengths = runner.stored[name].lengths if name in runner.stored else {}
         lengths[runner.step] = computed, length
         tokens = batch.token_ids_cpu[row, :length].tolist()
-        runner.stored[name] = Stored(lengths, tokens, _entries(runner, row, length // RATIO))
+        runner.stored[name] = Stored(lengths, tokens, *_entries(runner, row, length))
 
 
-def _entries(runner: Any, row: int, count: int) -> np.ndarray:
-    """The first `count` entries of the request in that row of the batch."""
-    page, entry = np.divmod(np.arange(count), FP8_PAGE_ENTRIES)
-    layers = []
+def _entries(runner: Any, row: int, length: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Of the first `length` tokens of the request in that row of the batch."""
+    indexer, main = [], []
+    layers = runner.compilation_config.static_forward_context
     for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         table = runner.input_batch.block_table[number].block_table.np[row]
         for name in group.layer_names:
             if name.endswith("indexer.k_cache"):
-                cache = runner.compilation_config.static_forward_context[name].kv_cache
-                layers.append(_read(cache.flatten(1).numpy(), table[page], entry))
-    return np.stack(layers)
+                cache = layers[name].kv_cache.flatten(1)
+                indexer.append(_read(cache, table, length // RATIO, FP8_PAGE_ENTRIES, HEAD_DIM))
+            elif (ratio := getattr(layers[name], "compress_ratio", 0)) > 1:
+                cache, per_page = layers[name].kv_cache.flatten(1), BLOCK // ratio
+                entries = _read(cache, table, length // ratio, per_page, DS_MLA_DATA_BYTES)
+                main.append((ratio, entries))
+    return np.stack(indexer), main
 
 
-def _read(cache: np.ndarray, page: np.ndarray, entry: np.ndarray) -> np.ndarray:
-    """[len(entry), 132]: the values and the scale of each; cache: [pages, 64 * 132]."""
-    parts = cache[:, :FP8_SCALE_OFFSET], cache[:, FP8_SCALE_OFFSET:]
-    parts = [part.reshape(len(cache), FP8_PAGE_ENTRIES, -1)[page, entry] for part in parts]
+def _read(cache: Any, table: np.ndarray, count: int, per_page: int, width: int) -> np.ndarray:
+    """The first `count` entries of a request, with their scales. A page has so many entries of
+    `width` bytes, then their scales; cache: [pages, bytes]."""
+    page, entry = np.divmod(np.arange(count), per_page)
+    pages = cache.numpy()
+    parts = pages[:, : per_page * width], pages[:, per_page * width :]
+    parts = [part.reshape(len(pages), per_page, -1)[table[page], entry] for part in parts]
     return np.concatenate(parts, axis=1)

@@ -4,7 +4,7 @@ schedules, and against transformers."""
 import numpy as np
 import pytest
 import torch
-from engine import FEW_LENGTHS, INDEXERS, LENGTHS, PREFIXES, PROMPTS, largest_difference
+from engine import FEW_LENGTHS, LENGTHS, PREFIXES, PROMPTS, largest_difference
 
 from vllm_dsv4_indexer.contract import RATIO
 
@@ -56,12 +56,13 @@ def test_the_caches_hold_what_the_stock_compressor_would_have_written(ours, stoc
 
 def test_the_worker_says_at_shut_down_what_the_op_did(ours, stock):
     calls, tokens, entries, plans = ours.work()
-    # Two indexer layers; every token of 20 prompts, alone and in a batch, and 7 of 8 generated ones
-    # pass the op.
-    assert tokens == 2 * 2 * sum(length + 7 for length in LENGTHS)
-    assert entries == 2 * 2 * sum((length + 7) // 4 for length in LENGTHS)
-    assert calls >= 2 * (len(LENGTHS) * 8 + 8)
-    assert calls == INDEXERS * plans  # one plan a step for all layers
+    # Every token of 20 prompts, alone and in a batch, and 7 of 8 generated ones pass the
+    # compressors: of two indexers, and of three layers, one of which has the ratio 128.
+    lengths = 2 * [length + 7 for length in LENGTHS]
+    assert tokens == 5 * sum(lengths)
+    assert entries == sum(4 * (length // 4) + length // 128 for length in lengths)
+    assert calls >= 5 * (len(LENGTHS) * 8 + 8)
+    assert calls / plans == 5 / 3  # a plan a step for each of the three kinds
     assert stock.work() == (0, 0, 0, 0)
 
 
@@ -109,7 +110,7 @@ def test_two_workers_give_the_tokens_and_logprobs_of_the_stock_compressor(
 
 def test_both_tensor_parallel_workers_compress(two_workers):
     assert two_workers.work(rank=0) == two_workers.work(rank=1)
-    assert two_workers.work()[1] == 2 * sum(length + 7 for length in FEW_LENGTHS)
+    assert two_workers.work()[1] == 5 * sum(length + 7 for length in FEW_LENGTHS)
 
 
 def test_in_a_batch_answers_are_those_of_the_requests_alone(ours):

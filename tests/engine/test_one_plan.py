@@ -7,12 +7,14 @@ import pytest
 import torch
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from batches import make_batch
-from vllm_dsv4_indexer.contract import Extents
+from batches import assert_identical, make_batch
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.contract import HEAD_DIM, Extents, Layer
 from vllm_dsv4_indexer.engines.plans import once_a_step
-from vllm_dsv4_indexer.engines.vllm_cpu.compressor import IndexerCompressor
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor
 
 EXTENTS = Extents(9, 4, 640, 100)
+EPS = 0.3  # no default of ours or of vLLM's
 
 
 def context() -> ForwardContext:
@@ -73,12 +75,13 @@ REPLACED = {
 }
 
 
-def compressor() -> SimpleNamespace:
-    layer = make_batch([(0, 16)], norm_dtype=torch.float32).call.layer
+def compressor(layer: Layer | None = None) -> SimpleNamespace:
+    layer = layer or make_batch([(0, 16)], norm_dtype=torch.float32).call.layer
     return SimpleNamespace(
         ape=layer.ape,
         _norm_weight_fp32=layer.norm_weight,
-        rms_norm_eps=1e-6,
+        rms_norm_eps=EPS,
+        head_dim=HEAD_DIM,
         bound=None,
         k_cache_prefix="k",
         state_cache=SimpleNamespace(kv_cache=layer.inner_state_cache),
@@ -91,10 +94,19 @@ def compressor() -> SimpleNamespace:
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
 def test_a_layer_is_bound_once_and_again_when_the_engine_replaces_a_tensor(replace):
     fake = compressor()
-    bind = IndexerCompressor._bind
+    bind = OnePassCompressor._bind
     first = bind(fake, fake.cos_sin_cache)
     assert bind(fake, fake.cos_sin_cache) is first
     replace(fake)
     second = bind(fake, fake.cos_sin_cache)
     assert second is not first
     assert sum(new is not old for new, old in zip(second.layer, first.layer)) == 1
+
+
+def test_a_layer_runs_with_its_own_tensors_and_the_models_epsilon():
+    batch = make_batch([(5, 16)], norm_dtype=torch.float32, eps=EPS)
+    expected, call = batch.clone().compress("cpu"), batch.call
+    fake = compressor(call.layer)
+    bound = OnePassCompressor._bind(fake, fake.cos_sin_cache)
+    bound.run(call.kv_score, ops.plan(*call.step, **bound.extents._asdict()))
+    assert_identical(batch, expected)

@@ -5,7 +5,9 @@ from test_generation import SHAPE_TOLERANCE
 
 ROUNDS = 2  # each prompt alone, all together
 TOKENS = ROUNDS * sum(length + 7 for length in MIXED_LENGTHS)
-ENTRIES = ROUNDS * sum((length + 7) // 4 for length in MIXED_LENGTHS)
+ENTRIES = {
+    ratio: ROUNDS * sum((length + 7) // ratio for length in MIXED_LENGTHS) for ratio in (4, 128)
+}
 
 
 def test_two_stages_answer_bit_for_bit_as_one(two_stages, one_stage):
@@ -22,9 +24,11 @@ def test_two_stages_with_two_steps_in_flight_answer_as_one(two_stages, one_stage
         assert largest_difference(one, two) <= SHAPE_TOLERANCE
 
 
-def test_each_stage_gives_an_account_of_its_own_indexers(two_stages):
-    """Layers 0 to 2 have one, layers 3 to 5 two."""
+def test_each_stage_gives_an_account_of_its_own_compressors(two_stages):
+    """Layers 0 to 2 have one layer with an indexer, layers 3 to 5 two; both have one with the ratio
+    128. A layer with an indexer has two compressors."""
     for rank, indexers in enumerate((1, 2)):
         assert f"compresses for the indexers of {indexers} layers" in two_stages.log
         _, tokens, entries, _ = two_stages.work(rank)
-        assert (tokens, entries) == (indexers * TOKENS, indexers * ENTRIES)
+        assert tokens == (2 * indexers + 1) * TOKENS
+        assert entries == 2 * indexers * ENTRIES[4] + ENTRIES[128]

@@ -33,6 +33,7 @@ WRITTEN = [
 ]
 ONE_WORKER = [*WRITTEN, *RANDOM]
 TWO_WORKERS = [WRITTEN[0], WRITTEN[-1], *RANDOM, *AGAIN]
+CHECKED = {"dsv4_indexer": {"check": "on"}}  # and none of these steps is refused
 CLOSE = 0.99  # cosine of two keys; of a wrong and a right one it is below 0.9
 
 
@@ -44,12 +45,10 @@ class Ran:
     alone: list[list[Stored]]  # by sequence of tokens
     metrics: dict[str, int]
 
-    def expected(self, one: Stored, worker: int) -> np.ndarray:
-        """The entries of the same tokens, computed alone."""
-        count = len(one.tokens)
+    def expected(self, one: Stored, worker: int) -> Stored:
+        """What the same tokens store alone; perhaps with others behind them."""
         alone = (workers[worker] for workers in self.alone)
-        same = next(other for other in alone if other.tokens[:count] == one.tokens)
-        return same.entries[:, : count // RATIO]
+        return next(other for other in alone if other.tokens[: len(one.tokens)] == one.tokens)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +68,7 @@ def run_schedules(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_worker(run_schedules) -> Ran:
-    return run_schedules("one_worker", ONE_WORKER)
+    return run_schedules("one_worker", ONE_WORKER, additional_config=CHECKED)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +77,7 @@ def two_drafting_workers(run_schedules) -> Ran:
     wrong."""
     drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
     environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    options = dict(tensor_parallel_size=2, speculative_config=drafts)
+    options = dict(tensor_parallel_size=2, speculative_config=drafts, additional_config=CHECKED)
     return run_schedules("two_drafting_workers", TWO_WORKERS, environment, **options)
 
 
@@ -100,16 +99,24 @@ def assert_as_alone(ran: Ran, schedule: dict) -> None:
     """Bit for bit, as far as the tokens were written. Of those that the model said the engine's own
     layers, which take them one by one, round a little differently, and so may the entries."""
     for number, workers in enumerate(ran.schedules[schedule["name"]]):
-        exact = written(schedule["requests"], number) // RATIO
+        tokens = written(schedule["requests"], number)
         for worker, one in enumerate(workers):
             alone = ran.expected(one, worker)
-            wrong = (one.entries != alone).any(axis=2)
-            wrong[:, exact:] = similarity(one.entries[:, exact:], alone[:, exact:]) < CLOSE
-            positions = [
-                RATIO * entry + RATIO - 1 for entry in np.flatnonzero(wrong.any(axis=0)).tolist()
-            ]
+            positions = wrong_index_keys(one.entries, alone.entries, tokens // RATIO)
+            for (ratio, ours), (_, theirs) in zip(one.main, alone.main, strict=True):
+                exact = slice(tokens // ratio)
+                wrong = (ours[exact] != theirs[exact]).any(axis=1)
+                positions += [ratio * (entry + 1) - 1 for entry in np.flatnonzero(wrong).tolist()]
             who = f"{schedule['name']}, request {number}, worker {worker}"
             assert not positions, f"{who}: wrong entries at the positions {positions}"
+
+
+def wrong_index_keys(ours: np.ndarray, alone: np.ndarray, exact: int) -> list[int]:
+    """The positions whose entries differ in some layer; behind the first `exact` ones, by much."""
+    alone = alone[:, : ours.shape[1]]
+    wrong = (ours != alone).any(axis=2)
+    wrong[:, exact:] = similarity(ours[:, exact:], alone[:, exact:]) < CLOSE
+    return [RATIO * (entry + 1) - 1 for entry in np.flatnonzero(wrong.any(axis=0)).tolist()]
 
 
 def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm_dsv4_indexer.bench.batches import make_batch
 from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROW_WIDTH
 from vllm_dsv4_indexer.engines import verification
-from vllm_dsv4_indexer.engines.vllm_cpu.compressor import IndexerCompressor
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor
 from vllm_dsv4_indexer.engines.vllm_cpu.verification import verify
 from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.settings import Settings
@@ -33,7 +33,7 @@ def layer() -> SimpleNamespace:
     and caches that are not there yet."""
     current_platform.import_kernels()
     weights = make_batch([(0, 1)], norm_dtype=torch.float32)
-    compressor = IndexerCompressor.__new__(IndexerCompressor)
+    compressor = OnePassCompressor.__new__(OnePassCompressor)
     torch.nn.Module.__init__(compressor)
     compressor.prefix, compressor.settings = "layers.1.compressor", Settings(impl="cpu")
     compressor.hidden_size, compressor.head_dim, compressor.rms_norm_eps = HIDDEN, HEAD_DIM, 1e-6
@@ -51,7 +51,7 @@ def layer() -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize("state_save", ["full", "tail"])
+@pytest.mark.parametrize("state_save", ["full", "readable"])
 def test_the_engine_that_was_tested_stores_the_same_and_the_layer_is_left_as_it_was(
     layer, state_save
 ):
@@ -124,8 +124,8 @@ def test_a_write_where_no_token_is_is_told(layer, monkeypatch):
         verify([layer])
 
 
-@pytest.mark.parametrize("ties, passes", [(4, True), (5, False)])
-def test_one_code_in_ten_thousand_may_be_the_neighbour_of_the_engines(ties, passes):
+@pytest.mark.parametrize("ties, apart, passes", [(4, 1, True), (5, 1, False), (1, 2, False)])
+def test_one_code_in_ten_thousand_may_be_the_neighbour_of_the_engines(ties, apart, passes):
     batches = verification.make_batches()
     assert sum((batch.k_slot_mapping >= 0).sum() for batch in batches) * HEAD_DIM // 10_000 == 4
 
@@ -134,7 +134,7 @@ def test_one_code_in_ten_thousand_may_be_the_neighbour_of_the_engines(ties, pass
         if torch.equal(batch.kv_score, batches[0].kv_score):
             page = batch.codes()[batch.k_slot_mapping.max() // FP8_PAGE_ENTRIES]
             code = page[batch.k_slot_mapping.max() % FP8_PAGE_ENTRIES, :ties]
-            code += torch.where((code & 0x7F) > 0, 255, 1).to(torch.uint8)
+            code += torch.where((code & 0x7F) >= apart, 256 - apart, apart).to(torch.uint8)
 
     with contextlib.nullcontext() if passes else pytest.raises(UserError, match=" code 0 is "):
         verification.require_equal(
@@ -148,13 +148,13 @@ from vllm.models.deepseek_v4.cpu import cpu_compressor
 from vllm_dsv4_indexer.engines.versions import TESTED, Engine
 
 TESTED["cpu"] = (Engine("0.31.0"),)
-store = cpu_compressor.compress_norm_rope_store_indexer_cpu
 
 def another_epsilon(*arguments):
     store(*arguments[:5], 1.0, *arguments[6:])
 
 if {fault}:
-    cpu_compressor.compress_norm_rope_store_indexer_cpu = another_epsilon
+    store = getattr(cpu_compressor, {fault})
+    setattr(cpu_compressor, {fault}, another_epsilon)
 settings = {{"dsv4_indexer": {{"untested": "verify"}}}}
 llm = LLM(additional_config=settings, **{options})
 answers = llm.generate([dict(prompt_token_ids=[1, 2, 3, 4, 5])], use_tqdm=False)
@@ -162,13 +162,20 @@ print("answered", len(answers))
 """
 
 
-@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize(
+    "fault, layer",
+    [
+        ("", ""),
+        ("compress_norm_rope_store_indexer_cpu", "attn.indexer.compressor"),
+        ("compress_norm_rope_store_cpu", "attn.compressor"),
+    ],
+)
 def test_an_engine_of_a_version_that_nobody_has_tested_starts_if_its_keys_are_ours(
-    checkpoint, fault
+    checkpoint, fault, layer
 ):
     options = complete(checkpoint, dict(skip_tokenizer_init=True, max_model_len=512))
     done = subprocess.run(
-        [sys.executable, "-c", START.format(fault=fault, options=options)],
+        [sys.executable, "-c", START.format(fault=repr(fault), options=options)],
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         capture_output=True,
         text=True,
@@ -177,7 +184,7 @@ def test_an_engine_of_a_version_that_nobody_has_tested_starts_if_its_keys_are_ou
     printed = done.stdout + done.stderr
     if fault:
         assert done.returncode != 0 and "by the engine's own compressor and" in printed, printed
-        assert "indexer.compressor: at token" in printed and "answered" not in printed
+        assert f"{layer}: at token" in printed and "answered" not in printed
     else:
         assert done.returncode == 0 and "answered 1" in printed, printed
-        assert "verified: vLLM's own compressor stores the same in 2 layers" in printed
+        assert "verified: vLLM's own compressors store the same in 3 layers" in printed

@@ -37,17 +37,22 @@ def printed_by(*command: str | Path) -> str:
     return done.stdout
 
 
-def run_contract(version: str, product: str, files: list[str]) -> tuple[bool, str]:
-    """Whether those tests passed, and what they printed, with the command that repeats them.
+def environment_of(version: str, product: str) -> dict[str, str]:
+    """Of a process of the contract tests.
 
     `product`: what vllm-ascend believes it was built for; an A3 is an A2 to all that we use.
     """
-    environment = {
+    return {
         "PYTHONPATH": os.pathsep.join(map(str, (*packages_of(version), ROOT))),
         "VLLM_PLUGINS": "ascend",
         "OMP_NUM_THREADS": "1",
         "TEST_PRODUCT": product,
     }
+
+
+def run_contract(version: str, product: str, files: list[str]) -> tuple[bool, str]:
+    """Whether those tests passed, and what they printed, with the command that repeats them."""
+    environment = environment_of(version, product)
     command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider"]
     command += ["--confcutdir", str(CONTRACT), "-o", "python_files=check_*.py"]
     command += [str(CONTRACT / name) for name in files]

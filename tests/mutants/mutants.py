@@ -38,6 +38,10 @@ UNFIT = f"{PLANNING}::test_a_plan_that_does_not_fit_is_refused_and_nothing_is_wr
 STRIDES = f"{INVARIANCE}::test_strides_of_the_inputs_change_no_byte"
 THREADS = f"{INVARIANCE}::test_the_number_of_threads_changes_no_byte"
 ROW_RULE = "op/test_row_rule.py"
+GEOMETRY = "op/test_geometry.py"
+MAIN_RANDOM = f"{GEOMETRY}::test_random_batches_equal_the_reference"
+MAIN_SCALES = f"{GEOMETRY}::test_scales_are_vllms_at_any_size_of_the_values"
+MAIN_NO_WEIGHT = f"{GEOMETRY}::test_a_row_whose_gate_is_minus_infinity_has_no_weight"
 
 NPU_BLOCKS = f"{KERNELS}::test_a_mixed_batch_in_the_layout_of_each_block_size_equals_the_reference"
 NPU_RANDOM = f"{KERNELS}::test_random_batches_equal_the_reference"  # with gaps, far gates, two eps
@@ -74,8 +78,8 @@ MUTANTS = [
     Mutant(REFERENCE, "= -torch.inf", "= -1e4", RANDOM),
     Mutant(
         REFERENCE,
-        "layer.ape[step.positions % RATIO]",
-        "layer.ape[(step.positions + 1) % RATIO]",
+        "layer.ape[step.positions % ratio]",
+        "layer.ape[(step.positions + 1) % ratio]",
         STATE_ROW,
     ),
     Mutant(REFERENCE, "torch.tensor(INT8_MAX) / amax", "INT8_MAX / amax", TIES),
@@ -136,9 +140,13 @@ MUTANTS = [
         "static_cast<uint32_t>(token * call.kv_score_stride)",
         FAR,
     ),
-    Mutant(ENTRIES, "- kRatio + 1) * a_.cos_sin_stride", "- kRatio + 1) * kRopeDim", RANDOM),
+    Mutant(ENTRIES, "position * a_.cos_sin_stride", "position * kRopeDim", RANDOM),
+    Mutant(ENTRIES, "- G::kRatio + 1;", "- G::kRatio + 2;", MIXED),
     Mutant(
-        ENTRIES, "- kRatio + 1) * a_.cos_sin_stride", "- kRatio + 2) * a_.cos_sin_stride", MIXED
+        PAGES,
+        "slot / l.k_page * l.k_page_stride",
+        "slot / l.k_page * l.k_page * (kDsMlaDataBytes + kDsMlaScaleBytes)",
+        MAIN_RANDOM,
     ),
     Mutant(PLANNER, "* a_.block_table_stride + q", "* a_.table_columns + q", STRIDES),
     Mutant(
@@ -149,8 +157,12 @@ MUTANTS = [
     ),
     # Arithmetic on the CPU.
     Mutant(ENTRY, "-__builtin_inff()", "-1e4f", RANDOM),
-    Mutant(ENTRY, "j < kRatio ? 0 : kHeadDim", "j < kRatio ? kHeadDim : 0", MIXED),
-    Mutant(ENTRY, "sum / kHeadDim + eps", "sum / kHeadDim", TIES),
+    Mutant(ENTRY, "j < G::kRatio ? 0 : G::kHeadDim", "j < G::kRatio ? G::kHeadDim : 0", MIXED),
+    Mutant(ENTRY, "sum / channels + eps", "sum / channels", TIES),
+    Mutant(ENTRY, "most = larger(most, sums.most);", "", MAIN_RANDOM),
+    Mutant(ENTRY, "kLowest = -__FLT_MAX__", "kLowest = -__builtin_inff()", MAIN_NO_WEIGHT),
+    Mutant(FORMATS, "kFp8Max * kDsMlaScaleFloor", "kAmaxFloor", MAIN_SCALES),
+    Mutant(FORMATS, "place.exponents[kDsMlaBlocks] = 0;", "", MAIN_RANDOM),
     Mutant(ENTRY, "odd = b * cos + a * sin", "odd = b * cos - a * sin", MIXED),
     Mutant(ENTRIES, "static_cast<float>(a_.eps)", "1e-6f", TIES),
     Mutant(FORMATS, "(bits + 0x7fffu + (bits >> 16 & 1u))", "(bits + 0x8000u)", TIES),
@@ -173,15 +185,27 @@ MUTANTS = [
     # Order and phases on the CPU.
     Mutant(
         KERNEL,
-        "static_cast<uint64_t>(call.positions[token]) % kRatio",
-        "static_cast<uint64_t>(call.positions[token] + 1) % kRatio",
+        "static_cast<uint64_t>(call.positions[token]) % G::kRatio",
+        "static_cast<uint64_t>(call.positions[token] + 1) % G::kRatio",
         STATE_ROW,
     ),
     Mutant(
         KERNEL,
-        "begin < kWindow ? 0 : begin - kWindow + 1",
-        "begin < kWindow ? 0 : begin - kWindow + 2",
+        "begin < G::kWindow ? 0 : begin - G::kWindow + 1",
+        "begin < G::kWindow ? 0 : begin - G::kWindow + 2",
         THREADS,
+    ),
+    Mutant(
+        KERNEL,
+        "token = between_windows<G>(call, begin);",
+        "token = begin;",
+        equivalent="two threads save the same rows with the same bits: a race and work for nothing",
+    ),
+    Mutant(
+        KERNEL,
+        "if (call.windows[last] == kLate) return last + 1;",
+        "return last + 1;",
+        MAIN_RANDOM,
     ),
     Mutant(KERNEL, "if (!call.unique) {", "if (false) {", TWICE),
     Mutant(KERNEL, "call.early == 0 ||", "call.early != 0 ||", MIXED),

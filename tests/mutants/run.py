@@ -1,9 +1,10 @@
-"""Plants the faults of mutants.py, one at a time, in a copy of the tree, and runs the test that
-must catch each. Fails if one survives, or cannot be built.
+"""Plants the faults of mutants.py and seams.py, one at a time, in a copy of the tree, and runs the
+test that must catch each. Fails if one survives, or cannot be built.
 
     python tests/mutants/run.py [WORD...]    those alone whose file has a WORD in its name
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,12 @@ import tempfile
 from pathlib import Path
 
 from mutants import MUTANTS, Mutant
+from seams import CONTRACT, FAMILIES, SEAMS
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests/engine_ascend"))
+from pairs import environment_of
+
 LIBRARY = "libdsv4_indexer_cpu.so"
 # Of the copy's package, also where an editable installation shows imports another way.
 PYTEST = """
@@ -49,14 +54,26 @@ def fate(tree: Path, mutant: Mutant) -> str:
     assert text.count(mutant.old) == 1, f"{mutant.file} does not have once: {mutant.old}"
     path.write_text(text.replace(mutant.old, mutant.new))
     try:
-        return outcome(tree, mutant.test) if build(tree) else "NOT BUILT"
+        return outcome(tree, vllm_ascend_of(mutant), mutant.test) if build(tree) else "NOT BUILT"
     finally:
         path.write_text(text)
 
 
-def outcome(tree: Path, *tests: str) -> str:
+def vllm_ascend_of(mutant: Mutant) -> str | None:
+    """The version that a contract test runs with; None for another test."""
+    if not mutant.test.startswith(CONTRACT):
+        return None
+    return next((v for part, v in FAMILIES.items() if part in mutant.file), max(FAMILIES.values()))
+
+
+def outcome(tree: Path, vllm_ascend: str | None, *tests: str) -> str:
     command = [sys.executable, "-c", PYTEST, *(f"tests/{test}" for test in tests)]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    environment = {}
+    if vllm_ascend:
+        command += ["--confcutdir", f"tests/{CONTRACT}", "-o", "python_files=check_*.py"]
+        environment = environment_of(vllm_ascend, "A2")
+    environment = os.environ | environment
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode == 1 and "CalledProcessError" in done.stdout:
         return "NOT BUILT"  # the emulation
     if done.returncode == 1 or done.returncode < 0:  # failed or crashed
@@ -65,14 +82,17 @@ def outcome(tree: Path, *tests: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    chosen = [m for m in MUTANTS if not words or any(word in m.file for word in words)]
+    every = [*MUTANTS, *SEAMS]
+    chosen = [m for m in every if not words or any(word in m.file for word in words)]
     fates = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve()
         copy_tree(tree)
         build(tree)
-        without = outcome(tree, *{m.test for m in chosen if m.test})
-        assert without == "SURVIVED", f"a test fails without a fault: {without}"
+        for version in {vllm_ascend_of(m) for m in chosen}:
+            tests = {m.test for m in chosen if m.test and vllm_ascend_of(m) == version}
+            without = outcome(tree, version, *tests)
+            assert without == "SURVIVED", f"a test fails without a fault: {without}"
         for mutant in chosen:
             found = "equivalent" if mutant.equivalent else fate(tree, mutant)
             fates.append(found)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from batches import make_batch
-from record import ALGORITHMS, arbitrary_batch, record
+from record import ALGORITHMS, CALLS, arbitrary_batch, record
 from sanitize import replay
 
 PROGRAM = Path(__file__).parents[2] / "build/aarch64/replay"
@@ -20,10 +20,10 @@ if library := os.environ.get("AARCH64_LIBRARY"):
     EMULATED[1:1] = ["-E", f"LD_PRELOAD={library}"]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm, geometry", CALLS)
 @pytest.mark.parametrize("seed", range(100))
-def test_random_calls_store_the_same_bytes_on_aarch64(seed, algorithm):
-    replay(EMULATED, [record(arbitrary_batch(seed), algorithm)])
+def test_random_calls_store_the_same_bytes_on_aarch64(seed, algorithm, geometry):
+    replay(EMULATED, [record(arbitrary_batch(seed, geometry), algorithm)])
 
 
 @pytest.mark.parametrize("seed", range(9))

@@ -82,6 +82,7 @@ class Array {
 inline void* place(size_t array) { return reinterpret_cast<void*>((array + 1) << 32); }
 
 struct Call {
+  int64_t head_dim, ratio;
   dsv4::StepArguments step;
   dsv4::LayerArguments layer;
   dsv4::KvScore kv_score;
@@ -137,14 +138,15 @@ inline Outcome run(Call call, const char* algorithm, dsv4::Run run, Cut cut) {
   relocate(s.positions, s.token_to_req, s.state_slots, s.block_table, s.k_slots, l.ape,
            l.norm_weight, l.cos_sin, l.state, l.k_cache, l.k_scale, call.kv_score.rows);
 
-  const Array memory((dsv4::kPlanHeader + dsv4::kPlanWidth * s.tokens) * sizeof(int64_t));
+  const int64_t plan_size = dsv4::plan_size(s.tokens, static_cast<int>(call.ratio));
+  const Array memory(plan_size * sizeof(int64_t));
   int64_t* const plan = reinterpret_cast<int64_t*>(memory.data());
   const bool one_pass = !std::strncmp(algorithm, "one_pass", 8);
   dsv4::Violation violation;
   Outcome outcome{};
   outcome.arrays.reserve(arrays.size());
-  outcome.planned =
-      dsv4_indexer_plan(&s, one_pass ? dsv4::kRowRule : dsv4::kStateOnly, plan, &violation);
+  outcome.planned = dsv4_indexer_plan(&s, call.ratio, one_pass ? dsv4::kRowRule : dsv4::kStateOnly,
+                                      plan, &violation);
   if (outcome.planned >= 0) outcome.stored = run(&l, cut, plan, &call.kv_score);
   for (const auto& array : arrays) outcome.arrays.push_back(array->bytes());
   return outcome;
@@ -156,7 +158,7 @@ inline Outcome run_everywhere(const Call& call, const char* algorithm,
                               std::initializer_list<Cut> cuts) {
   std::vector<Outcome> outcomes;
   for (const char* isa : {"generic", "avx2", "avx512"})
-    if (const dsv4::Run compiled = dsv4_indexer_run_for(algorithm, isa))
+    if (const auto compiled = dsv4_indexer_run_for(algorithm, call.head_dim, call.ratio, isa))
       for (const Cut cut : cuts) {
         outcomes.push_back(run(call, algorithm, compiled, cut));
         require(outcomes.back() == outcomes[0], "%s differs with %s", algorithm, isa);

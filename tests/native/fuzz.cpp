@@ -198,7 +198,7 @@ class Builder {
   uint64_t seed_ = 0;
   Kind kind_ = kMild;
   bool wild_ = false;  // some of the values are out of range
-  calls::Call call_{};
+  calls::Call call_{dsv4::kHeadDim, dsv4::kRatio, {}, {}, {}, {}};
 };
 
 }  // namespace

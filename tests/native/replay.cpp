@@ -27,6 +27,7 @@ int main() {
     calls::Call call;
     calls::Outcome expected{};
     int64_t count = 0;
+    receive(call.head_dim), receive(call.ratio);
     receive(call.step), receive(call.layer), receive(call.kv_score);
     receive(expected.planned), receive(expected.stored), receive(count);
     std::vector<int64_t> sizes(count);

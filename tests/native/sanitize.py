@@ -47,13 +47,13 @@ def replay(program: Path | list, records: Iterable[bytes]) -> str:
 
 
 def random_records(seeds: Iterable[int], seconds: float = float("inf")) -> Iterable[bytes]:
-    """For each seed a call of each algorithm, until the time is over."""
-    from record import ALGORITHMS, arbitrary_batch, record
+    """For each seed all CALLS, until the time is over."""
+    from record import CALLS, arbitrary_batch, record
 
     end = time.monotonic() + seconds
     for seed in itertools.takewhile(lambda _: time.monotonic() < end, seeds):
-        for algorithm in ALGORITHMS:
-            yield record(arbitrary_batch(seed), algorithm)
+        for algorithm, geometry in CALLS:
+            yield record(arbitrary_batch(seed, geometry), algorithm)
 
 
 def main() -> None:

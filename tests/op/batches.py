@@ -1,7 +1,6 @@
 """Batches for the tests, from the benchmark's generator, and how two of them are compared."""
 
 import mmap
-import random
 from dataclasses import replace
 
 import torch
@@ -12,11 +11,20 @@ from vllm_dsv4_indexer.bench.batches import (
     Batch,
     Prefixes,
     make_batch,
+    random_case,
     with_gaps,
 )
-from vllm_dsv4_indexer.contract import HEAD_DIM, KV_WIDTH, ROPE_DIM
+from vllm_dsv4_indexer.contract import (
+    GEOMETRIES,
+    HEAD_DIM,
+    KV_WIDTH,
+    ROPE_DIM,
+)
 
-__all__ = ["MAX_POSITION", "Batch", "Prefixes", "make_batch"]  # for the tests to import from here
+# For the tests to import from here.
+__all__ = ["MAX_POSITION", "Batch", "Prefixes", "make_batch", "random_case"]
+
+_, MAIN_4, MAIN_128 = GEOMETRIES
 
 MAP_NORESERVE = 0x4000  # of Linux's mman.h; the module has it from Python 3.13 on
 
@@ -96,45 +104,33 @@ def _tied(kind: str | int) -> torch.Tensor:
     return values.float()
 
 
-def random_case(pick: random.Random) -> dict:
-    """Arguments of `make_batch`."""
-    requests = [(pick.randrange(140), pick.randrange(1, 40)) for _ in range(pick.randrange(1, 8))]
-    prefixes: Prefixes = {}
-    while pick.random() < 0.6:  # one more request, which shares the prefix of one that is there
-        owner = pick.randrange(len(requests))
-        end = sum(requests[owner])
-        ends = [length for length in range(8, end + 1, 8) if length > requests[owner][0]]
-        if not ends:
-            break
-        length = pick.choice(ends)
-        prefixes[len(requests)] = owner, length
-        requests.append((length, pick.randrange(1, 40)))
-    return {
-        "requests": requests,
-        "prefixes": prefixes,
-        "seed": pick.randrange(2**32),
-        "page": pick.choice((2, 4, 8)),
-        "layout": pick.choice(("dense", "padded", "engine")),
-        "kv_dtype": pick.choice((torch.float32, torch.bfloat16)),
-        "padding": pick.randrange(4),
-        "ring": pick.choice((None, None, 8, 16, 64)),
-        "eps": pick.choice((1e-6, 0.3)),
-        "extreme": pick.random() < 0.3,
-        "gaps": pick.random() < 0.5,
-    }
-
-
 def assert_identical(a: Batch, b: Batch, case: object = "") -> None:
     """Every byte of every storage."""
     for x, y in zip(a.storages, b.storages):
         assert torch.equal(x, y), f"{(x != y).sum()} bytes differ: {case}"
 
 
+def in_order(bits: torch.Tensor, sign: int) -> torch.Tensor:
+    """Sign-magnitude numbers as integers in the order of the values that they stand for."""
+    bits = bits.int()
+    return torch.where(bits >= sign, sign - bits, bits)
+
+
+def assert_rotated_close(ours: torch.Tensor, theirs: torch.Tensor, case: object) -> None:
+    """At most one step of bf16 apart. Where the two products of a rotation cancel, no bits of the
+    difference are exact: there the error is measured by the pair, in fp32."""
+    x, y = (in_order(t.view(torch.int16).int() & 0xFFFF, 0x8000) for t in (ours, theirs))
+    pair = theirs.float().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
+    cancelled = (ours.float() - theirs.float()).abs() <= 2**-20 * pair
+    far = ((x - y).abs() > 1) & ~cancelled
+    assert not far.any(), f"{ours[far]} is not {theirs[far]}: {case}"
+
+
 def assert_close(
     actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0
 ) -> tuple[int, int]:
-    """Values at most one code apart, scales within `scale_rtol`, every other byte of the storages
-    equal.
+    """Values at most one code apart, rotated channels as `assert_rotated_close` has them, scales
+    within `scale_rtol`, every other byte of the storages equal.
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
@@ -142,10 +138,13 @@ def assert_close(
     assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
+    if actual.k_format == "fp8_ds_mla":
+        assert_rotated_close(actual.rotated(), expected.rotated(), case)
+        blended.rotated().copy_(expected.rotated())
     if scale_rtol:
         torch.testing.assert_close(
             actual.scales(), expected.scales(), rtol=scale_rtol, atol=0, equal_nan=True
         )
         blended.scales().copy_(expected.scales())
     assert_identical(blended, expected, case)
-    return int(distance.count_nonzero()), int((actual.k_slot_mapping >= 0).sum()) * HEAD_DIM
+    return int(distance.count_nonzero()), actual.written(actual.codes()).numel()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from batches import Batch, assert_identical, make_batch
+from vllm_dsv4_indexer.contract import INDEXER
 from vllm_dsv4_indexer.ops import cpu
 
 BASELINES = ("overlay_scan", "scatter_pool")
@@ -41,7 +42,7 @@ def test_every_instruction_set_and_number_of_threads_stores_the_same_bytes(impl,
         pytest.skip(f"this CPU or build lacks {isa}")
     batch, threads = make_batch(MIXED), torch.get_num_threads()
     expected = batch.clone().compress("cpu")
-    monkeypatch.setitem(cpu.native().algorithms, impl, algorithm)
+    monkeypatch.setitem(cpu.native().algorithms, (impl, INDEXER), algorithm)
     try:
         for n in (1, 3):
             torch.set_num_threads(n)

@@ -3,6 +3,7 @@ written."""
 
 import random
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,21 +276,37 @@ def test_a_format_that_the_default_implementation_lacks_is_refused_by_name():
 
 
 def test_layout_h_and_the_contract_hold_the_same_numbers():
-    header = (Path(__file__).parents[2] / "csrc" / "layout.h").read_text()
-    constants: dict[str, float] = {}
-    for name, value in re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", header):
-        constants[name] = eval(value.rstrip("f"), dict(constants))
-    in_contract = {
+    numbers = {
         "kHeadDim": contract.HEAD_DIM,
-        "kRopeDim": contract.ROPE_DIM,
         "kRatio": contract.RATIO,
         "kWindow": contract.WINDOW,
         "kKvWidth": contract.KV_WIDTH,
         "kRowWidth": contract.ROW_WIDTH,
+        "kRopeDim": contract.ROPE_DIM,
         "kFp8PageEntries": contract.FP8_PAGE_ENTRIES,
         "kFp8ScaleOffset": contract.FP8_SCALE_OFFSET,
-        "kAmaxFloor": contract.AMAX_FLOOR,
-        "kFp8Max": contract.FP8_MAX,
-        "kInt8Max": contract.INT8_MAX,
+        "kAmaxFloor": f"{contract.AMAX_FLOOR}f",
+        "kFp8Max": f"{contract.FP8_MAX}f",
+        "kInt8Max": f"{contract.INT8_MAX}f",
+        "kDsMlaBlock": contract.DS_MLA_BLOCK,
+        "kDsMlaDataBytes": contract.DS_MLA_DATA_BYTES,
+        "kDsMlaDataBytes + kDsMlaScaleBytes": contract.DS_MLA_ENTRY_BYTES,
+        "kDsMlaScaleFloor": f"{contract.DS_MLA_SCALE_FLOOR}f",
     }
-    assert constants == in_contract
+    for geometry, name in zip(contract.GEOMETRIES, ("Indexer", "Main4", "Main128"), strict=True):
+        numbers |= {
+            f"{name}::kHeadDim": geometry.head_dim,
+            f"{name}::kRatio": geometry.ratio,
+            f"{name}::kWindow": geometry.window,
+            f"{name}::kOverlap": int(geometry.overlap),
+            f"{name}::kKvWidth": geometry.kv_width,
+            f"{name}::kRowWidth": geometry.row_width,
+        }
+    layout = Path(__file__).parents[2] / "csrc" / "layout.h"
+    lines = [f"static_assert({name} == {number});" for name, number in numbers.items()]
+    source = "\n".join([f'#include "{layout}"', "using namespace dsv4;", *lines])
+    command = ["c++", "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+    derived = {"kDsMlaCodes", "kDsMlaBlocks", "kDsMlaScaleBytes", "kOverlap"}
+    named = set(re.findall(r"constexpr \w+ (k\w+) =", layout.read_text()))
+    assert named - derived == {name for name in numbers if name.isidentifier()}

@@ -172,7 +172,8 @@ from vllm_dsv4_indexer.ops import cpu
 library, violation = cpu.native().library, cpu.Violation()
 step = cpu.STEP.pack(1 << 32, *[0] * (len(cpu.STEP_FIELDS) - 1))
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-print(library.dsv4_indexer_plan(step, cpu.ROW_RULE, 0, ctypes.byref(violation)) == cpu._NO_MEMORY)
+made = library.dsv4_indexer_plan(step, 4, cpu.ROW_RULE, 0, ctypes.byref(violation))
+print(made == cpu._NO_MEMORY)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
 
@@ -282,9 +283,10 @@ def test_abi_h_points_to_the_types_of_the_contract():
 @pytest.mark.parametrize("tokens", (0, 1, 9))
 def test_the_sections_of_a_plan_are_those_of_the_contract(tokens):
     plan = Plan.of(make_batch([(7, 9)]).take(slice(tokens)).plan())
+    numbers = {"T": tokens, "window": contract.WINDOW}
     for name, (sizes, dtypes, *_) in contract.arguments_of(Plan).items():
         section = getattr(plan, name)
-        assert section.shape == tuple(tokens if size == "T" else size for size in sizes), name
+        assert section.shape == tuple(numbers.get(size, size) for size in sizes), name
         assert (section.dtype, section.is_contiguous()) == (*dtypes, True), name
 
 
@@ -294,12 +296,18 @@ def test_plan_h_has_the_layout_of_the_contract():
     assert {kind for kind, _ in fields_of("plan.h", "PlanHeader")} == {"int64_t "}
     numbers = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", text))
     assert int(numbers["kPlanLayout"], 16) == contract.PLAN_LAYOUT == -contract.STATE_ONLY_LAYOUT
-    assert eval(numbers["kPlanWidth"], {"kWindow": contract.WINDOW}) == contract.PLAN_WIDTH
-    expected = (contract.PLAN_HEADER, NO_WINDOW, EARLY, LATE, contract.MASKED)
+    expected = (
+        contract.PLAN_HEADER,
+        contract.PLAN_SECTIONS,
+        NO_WINDOW,
+        EARLY,
+        LATE,
+        contract.MASKED,
+    )
     assert (
         tuple(
             int(numbers[name])
-            for name in ("kPlanHeader", "kNoWindow", "kEarly", "kLate", "kMasked")
+            for name in ("kPlanHeader", "kPlanSections", "kNoWindow", "kEarly", "kLate", "kMasked")
         )
         == expected
     )

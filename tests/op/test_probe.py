@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batches import assert_identical, make_batch
+from batches import MAIN_4, MAIN_128, assert_identical, make_batch
 from vllm_dsv4_indexer.ops import cpu
 
 HERE = Path(__file__).parent
@@ -58,14 +58,16 @@ def test_a_cpu_without_stores_past_the_cache_says_so():
         {},
         {"kv_dtype": torch.bfloat16, "layout": "engine", "padding": 5},
         {"k_format": "int8_hadamard", "page": 2, "layout": "padded"},
+        {"geometry": MAIN_4, "kv_dtype": torch.bfloat16},
+        {"geometry": MAIN_128},
     ],
     ids=str,
 )
 def test_stores_around_the_caches_store_the_same_bytes(isa, options, monkeypatch):
-    past_cache = cpu.algorithm_for(cpu.native().library, "one_pass_past_cache", isa)
+    batch = make_batch([(5, 150), (0, 130), (67, 1), (128, 30), (0, 3)], **options)
+    past_cache = cpu.algorithm_for(cpu.native().library, "one_pass_past_cache", isa, batch.geometry)
     if not past_cache:
         pytest.skip(f"this CPU or build lacks {isa}")
-    batch = make_batch([(5, 150), (0, 130), (67, 1), (128, 30), (0, 3)], **options)
     expected = batch.clone().compress("cpu")
-    monkeypatch.setitem(cpu.native().algorithms, "one_pass", past_cache)
+    monkeypatch.setitem(cpu.native().algorithms, ("one_pass", batch.geometry), past_cache)
     assert_identical(batch.compress("cpu"), expected)

@@ -5,8 +5,9 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import cloudpickle
 import pytest
 from vllm.config import AttentionConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -95,13 +96,17 @@ def test_the_engines_file_loads_none_of_our_native_code():
     assert out.splitlines()[-2:] == ["False", "True"]
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+OF_PYTHON = [(pickle, protocol) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+OF_RAY = [(cloudpickle, pickle.HIGHEST_PROTOCOL)]
+
+
+@pytest.mark.parametrize("pickler, protocol", [*OF_PYTHON, *OF_RAY])
 def test_a_pickled_configuration_loads_in_a_process_that_has_no_plugin_yet(
-    tmp_path: Path, protocol: int
+    tmp_path: Path, pickler: ModuleType, protocol: int
 ):
     plugin.register()
     pickled = tmp_path / "config.pickle"
-    pickled.write_bytes(pickle.dumps(AttentionConfig(backend="dsv4_indexer"), protocol))
+    pickled.write_bytes(pickler.dumps(AttentionConfig(backend="dsv4_indexer"), protocol))
     out = run_python(
         f"import pickle; print(pickle.load(open({str(pickled)!r}, 'rb')).backend.name)"
     )

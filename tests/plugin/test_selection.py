@@ -270,43 +270,35 @@ def test_speculative_decoding_without_a_second_model_is_accepted(checkpoint: Pat
     configure(checkpoint, speculative_config=drafts | dict(num_speculative_tokens=2))
 
 
-TAIL = {"dsv4_indexer": {"state_save": "tail"}}
+READABLE = {"dsv4_indexer": {"state_save": "readable"}}
 
 
 @pytest.mark.parametrize(
     "options, found",
     [
-        (dict(), "prefix caching is on"),
-        (dict(kv_events_config=dict(enable_kv_cache_events=True)), "KV events are configured"),
         (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "a scheduler is configured"),
-        (
-            dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)),
-            "rejected drafts go back",
-        ),
+        (dict(disable_hybrid_kv_cache_manager=True), "all groups of caches are one"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tail_only_saving_is_refused_where_somebody_may_come_back(
+def test_without_vllm_s_own_cache_manager_all_rows_are_saved_and_no_other_way_is_accepted(
     checkpoint: Path, options: dict, found: str
 ):
-    options = dict(enable_prefix_caching=found == "prefix caching is on") | options
-    message = refusal(checkpoint, additional_config=TAIL, **options)
-    assert found in message and "leave" in message
+    configure(checkpoint, **options)
+    message = refusal(checkpoint, additional_config=READABLE, **options)
+    assert f"state_save is 'readable', but {found}" in message and "leave" in message
 
 
-def test_tail_only_saving_without_prefix_caching_is_accepted(checkpoint: Path):
-    configure(checkpoint, additional_config=TAIL, enable_prefix_caching=False)
-
-
-def test_tail_only_saving_is_refused_for_the_stock_compressor(checkpoint: Path):
-    settings = {"dsv4_indexer": {"state_save": "tail", "impl": "stock"}}
-    message = refusal(checkpoint, additional_config=settings, enable_prefix_caching=False)
-    assert "state_save is 'tail'" in message and "'stock'" in message
+def test_the_stock_compressor_has_all_rows_saved(checkpoint: Path):
+    configure(checkpoint, additional_config={"dsv4_indexer": {"impl": "stock"}})
+    settings = {"dsv4_indexer": {"state_save": "readable", "impl": "stock"}}
+    message = refusal(checkpoint, additional_config=settings)
+    assert "state_save is 'readable'" in message and "'stock'" in message
 
 
 def test_an_unknown_way_to_save_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"state_save": "none"}})
-    assert "'none'" in message and "['full', 'tail']" in message
+    assert "'none'" in message and "['auto', 'full', 'readable']" in message
 
 
 @pytest.mark.parametrize("file", [7, "", "no-such-folder/account", "/"])
@@ -324,7 +316,7 @@ def test_an_unknown_setting_is_refused_by_name(checkpoint: Path):
     message = refusal(checkpoint, additional_config={"dsv4_indexer": {"implementation": "cpu"}})
     assert (
         "unknown key dsv4_indexer.implementation" in message
-        and "['impl', 'projection', 'state_save', 'account', 'untested']" in message
+        and "['impl', 'projection', 'state_save', 'check', 'capture', 'capture_when', " in message
     )
 
 
@@ -387,6 +379,25 @@ def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
 def test_a_model_class_that_another_plugin_replaced_is_refused():
     with pytest.raises(UserError, match="the model has 0 layers .* its configuration asks for 2"):
         compressors.replace_compressors(SimpleNamespace(modules=list), Settings(), indexers=2)
+
+
+@pytest.mark.parametrize("setting", [{"check": "on"}, {"capture": "."}])
+def test_what_watches_our_op_is_refused_for_the_stock_compressor(checkpoint: Path, setting: dict):
+    message = refusal(checkpoint, additional_config={"dsv4_indexer": setting | {"impl": "stock"}})
+    assert "but impl 'stock' leaves our op out" in message
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"capture": "no/such/folder"}, "name a folder that can be written"),
+        ({"capture_when": "error"}, "name a folder in dsv4_indexer.capture, too"),
+        ({"capture": ".", "capture_when": 0}, "the number of a step, from 1 on"),
+        ({"capture": ".", "capture_when": "now"}, "choose 'error', 'not_finite' or"),
+    ],
+)
+def test_a_capture_that_cannot_be_made_is_refused(checkpoint: Path, settings: dict, message: str):
+    assert message in refusal(checkpoint, additional_config={"dsv4_indexer": settings})
 
 
 @pytest.fixture

@@ -191,8 +191,10 @@ def test_the_readme_lists_every_setting_with_its_values_and_no_other():
         listed.setdefault(name, set()).update(INLINE.findall(values))
     kinds = get_type_hints(Settings)
     assert set(listed) == {*kinds, *ENVIRONMENT_VARIABLES}
+    when = kinds.pop("capture_when")
     choices = {name: set(get_args(kind)) for name, kind in kinds.items() if kind != str | None}
     assert {name: listed[name] for name in choices} == choices
+    assert listed["capture_when"] == {*get_args(get_args(when)[0]), "N"}
 
 
 def test_the_page_of_versions_has_a_row_for_every_engine_that_is_let_in_and_for_no_other():

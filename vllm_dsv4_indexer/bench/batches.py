@@ -1,8 +1,8 @@
 """The one generator of batches, for the benchmark and for every test of the op, the emulation and
 the NPU: paged caches with random bytes in them, slots and tables for a list of requests.
 
-A request is (start, length): its history, the state rows of the last eight positions before
-`start`, is in the state already. The same seed gives the same projections at the same positions,
+A request is (start, length): its history, the state rows of the window before `start`, is in the
+state already. The same seed gives the same projections at the same positions,
 however the requests are cut into calls.
 """
 
@@ -16,20 +16,23 @@ from torch import Tensor
 
 from .. import contract, ops
 from ..contract import (
+    DS_MLA_DATA_BYTES,
+    DS_MLA_ENTRY_BYTES,
     FP8_ENTRY_BYTES,
     FP8_PAGE_ENTRIES,
+    GEOMETRIES,
     HEAD_DIM,
-    KV_WIDTH,
-    RATIO,
+    INDEXER,
     ROPE_DIM,
-    ROW_WIDTH,
-    WINDOW,
+    STATE_PAGES,
     Call,
     Extents,
+    Geometry,
     Requests,
 )
 
 MAX_POSITION = 512
+_KV_BLOCK = 256  # tokens of a block of vLLM's KV cache
 _BLOCK = 64  # positions whose projections are drawn together
 _GAP = 16  # elements between rows, pages or entries
 # What is added to the gates of positions 0, 1, ...: a first window beside which masked rows must
@@ -65,6 +68,10 @@ LAYOUTS = {
     "ascend": (None, None, 0),
 }
 _SHARED = ("engine", "ascend")
+# By format, where it is not what vLLM has in a page of fp8 or in a block of its KV cache.
+_K_PAGES = {"int8_hadamard": 16, "fp8_pow2": FP8_PAGE_ENTRIES, "fp8_amax": FP8_PAGE_ENTRIES}
+_ENTRY_BYTES = {"int8_hadamard": HEAD_DIM, "fp8_ds_mla": DS_MLA_ENTRY_BYTES}
+DS_MLA_CODES = DS_MLA_DATA_BYTES - 2 * ROPE_DIM  # of an entry, in front of its rotated channels
 
 
 # A request's computed prefix, which another request of the batch fills: {request: (the other, its
@@ -119,9 +126,14 @@ class Batch:
     def call(self) -> Call:
         return Call(*(getattr(self, name) for name in Call._fields))
 
+    @property
+    def geometry(self) -> Geometry:
+        return contract.geometry_of(self.ape, self.k_format)
+
     def plan(self, impl: str | None = None, extents: Extents | None = None) -> Tensor:
         extents = extents or Extents.of(self.call.layer)
-        return ops.plan(*self.call.step, **extents._asdict(), impl=impl)
+        ratio = self.geometry.ratio
+        return ops.plan(*self.call.step, **extents._asdict(), ratio=ratio, impl=impl)
 
     def run_planned(self, plan: Tensor, impl: str | None = None) -> "Batch":
         layer = self.call.layer
@@ -154,14 +166,17 @@ class Batch:
         return replace(self, **tensors, storages=tuple(copies.values()))
 
     def codes(self) -> Tensor:
-        """[pages, entries, 128] view of the K values."""
+        """[pages, entries, codes] view of the K values."""
         if self.k_format == "int8_hadamard":
             return self.k_cache
-        return self.k_cache.as_strided(
-            (*self.k_cache.shape[:2], HEAD_DIM),
-            (self.k_cache.stride(0), HEAD_DIM, 1),
-            self.k_cache.storage_offset(),
-        )
+        if self.k_format == "fp8_ds_mla":
+            return _in_pages(self.k_cache, DS_MLA_CODES, DS_MLA_DATA_BYTES)
+        return _in_pages(self.k_cache, HEAD_DIM, HEAD_DIM)
+
+    def rotated(self) -> Tensor:
+        """[pages, entries, 64] view of the channels that `fp8_ds_mla` keeps in bfloat16."""
+        width, stride = 2 * ROPE_DIM, DS_MLA_DATA_BYTES
+        return _in_pages(self.k_cache, width, stride, DS_MLA_CODES).view(torch.bfloat16)
 
     def ordered_codes(self) -> Tensor:
         """The codes as integers in the order of the values that they stand for."""
@@ -172,28 +187,45 @@ class Batch:
         return torch.where(codes < 128, codes, 128 - codes)
 
     def scales(self) -> Tensor:
-        """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales."""
+        """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales;
+        [pages, entries, 8] exponents of `fp8_ds_mla`."""
         if self.k_scale_cache is not None:
             return self.k_scale_cache
         k_cache, per_page = self.k_cache, self.k_cache.shape[1]
-        words = k_cache.untyped_storage()
-        floats = torch.empty(0, dtype=torch.float32).set_(words)
-        offset = k_cache.storage_offset() + per_page * HEAD_DIM
-        return floats.as_strided((len(k_cache), per_page), (k_cache.stride(0) // 4, 1), offset // 4)
+        if self.k_format == "fp8_ds_mla":
+            width = DS_MLA_ENTRY_BYTES - DS_MLA_DATA_BYTES
+            return _in_pages(k_cache, width, width, per_page * DS_MLA_DATA_BYTES)
+        return _in_pages(k_cache, 4, 4, per_page * HEAD_DIM).view(torch.float32)[..., 0]
+
+    def written(self, part: Tensor) -> Tensor:
+        """[E, ...]: of such a view, what each window-closing token stored, in the order of the
+        tokens."""
+        slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
+        return part[slots // part.shape[1], slots % part.shape[1]]
 
     def entries(self) -> list[bytes]:
         """What each window-closing token stored, in the order of the tokens."""
-        slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
-        per_page = self.k_cache.shape[1]
-        page, entry = slots // per_page, slots % per_page
-        scales = self.scales()[page, entry, None].view(torch.uint8)
-        values = self.codes()[page, entry].view(torch.uint8)
-        return [bytes(row.tolist()) for row in torch.cat([values, scales], dim=1)]
+        parts = [self.codes(), self.scales()]
+        if self.k_format == "fp8_ds_mla":
+            parts.append(self.rotated())
+        stored = [self.written(part) for part in parts]
+        rows = torch.cat([part[..., None].flatten(1).view(torch.uint8) for part in stored], dim=1)
+        return [bytes(row.tolist()) for row in rows]
+
+
+def _in_pages(k_cache: Tensor, width: int, stride: int, offset: int = 0) -> Tensor:
+    """[pages, entries, width] view of bytes, so far from the beginning of each page."""
+    return k_cache.as_strided(
+        (*k_cache.shape[:2], width),
+        (k_cache.stride(0), stride, 1),
+        k_cache.storage_offset() + offset,
+    )
 
 
 def make_batch(
     requests: list[tuple[int, int]],
     *,
+    geometry: Geometry = INDEXER,
     seed: int = 0,
     page: int = 4,
     k_page: int | None = None,
@@ -202,7 +234,7 @@ def make_batch(
     norm_dtype: torch.dtype = torch.bfloat16,
     spread: Spread = WIDE,
     max_pos: int = MAX_POSITION,
-    k_format: str = "fp8_pow2",
+    k_format: str | None = None,
     scale_dtype: torch.dtype = torch.float32,
     padding: int = 0,
     ring: int | None = None,
@@ -214,36 +246,39 @@ def make_batch(
 ) -> Batch:
     """A packed batch of `requests`, in order, then `padding` rows with arbitrary contents. Pages
     lie anywhere in their caches, as in an engine that has run for a while; those before the last
-    eight positions are freed, and have page 0 in the table.
+    window are freed, and have page 0 in the table.
 
     `ring`: positions p and p + ring share a state row, in every request that has no part in
     `prefixes`. `page_seed` permutes the pages without changing anything else. `k_page`: entries of
-    a K page, where the format leaves them free. `extreme`: some gates are far from the others.
-    `gaps`: what may have a stride has arbitrary bytes between its rows, pages and entries; but for
-    caches that share a storage, whose strides are the engine's.
+    a K page, where the format leaves them free. `k_format`: by default the geometry's first.
+    `extreme`: some gates are far from the others. `gaps`: what may have a stride has arbitrary
+    bytes between its rows, pages and entries; but for caches that share a storage, whose strides
+    are the engine's.
     """
     prefixes = prefixes or {}
+    k_format = k_format or GEOMETRIES[geometry][0]
+    ratio, window = geometry.ratio, geometry.window
     numbers, pages = (
         torch.Generator().manual_seed(s) for s in (seed, seed if page_seed is None else page_seed)
     )
-    ape = spread.ape * torch.randn(RATIO, KV_WIDTH, generator=numbers)
-    norm_weight = spread.norm_mean + spread.norm * torch.randn(HEAD_DIM, generator=numbers)
-    first = [max(start - WINDOW, 0) for start, _ in requests]
+    ape = spread.ape * torch.randn(ratio, geometry.kv_width, generator=numbers)
+    norm_weight = spread.norm_mean + spread.norm * torch.randn(geometry.head_dim, generator=numbers)
+    first = [max(start - window, 0) for start, _ in requests]
     # The projection of every position from `first` on; the caller's calls select from it.
     sequences = [
-        _projection(seed, number, begin, start + length, spread, extreme).to(kv_dtype)
+        _projection(geometry, seed, number, begin, start + length, spread, extreme).to(kv_dtype)
         for number, (begin, (start, length)) in enumerate(zip(first, requests))
     ]
-    k_page = k_page or (16 if k_format == "int8_hadamard" else FP8_PAGE_ENTRIES)
+    k_page = k_page or _K_PAGES.get(k_format, _KV_BLOCK // ratio)
     table, k_table, state_pages, k_pages = _tables(
-        requests, page, k_page, ring, prefixes, layout in _SHARED, pages
+        geometry, requests, page, k_page, ring, prefixes, layout in _SHARED, pages
     )
     state, k_cache, k_scale, storages = _caches(
-        state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
+        geometry, state_pages, page, k_pages, k_page, k_format, scale_dtype, layout, numbers
     )
-    _save_history(requests, sequences, ape, table, state, prefixes)
+    _save_history(window, requests, sequences, ape, table, state, prefixes)
     request, positions = _tokens([range(s, s + n) for s, n in requests])
-    k_slots = _slots(k_table, request, positions // RATIO, k_page)
+    k_slots = _slots(k_table, request, positions // ratio, k_page)
     batch = Batch(
         kv_score=torch.cat(
             [sequence[-length:] for (_, length), sequence in zip(requests, sequences)]
@@ -256,7 +291,7 @@ def make_batch(
         inner_state_slot_mapping=_slots(table, request, positions, page),
         inner_state_block_table=table,
         inner_state_cache=state,
-        k_slot_mapping=torch.where(positions % RATIO == RATIO - 1, k_slots, -1),
+        k_slot_mapping=torch.where(positions % ratio == ratio - 1, k_slots, -1),
         k_cache=k_cache,
         k_scale_cache=k_scale,
         k_format=k_format,
@@ -272,6 +307,41 @@ def make_batch(
     )
 
 
+def random_case(pick: random.Random, geometry: Geometry = INDEXER) -> dict[str, Any]:
+    """Arguments of `make_batch`."""
+    pages, window = STATE_PAGES[geometry.ratio], geometry.window
+    longest = max(40, 2 * window)
+    requests = [
+        (pick.randrange(140), pick.randrange(1, longest)) for _ in range(pick.randrange(1, 8))
+    ]
+    prefixes: Prefixes = {}
+    while pick.random() < 0.6:  # one more request, which shares the prefix of one that is there
+        owner = pick.randrange(len(requests))
+        end = sum(requests[owner])
+        step = max(pages)
+        ends = [length for length in range(step, end + 1, step) if length > requests[owner][0]]
+        if not ends:
+            break
+        length = pick.choice(ends)
+        prefixes[len(requests)] = owner, length
+        requests.append((length, pick.randrange(1, longest)))
+    return {
+        "geometry": geometry,
+        "requests": requests,
+        "prefixes": prefixes,
+        "seed": pick.randrange(2**32),
+        "page": pick.choice(pages),
+        "layout": pick.choice(("dense", "padded", "engine")),
+        "kv_dtype": pick.choice((torch.float32, torch.bfloat16)),
+        "padding": pick.randrange(4),
+        "ring": pick.choice((None, None, window, 2 * window, 8 * window)),
+        "max_pos": max(sum(request) for request in requests) + MAX_POSITION,
+        "eps": pick.choice((1e-6, 0.3)),
+        "extreme": pick.random() < 0.3,
+        "gaps": pick.random() < 0.5,
+    }
+
+
 def _told_by_requests(requests: list[tuple[int, int]], table: Tensor, k_table: Tensor) -> Requests:
     start, length = torch.tensor(requests, dtype=torch.int32).unbind(1)
     query_start_loc = torch.cat([start.new_zeros(1), length.cumsum(0, dtype=torch.int32)])
@@ -279,6 +349,7 @@ def _told_by_requests(requests: list[tuple[int, int]], table: Tensor, k_table: T
 
 
 def _tables(
+    geometry: Geometry,
     requests: list[tuple[int, int]],
     page: int,
     k_page: int,
@@ -293,15 +364,15 @@ def _tables(
     sharing = prefixes.keys() | {owner for owner, _ in prefixes.values()}
     rings = [None if request in sharing else ring for request in range(len(requests))]
     ends = [start + length for start, length in requests]
-    # What lies before the last eight positions is freed.
+    # What lies before the last window is freed.
     live = [
-        range(max(start - WINDOW, 0) // page, _ceil(end, page))
+        range(max(start - geometry.window, 0) // page, _ceil(end, page))
         for (start, _), end in zip(requests, ends)
     ]
     held = [
         min(len(those), _ceil(ring or end, page)) for those, end, ring in zip(live, ends, rings)
     ]
-    k_held = [_ceil(end, RATIO * k_page) for end in ends]
+    k_held = [_ceil(end, geometry.ratio * k_page) for end in ends]
     state_pages = sum(held) + 3
     k_pages = sum(k_held) + 2 + (state_pages if shared else 0)
     first_k_page = state_pages if shared else 1
@@ -340,6 +411,7 @@ def _slots(table: Tensor, request: Tensor, index: Tensor, page: int) -> Tensor:
 
 
 def _save_history(
+    window: int,
     requests: list[tuple[int, int]],
     sequences: list[Tensor],
     ape: Tensor,
@@ -347,17 +419,18 @@ def _save_history(
     state: Tensor,
     prefixes: Prefixes,
 ) -> None:
-    """Saves the rows of the last eight positions before each request's start, but for those of a
-    shared prefix, which only this call fills, or which are another's history."""
+    """Saves the rows of the window before each request's start, but for those of a shared prefix,
+    which only this call fills, or which are another's history."""
     before = [
-        range(max(start - WINDOW, 0, prefixes.get(r, (0, 0))[1]), start)
+        range(max(start - window, 0, prefixes.get(r, (0, 0))[1]), start)
         for r, (start, _) in enumerate(requests)
     ]
     request, positions = _tokens(before)
     ends = [len(sequence) - length for sequence, (_, length) in zip(sequences, requests)]
     parts = [sequence[end - len(r) : end] for sequence, r, end in zip(sequences, before, ends)]
     rows = torch.cat(parts).float()
-    rows[:, KV_WIDTH:] += ape[positions % RATIO]
+    ratio, kv_width = ape.shape
+    rows[:, kv_width:] += ape[positions % ratio]
     page = state.shape[1]
     slots = _slots(table, request, positions, page)
     state[slots // page, slots % page] = rows
@@ -368,7 +441,7 @@ def _padded(batch: Batch, padding: int) -> Batch:
     arbitrary = torch.tensor([-(2**62), 2**62, 3, 0, 7, -1]).repeat(padding)[:padding]
     none = torch.full((padding,), -1)
     rows = {
-        "kv_score": torch.full((padding, ROW_WIDTH), torch.nan, dtype=batch.kv_score.dtype),
+        "kv_score": batch.kv_score.new_full((padding, batch.geometry.row_width), torch.nan),
         "positions": arbitrary,
         "token_to_req": (arbitrary % 1000 - 500).int(),
         "inner_state_slot_mapping": none,
@@ -386,7 +459,8 @@ def with_gaps(
     `leave` names stay as they are."""
     storages = list(batch.storages if leave else ())
     views: dict[str, Any] = {}
-    for name, (_, _, _, dense) in contract.arguments_of_call(batch.k_format).items():
+    arguments = contract.arguments_of_call(batch.k_format, batch.geometry)
+    for name, (_, _, _, dense) in arguments.items():
         tensor = getattr(batch, name)
         if tensor.dim() <= dense or name in leave:
             continue
@@ -410,6 +484,7 @@ def _strides_with_gaps(shape: torch.Size, dense: int, span: int) -> tuple[int, .
 
 
 def _caches(
+    geometry: Geometry,
     state_pages: int,
     page: int,
     k_pages: int,
@@ -421,17 +496,21 @@ def _caches(
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The state, the K cache and its scales, as views, and every storage behind them."""
     int8 = k_format == "int8_hadamard"
-    entry = HEAD_DIM if int8 else FP8_ENTRY_BYTES
+    entry = _ENTRY_BYTES.get(k_format, FP8_ENTRY_BYTES)
     state_stride, k_stride, offset = LAYOUTS[layout]
     if layout == "ascend":
         state_stride = k_stride = k_page * (HEAD_DIM + scale_dtype.itemsize if int8 else entry)
-    state_stride = _stride(state_stride, page * ROW_WIDTH * 4)
+    state_stride = _stride(state_stride, page * geometry.row_width * 4)
     k_stride = _stride(k_stride, k_page * entry)
+    if layout in _SHARED:
+        state_stride = k_stride = max(state_stride, k_stride)
     state_storage = _storage(state_pages * state_stride + offset, numbers)
     shared = layout in _SHARED
     k_storage = state_storage if shared else _storage(k_pages * k_stride, numbers)
     state = state_storage.view(torch.float32).as_strided(
-        (state_pages, page, ROW_WIDTH), (state_stride // 4, ROW_WIDTH, 1), offset // 4
+        (state_pages, page, geometry.row_width),
+        (state_stride // 4, geometry.row_width, 1),
+        offset // 4,
     )
     k_cache = k_storage.view(torch.int8 if int8 else torch.uint8).as_strided(
         (k_pages, k_page, entry), (k_stride, entry, 1), offset
@@ -462,21 +541,28 @@ def _storage(size: int, numbers: torch.Generator) -> Tensor:
 
 
 def _projection(
-    seed: int, request: int, begin: int, end: int, spread: Spread, extreme: bool
+    geometry: Geometry,
+    seed: int,
+    request: int,
+    begin: int,
+    end: int,
+    spread: Spread,
+    extreme: bool,
 ) -> Tensor:
-    """[end - begin, 512]: the rows of a request at these positions, the same whatever the others
-    are."""
+    """[end - begin, row width]: the rows of a request at these positions, the same whatever the
+    others are."""
     blocks = []
     for block in range(begin // _BLOCK, _ceil(end, _BLOCK)):
         numbers = torch.Generator().manual_seed(
             random.Random(f"{seed} {request} {block}").getrandbits(63)
         )
-        blocks.append(torch.randn(_BLOCK, ROW_WIDTH, generator=numbers))
+        blocks.append(torch.randn(_BLOCK, geometry.row_width, generator=numbers))
     rows = torch.cat(blocks)[begin % _BLOCK :][: end - begin]
-    rows[:, :KV_WIDTH] *= spread.kv
-    rows[:, KV_WIDTH:] *= spread.gate
+    kv, gate = rows.chunk(2, dim=1)
+    kv *= spread.kv
+    gate *= spread.gate
     if extreme:
-        rows[:, KV_WIDTH:] += _EXTREMES[torch.arange(begin, end) % len(_EXTREMES), None]
+        gate += _EXTREMES[torch.arange(begin, end) % len(_EXTREMES), None]
     return rows
 
 

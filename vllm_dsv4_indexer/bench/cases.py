@@ -12,11 +12,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..contract import FP8_ENTRY_BYTES, KV_WIDTH, RATIO, ROW_WIDTH, Call
-from ..ops.tail import tail_slots
+from ..contract import (
+    DS_MLA_ENTRY_BYTES,
+    FP8_ENTRY_BYTES,
+    INDEXER,
+    KV_WIDTH,
+    RATIO,
+    ROW_WIDTH,
+    Call,
+    Geometry,
+)
 from .batches import LAYOUTS, Spread, make_batch, view_like
 
-PAGE = 4  # tokens per state page in vLLM
+PAGE = 4  # tokens per state page in vLLM, with the ratio 4
+_PAGE_128 = 8
+HIT_TOKENS = 256  # a prefix hit in vLLM has a multiple of these
 PAGE_BYTES = cast(int, LAYOUTS["vllm"][0])
 LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
@@ -33,13 +43,14 @@ class Case:
     """One call: `requests` are pairs (tokens computed before, tokens of this call). Cases of one
     `name` are reported together, cases of one `kind` make a line of the plot. `hidden`: the size of
     the hidden states that the call projects first; 0 for a call that is given kv_score. `layers`:
-    of how many layers it is, one after the other."""
+    of how many layers it is, one after the other. `geometry`: of which compressor."""
 
     name: str
     kind: str
     requests: tuple[tuple[int, int], ...]
     hidden: int = 0
     layers: int = 1
+    geometry: Geometry = INDEXER
 
     @property
     def tokens(self) -> int:
@@ -47,7 +58,8 @@ class Case:
 
     @property
     def entries(self) -> int:
-        return sum((start + length) // RATIO - start // RATIO for start, length in self.requests)
+        ratio = self.geometry.ratio
+        return sum((start + length) // ratio - start // ratio for start, length in self.requests)
 
     @property
     def context(self) -> int:
@@ -61,13 +73,20 @@ class Case:
 
     def same_bytes(self, kv_dtype: torch.dtype) -> int:
         """What every contestant must move: kv_score in, the state rows and the entries out."""
-        layer = self.tokens * ROW_WIDTH * (kv_dtype.itemsize + 4) + self.entries * FP8_ENTRY_BYTES
-        return self.layers * layer
+        entry = FP8_ENTRY_BYTES if self.geometry == INDEXER else DS_MLA_ENTRY_BYTES
+        rows = self.tokens * self.geometry.row_width * (kv_dtype.itemsize + 4)
+        return self.layers * (rows + self.entries * entry)
 
 
 def projected(case: Case, hidden: int) -> Case:
     """The same call, with the projection in front of it."""
     return replace(case, name=f"{case.name}, hidden {hidden}", hidden=hidden)
+
+
+def of_compressor(case: Case, geometry: Geometry) -> Case:
+    """The same call of another compressor of the model."""
+    name = f"{case.name}, {geometry.head_dim}/{geometry.ratio}"
+    return replace(case, name=name, geometry=geometry)
 
 
 def steps() -> list[Case]:
@@ -139,11 +158,12 @@ def _with_own_layer(call: Call) -> Call:
 
 
 def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
-    """A call with an fp8 K cache, in vLLM's pages."""
+    """A call with a K cache of the compressor's first format, in vLLM's pages."""
     end = max(start + length for start, length in case.requests)
     return make_batch(
         list(case.requests),
-        page=PAGE,
+        geometry=case.geometry,
+        page=PAGE if case.geometry.overlap else _PAGE_128,
         layout="vllm",
         kv_dtype=kv_dtype,
         norm_dtype=torch.float32,
@@ -152,10 +172,23 @@ def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
     ).call
 
 
-def with_tail_slots(call: Call) -> Call:
-    """The same call with tail-only saving."""
-    slots = tail_slots(call.positions, call.token_to_req, call.inner_state_slot_mapping)
+def with_null_pages(call: Call) -> Call:
+    """The same call as state_save `readable` has it: the rows that nobody reads later lie in the
+    null page. The next call of a request reads those of the open group and of the one before; a
+    prefix hit the group in front of it."""
+    request = call.token_to_req.long()
+    ends = torch.zeros_like(call.inner_state_block_table[:, 0], dtype=torch.int64)
+    end = ends.scatter_reduce(0, request, call.positions + 1, "amax")[request]
+    read = call.positions >= end - end % RATIO - RATIO
+    read |= call.positions % HIT_TOKENS >= HIT_TOKENS - RATIO
+    slots = torch.where(read, call.inner_state_slot_mapping, call.positions % PAGE)
     return call._replace(inner_state_slot_mapping=slots)
+
+
+def without_null_page(call: Call) -> Call:
+    """The same call, which saves no row of the null page."""
+    slots = call.inner_state_slot_mapping
+    return call._replace(inner_state_slot_mapping=slots.masked_fill(slots < PAGE, -1))
 
 
 def make_projection(case: Case) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,12 @@ RUN: Options = {
         metavar="A,B",
         help="of standard, its mixes: one, mixed, short, decode (default: all)",
     ),
+    "--geometry": dict(
+        choices=("128/4", "512/4", "512/128"),
+        default="128/4",
+        help="of standard, whose calls: head dimension and ratio of the indexer's compressor or of "
+        "a main one (default: %(default)s)",
+    ),
     "--lengths": dict(
         type=numbers(1, 1 << 20),  # DeepSeek-V4's longest context
         metavar="N,M",
@@ -56,9 +62,9 @@ RUN: Options = {
     "--contestants": dict(
         type=names,
         metavar="A,B",
-        help="who is measured, beside the floor: ours, layer, plan, reference, tail, tail_first, "
-        "one_pass, overlay_scan, scatter_pool, vllm, vllm_ops (default: all but reference, tail "
-        "and tail_first; for traffic, not the algorithms; for step and --hidden: ours, vllm)",
+        help="who is measured, beside the floor: ours, layer, plan, reference, checked, readable, "
+        "one_pass, overlay_scan, scatter_pool, vllm, vllm_ops (default: all but reference, checked "
+        "and readable; for traffic, not the algorithms; for step and --hidden: ours, vllm)",
     ),
     "--hidden": dict(
         type=numbers(1, 1 << 16),  # several times DeepSeek-V4 Pro's
@@ -160,6 +166,11 @@ def _measure(
 def _cases(arguments: argparse.Namespace) -> list["Case"]:
     from . import cases
 
+    if arguments.geometry != "128/4" and (arguments.preset != "standard" or arguments.hidden):
+        raise UserError(
+            f"--geometry {arguments.geometry} is for the standard calls: leave --preset and "
+            "--hidden out"
+        )
     if arguments.preset != "standard" and (arguments.lengths or arguments.requests):
         raise UserError(
             f"--preset {arguments.preset} has its own lengths and requests: leave --lengths and "
@@ -176,13 +187,18 @@ def _cases(arguments: argparse.Namespace) -> list["Case"]:
 
 
 def _standard(arguments: argparse.Namespace) -> list["Case"]:
+    from ..contract import INDEXER, Geometry
     from . import cases
 
-    return [
+    geometry = Geometry(*map(int, arguments.geometry.split("/")))
+    found = [
         cases.mix(mix, length)
         for mix in _chosen(arguments.requests, list(cases.LENGTHS))
         for length in arguments.lengths or cases.LENGTHS[mix]
     ]
+    if geometry == INDEXER:
+        return found
+    return [cases.of_compressor(case, geometry) for case in found]
 
 
 def _contestants(arguments: argparse.Namespace) -> list[str]:
@@ -191,8 +207,11 @@ def _contestants(arguments: argparse.Namespace) -> list[str]:
 
     available = contestants.available()
     if arguments.hidden or arguments.preset == "step":
-        available = [name for name in available if name in contestants.WHOLE]
-    if_asked = {"reference", *contestants.TAILS}
+        able = contestants.WHOLE if arguments.hidden else contestants.STEPS
+        available = [name for name in available if name in able]
+    if arguments.geometry != "128/4":
+        available = [name for name in available if name in contestants.EVERY_COMPRESSOR]
+    if_asked = {"reference", "checked", "readable"}
     if arguments.preset == "traffic":
         if_asked |= {*ALGORITHMS}
     return _chosen(arguments.contestants, available, if_asked)

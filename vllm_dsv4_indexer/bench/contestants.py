@@ -7,8 +7,9 @@ same caches.
     layer, plan               its two halves: `BoundLayer.run` with the step's plan, which is what
                               a layer costs an engine; `ops.plan`, which it costs once a step
     reference                 the same as ours, by the reference
-    tail, tail_first          ours with tail-only saving: in a layer that finds the slots to save
-                              worked out, and in a step's first layer, which works them out
+    readable                  ours with state_save `readable`: rows that nobody reads later are left
+                              out
+    checked                   the same as ours, in checked mode (ops/invariants.py)
     one_pass, overlay_scan,   the native code of an algorithm alone, on a plan: ours, and the two
     scatter_pool              that it replaces (ops/baselines.py)
     vllm                      all that vLLM 0.32's CPU engine does in a layer after the projection:
@@ -31,17 +32,20 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..contract import RATIO, WINDOW, Call, Extents
+from ..contract import FP8_PAGE_ENTRIES, GEOMETRIES, INDEXER, RATIO, Call, Extents, Geometry
 from ..engines.versions import VLLM_CPU
 from ..ops import baselines, cpu, projection
 from ..ops.arguments import kv_score_fields, layer_fields
-from .cases import Case, make_projection, with_tail_slots
+from ..ops.invariants import Ledger, Scheduled, check_step, check_values
+from .cases import Case, make_projection, with_null_pages, without_null_page
 
-TAILS = ("tail", "tail_first")  # they leave state rows out
-OURS = ("ours", "reference", "layer", "plan", *TAILS, *cpu.ALGORITHMS)
+OURS = ("ours", "reference", "layer", "plan", "readable", "checked", *cpu.ALGORITHMS)
 VLLM = ("vllm", "vllm_ops")
 WHOLE = ("ours", "vllm")  # who can project first, and run a step of several layers
-_EPS, _K_FORMAT = 1e-6, "fp8_pow2"
+STEPS = (*WHOLE, "checked")  # who can do the latter
+# Who is there for the main compressors too.
+EVERY_COMPRESSOR = ("ours", "reference", "layer", "plan", "one_pass", *VLLM)
+_EPS = 1e-6
 Contestant = Callable[[], object]
 
 
@@ -61,7 +65,7 @@ def vllm_version() -> str | None:
 
 def contestants(names: Sequence[str], calls: Sequence[Call]) -> dict[str, Contestant]:
     """Those of `names` and the floors, for a step with a call for each layer. With several layers
-    `names` are of WHOLE."""
+    `names` are of STEPS."""
     return {name: _make(name, calls) for name in (*names, *cpu.FLOORS)}
 
 
@@ -85,6 +89,8 @@ def _projecting(name: str, project: Callable[[], Tensor], call: Call) -> Contest
 def _make(name: str, calls: Sequence[Call]) -> Contestant:
     if name in ("ours", "reference"):
         return _ours(lambda: calls[0], calls, impl="cpu" if name == "ours" else name)
+    if name == "checked":
+        return _checked(calls)
     layers = [_of_one_layer(name, call) for call in calls]
     return layers[0] if len(layers) == 1 else lambda: [layer() for layer in layers]
 
@@ -92,16 +98,12 @@ def _make(name: str, calls: Sequence[Call]) -> Contestant:
 def _of_one_layer(name: str, call: Call) -> Contestant:
     match name:
         case "layer":
-            return functools.partial(
-                ops.BoundLayer(call.layer, eps=_EPS).run, call.kv_score, _plan(call)
-            )
+            return functools.partial(_bound(call).run, call.kv_score, _plan(call))
         case "plan":
             return functools.partial(_plan, call)
-        case "tail":
-            tail = with_tail_slots(call)
-            return _ours(lambda: tail, [tail])
-        case "tail_first":
-            return _ours(lambda: with_tail_slots(call), [call])
+        case "readable":
+            readable = with_null_pages(call)
+            return _ours(lambda: without_null_page(readable), [readable])
         case "vllm" | "vllm_ops":
             return _vllm(lambda: call.kv_score, call)[name]
         case _:
@@ -111,7 +113,7 @@ def _of_one_layer(name: str, call: Call) -> Contestant:
 def _ours(step: Callable[[], Call], layers: Sequence[Call], impl: str = "cpu") -> Contestant:
     """A plan of the call that `step` returns, and with it a run of each layer on that call's
     kv_score."""
-    bound = [ops.BoundLayer(call.layer, eps=_EPS, impl=impl) for call in layers]
+    bound = [_bound(call, impl) for call in layers]
 
     def run() -> None:
         call = step()
@@ -122,8 +124,59 @@ def _ours(step: Callable[[], Call], layers: Sequence[Call], impl: str = "cpu") -
     return run
 
 
+def geometry_of(call: Call) -> Geometry:
+    return next(g for g in GEOMETRIES if call.ape.shape == (g.ratio, g.kv_width))
+
+
+def _k_format(call: Call) -> str:
+    """As cases.make_call has it."""
+    return GEOMETRIES[geometry_of(call)][0]
+
+
+def _bound(call: Call, impl: str | None = None) -> ops.BoundLayer:
+    return ops.BoundLayer(call.layer, eps=_EPS, k_format=_k_format(call), impl=impl)
+
+
+def _checked(layers: Sequence[Call]) -> Contestant:
+    bound = [_bound(call, "cpu") for call in layers]
+    call = layers[0]
+    scheduled, ledger = _scheduled(call), _filled(call)
+
+    def run() -> None:
+        plan = _plan(call, "cpu")
+        check_step(scheduled, ledger)
+        ledger.save(call.inner_state_slot_mapping, call.positions)
+        for layer in bound:
+            check_values(scheduled, call.kv_score)
+            layer.run(call.kv_score, plan)
+
+    return run
+
+
+def _scheduled(call: Call) -> Scheduled:
+    """With the block table of the K cache that the call's slots come from."""
+    closing = call.k_slot_mapping >= 0
+    page = (call.positions // RATIO // FP8_PAGE_ENTRIES)[closing]
+    shape = len(call.inner_state_block_table), int(call.positions.max()) // RATIO + 1
+    table = torch.zeros(shape, dtype=torch.int32)
+    slots = call.k_slot_mapping[closing] // FP8_PAGE_ENTRIES
+    table[call.token_to_req[closing].long(), page] = slots.int()
+    return Scheduled(call.step, len(call.positions), table, FP8_PAGE_ENTRIES)
+
+
+def _filled(call: Call) -> Ledger:
+    """As if earlier steps had saved every row that has a page."""
+    ledger = Ledger(Extents.of(call.layer))
+    page, table = ledger.extents.state_page, call.inner_state_block_table
+    request, column = table.nonzero().unbind(1)
+    rows = column[:, None] * page + torch.arange(page)
+    ledger.positions.view(-1, page)[table[request, column].long()] = rows
+    return ledger
+
+
 def _plan(call: Call, impl: str | None = None) -> Tensor:
-    return ops.plan(*call.step, **Extents.of(call.layer)._asdict(), impl=impl)
+    extents, ratio = Extents.of(call.layer)._asdict(), geometry_of(call).ratio
+    return ops.plan(*call.step, **extents, ratio=ratio, impl=impl)
 
 
 class _Native(functools.partial[int]):
@@ -135,10 +188,13 @@ class _Native(functools.partial[int]):
 def _native(name: str, call: Call) -> Contestant:
     """An algorithm or a floor on a plan that was made before."""
     make = baselines.plan if name in ("overlay_scan", "scatter_pool") else cpu.plan
-    plan, native = make(call.step, Extents.of(call.layer)), cpu.native()
-    layer = cpu.LAYER.pack(*layer_fields(call.layer, cpu.K_FORMATS[_K_FORMAT], _EPS))
+    geometry, native = geometry_of(call), cpu.native()
+    plan = make(call.step, Extents.of(call.layer), geometry.ratio)
+    layer = cpu.LAYER.pack(*layer_fields(call.layer, cpu.K_FORMATS[_k_format(call)], _EPS))
     kv_score = cpu.KV_SCORE.pack(*kv_score_fields(call.kv_score))
-    run = _Native(native.algorithms[name], layer, native.parallel_for, plan.data_ptr(), kv_score)
+    run = _Native(
+        native.algorithms[name, geometry], layer, native.parallel_for, plan.data_ptr(), kv_score
+    )
     run.tensors = call, plan
     return run
 
@@ -160,24 +216,31 @@ def _vllm_projection(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Contestant]:
-    from vllm._custom_ops import compress_norm_rope_store_indexer_cpu, save_partial_states_cpu
+    from vllm import _custom_ops as vllm_ops
     from vllm.models.deepseek_v4.cpu.cpu_utils import map_local_to_global_slots_cpu
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
+    geometry = geometry_of(call)
+    store = (
+        vllm_ops.compress_norm_rope_store_indexer_cpu
+        if geometry == INDEXER
+        else vllm_ops.compress_norm_rope_store_cpu
+    )
 
     def widened() -> tuple[Tensor, Tensor]:
         kv, score = project().float().chunk(2, dim=-1)
         return kv, score
 
     def gather_slots() -> Tensor:
-        window = call.positions.unsqueeze(-1) - WINDOW + 1 + torch.arange(WINDOW)
+        first = call.positions.unsqueeze(-1) - geometry.window + 1
+        window = first + torch.arange(geometry.window)
         return map_local_to_global_slots_cpu(
             window, call.token_to_req, call.inner_state_block_table, call.inner_state_cache.shape[1]
         )
 
     def save(kv: Tensor, score: Tensor) -> None:
-        save_partial_states_cpu(
+        vllm_ops.save_partial_states_cpu(
             kv,
             score,
             call.ape,
@@ -187,7 +250,7 @@ def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Contestant]:
         )
 
     def pool_and_store(gathered: Tensor) -> None:
-        compress_norm_rope_store_indexer_cpu(
+        store(
             call.inner_state_cache,
             gathered,
             call.positions,
@@ -197,7 +260,7 @@ def _vllm(project: Callable[[], Tensor], call: Call) -> dict[str, Contestant]:
             call.cos_sin_cache,
             call.k_cache.view(call.k_cache.shape[0], -1),
             call.k_cache.shape[1],
-            RATIO,
+            geometry.ratio,
         )
 
     def whole() -> None:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from .. import ops, output
 from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW, Call
-from .cases import LAYERS, PAGE, PAGE_BYTES, Case, make_call, with_tail_slots
+from .cases import (
+    HIT_TOKENS,
+    LAYERS,
+    PAGE,
+    PAGE_BYTES,
+    Case,
+    make_call,
+    with_null_pages,
+    without_null_page,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,12 +33,13 @@ CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
 CHUNKS = (2 << 10, 8 << 10)
 ROW_BYTES = 4 * ROW_WIDTH
 HALF_ROW = ROW_BYTES // 2  # a window takes the front halves of kv and gate, or the back halves
-SAMPLE = Case("sample", "mixed", ((0, 12), (5, 27), (66, 9), (131, 1)))
+SAMPLE = Case("sample", "mixed", ((0, 12), (5, 27), (250, 9), (131, 1)))
 WAYS = {
     "full": ("cpu", False),
-    "tail": ("cpu", True),
+    "readable": ("cpu", True),
     "scatter, then pool": ("scatter_pool", False),
 }
+SAVED = ("full", "readable")
 
 
 class Traffic(NamedTuple):
@@ -46,7 +56,7 @@ class Traffic(NamedTuple):
 def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: str) -> Traffic:
     """The traffic of one call for each of `requests`, (tokens computed before, tokens of the call),
     in one of WAYS."""
-    impl, tail = WAYS[way]
+    impl, readable = WAYS[way]
     calls = []
     for start, length in requests:
         end = start + length
@@ -59,11 +69,27 @@ def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: 
                 kv_score_read=length * ROW_WIDTH * kv_dtype.itemsize,
                 history_read=history * HALF_ROW,
                 read_back=(pooled - history) * HALF_ROW * (impl == "scatter_pool"),
-                state_written=(min(length, end % RATIO + RATIO) if tail else length) * ROW_BYTES,
+                state_written=len(rows_saved(start, length, readable)) * ROW_BYTES,
                 entries_written=len(closing) * FP8_ENTRY_BYTES,
             )
         )
     return Traffic(*map(sum, zip(*calls)))
+
+
+def rows_saved(start: int, length: int, readable: bool) -> list[int]:
+    """The positions of the rows that a call saves: all, or those that the next call reads, and the
+    group in front of a prefix hit."""
+    next_reads = first_read(start + length)
+    return [
+        p
+        for p in range(start, start + length)
+        if not readable or p >= next_reads or p % HIT_TOKENS >= HIT_TOKENS - RATIO
+    ]
+
+
+def first_read(start: int) -> int:
+    """The first row that a call reads: of the open group and of the one before it."""
+    return max(start - start % RATIO - RATIO, 0)
 
 
 def history_halves(start: int, length: int) -> list[tuple[int, int]]:
@@ -74,12 +100,14 @@ def history_halves(start: int, length: int) -> list[tuple[int, int]]:
     return [(q, int(q > window[-1] - RATIO)) for window in windows for q in window if q < start]
 
 
-def state_bytes(context: int, chunk: int) -> int:
-    """The most bytes that a request's state pages take in one layer during a call of `chunk`
-    tokens. vLLM holds pages for the window before the call and for all its tokens, saved or not. (A
-    block of vLLM's pool is as large as its widest group's.)"""
-    in_one_piece = WINDOW - 1 + chunk
-    return min(_pages(in_one_piece - 1, PAGE) + 1, _pages(context, PAGE)) * PAGE_BYTES
+def state_bytes(context: int, chunk: int, readable: bool) -> int:
+    """The bytes of a request's state pages in one layer, during the call of `chunk` tokens that
+    brings it to `context`: those with the rows before it that vLLM holds, and with those that it
+    saves. (A block of vLLM's pool is as large as its widest group's.)"""
+    start = max(context - chunk, 0)
+    before = first_read(start) if readable else max(start - WINDOW + 1, 0)
+    rows = [*range(before, start), *rows_saved(start, context - start, readable)]
+    return len({row // PAGE for row in rows}) * PAGE_BYTES
 
 
 def k_bytes(context: int) -> int:
@@ -96,10 +124,10 @@ def _pages(tokens: int, page: int) -> int:
 
 def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
     """The traffic of one call of the op, counted."""
-    impl, tail = WAYS[way]
+    impl, readable = WAYS[way]
     call = make_call(case, kv_dtype)
-    if tail:
-        call = with_tail_slots(call)
+    if readable:
+        call = without_null_page(with_null_pages(call))
     kv_score = len(halves_read(call, impl, "kv_score")) * ROW_WIDTH // 2 * kv_dtype.itemsize
     # Without slots: a row that is saved first would hide the one that lies there before.
     unsaved = call._replace(inner_state_slot_mapping=torch.full_like(call.positions, -1))
@@ -196,7 +224,7 @@ def tables() -> list["Table | str"]:
     return [
         f"vLLM 0.32: pages of {PAGE_BYTES} bytes, for {PAGE} state rows or {FP8_PAGE_ENTRIES} K "
         "entries",
-        "One layer, one request, bytes a token (saves: what tail-only saving saves of all that is "
+        "One layer, one request, bytes a token (saves: what `readable` saves of all that is "
         "moved;\nread back: what scatter, then pool reads of the rows that it has just written)",
         _layer_table(),
         *(part for model in LAYERS for part in _model_table(model)),
@@ -232,18 +260,18 @@ def _steps() -> Iterator[Step]:
 
 def _layer_table() -> "Table":
     columns = ["context", "chunk", "history read", "entries written"]
-    columns += ["state written, full", "tail"]
+    columns += ["state written, full", "readable"]
     for dtype in ("bf16", "fp32"):
-        columns += [f"moved, {dtype} kv_score, full", "tail", "saves"]
+        columns += [f"moved, {dtype} kv_score, full", "readable", "saves"]
     return output.table([*columns, "read back"], map(_layer_row, _steps()), names=2)
 
 
 def _layer_row(step: Step) -> list[str]:
-    full, tail, scatter = (on_paper(step.requests, torch.bfloat16, way) for way in WAYS)
-    sums = [full.history_read, full.entries_written, full.state_written, tail.state_written]
+    full, readable, scatter = (on_paper(step.requests, torch.bfloat16, way) for way in WAYS)
+    sums = [full.history_read, full.entries_written, full.state_written, readable.state_written]
     cells = [_per_token(bytes_, step) for bytes_ in sums]
     for kv_dtype in (torch.bfloat16, torch.float32):
-        whole, less = (sum(on_paper(step.requests, kv_dtype, way)) for way in ("full", "tail"))
+        whole, less = (sum(on_paper(step.requests, kv_dtype, way)) for way in SAVED)
         cells += [_per_token(whole, step), _per_token(less, step), f"{1 - less / whole:.1%}"]
     return [*step.names, *cells, _per_token(scatter.read_back, step)]
 
@@ -254,14 +282,19 @@ def _per_token(bytes_: float, step: Step) -> str:
 
 def _model_table(model: str) -> list["Table | str"]:
     layers = LAYERS[model]
-    columns = ["context", "chunk", "moved, KiB a token, full", "tail"]
-    columns += ["moved, GiB, full", "tail", "held, MiB, state pages", "K pages"]
+    columns = ["context", "chunk", "moved, KiB a token, full", "readable"]
+    columns += [
+        "moved, GiB, full",
+        "readable",
+        "held, MiB, state pages, full",
+        "readable",
+        "K pages",
+    ]
     rows = []
     for step in _steps():
-        moved = [
-            layers * sum(on_paper(step.requests, torch.bfloat16, way)) for way in ("full", "tail")
-        ]
-        held = layers * state_bytes(step.context, step.chunk), layers * k_bytes(step.context)
+        moved = [layers * sum(on_paper(step.requests, torch.bfloat16, way)) for way in SAVED]
+        states = [state_bytes(step.context, step.chunk, WAYS[way][1]) for way in SAVED]
+        held = [layers * n for n in (*states, k_bytes(step.context))]
         rows.append(
             [
                 *step.names,

@@ -23,9 +23,10 @@ COLOURS = {
     "vllm": "tab:gray",
     "vllm_ops": "tab:brown",
     "floor": "black",
-    "tail": "tab:pink",
+    "readable": "tab:pink",
     "layer": "tab:cyan",
     "plan": "tab:olive",
+    "checked": "tomato",
 }
 PANEL = (5.0, 2.8)  # inches
 Series = dict[str, list[tuple[int, float]]]  # by contestant, points

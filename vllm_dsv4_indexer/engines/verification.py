@@ -4,6 +4,7 @@ A wrong key is silent, so a version that nobody has tested is asked for numbers:
 store the same random batches with the layer's own weights.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from vllm_dsv4_indexer.bench.batches import Batch, make_batch
+from vllm_dsv4_indexer.contract import GEOMETRIES, INDEXER, Geometry
 from vllm_dsv4_indexer.errors import UserError
 
 # (start, length): prompts and decodes in one step, at any start, with a prefix in the state.
-REQUESTS = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41)]
+REQUESTS = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (120, 137)]
 BATCHES = 8
 # Codes that may be the neighbours of the engine's: where a value lies between two, its compressor's
 # sums, in another order, decide otherwise.
@@ -43,24 +45,32 @@ class Stored(NamedTuple):
             )
 
 
-def make_batches() -> list[Batch]:
+@functools.cache
+def make_batches(geometry: Geometry = INDEXER) -> list[Batch]:
     """Caches that lie in one storage, as vLLM's do, full of random bytes."""
-    return [make_batch(REQUESTS, layout="engine", seed=seed) for seed in range(BATCHES)]
+    k_format = GEOMETRIES[geometry][0]
+    return [
+        make_batch(REQUESTS, layout="engine", seed=seed, geometry=geometry, k_format=k_format)
+        for seed in range(BATCHES)
+    ]
 
 
 def require_equal(layer: str, batches: list[Batch], engines: Compressor, ours: Compressor) -> None:
     """Raises UserError that names the layer and the first value that differs. State and scales are
-    equal bit by bit, codes are but for TIES of them, and nothing else in the caches is touched."""
+    equal bit by bit, codes are but for TIES of them, channels in bfloat16 to its last bit, and
+    nothing else in the caches is touched."""
     ties = []
     for batch in batches:
         expected, actual = batch.clone(), batch.clone()
         engines(expected)
         ours(actual)
-        state, scales, codes = _stored(expected, actual)
+        state, scales, codes, *rotated = _stored(expected, actual)
         for exact in (state, scales):
-            exact.require(
-                layer, batch, exact.engines.view(torch.int32) != exact.ours.view(torch.int32)
-            )
+            exact.require(layer, batch, _bits(exact.engines) != _bits(exact.ours))
+        for near in rotated:
+            differs = ~near.engines.isclose(near.ours, rtol=2**-7, atol=2**-12, equal_nan=True)
+            near.require(layer, batch, differs)
+            actual.rotated()[near.where] = expected.rotated()[near.where]
         codes.require(layer, batch, (codes.engines - codes.ours).abs() > 1)
         ties.append((batch, codes, codes.engines != codes.ours))
         actual.codes()[codes.where] = expected.codes()[codes.where]
@@ -71,8 +81,12 @@ def require_equal(layer: str, batches: list[Batch], engines: Compressor, ours: C
             codes.require(layer, batch, tie)
 
 
-def _stored(expected: Batch, actual: Batch) -> tuple[Stored, Stored, Stored]:
-    """State rows, scales and codes."""
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32) if values.dtype is torch.float32 else values
+
+
+def _stored(expected: Batch, actual: Batch) -> list[Stored]:
+    """State rows, scales and codes, and what the format keeps in bfloat16."""
     batch = expected
     tokens = torch.arange(len(batch.positions))
     closing = tokens[batch.k_slot_mapping >= 0]
@@ -83,11 +97,14 @@ def _stored(expected: Batch, actual: Batch) -> tuple[Stored, Stored, Stored]:
         where = slots[of] // page, slots[of] % page
         return Stored(what, of, where, rows[0][where], rows[1][where])
 
-    return (
+    stored = [
         both("state", tokens, batch.inner_state_slot_mapping, lambda b: b.inner_state_cache),
-        both("scale", closing, batch.k_slot_mapping, lambda b: b.scales()[..., None]),
+        both("scale", closing, batch.k_slot_mapping, lambda b: b.scales()[..., None].flatten(2)),
         both("code", closing, batch.k_slot_mapping, Batch.ordered_codes),
-    )
+    ]
+    if batch.k_format == "fp8_ds_mla":
+        stored.append(both("rotated channel", closing, batch.k_slot_mapping, Batch.rotated))
+    return stored
 
 
 def refuse_keys(found: str) -> None:

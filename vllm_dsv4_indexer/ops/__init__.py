@@ -5,7 +5,8 @@ their rows come from. `run` runs once a layer, with the step's plan. `compress` 
 
 An implementation is a module of this folder with two functions. Their tensors are checked already:
 
-    plan(step, extents) -> Tensor             checks the values; writes nothing but the plan
+    plan(step, extents) -> Tensor             checks the values; writes nothing but the plan. A
+                                              third argument is the ratio, if it is not 4
     bind(layer, eps=..., k_format=...)        returns a function of kv_score and a plan, which runs
                                               the layer and returns how many entries it wrote, or
                                               None if only the device knows
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import ROW_WIDTH, Call, Extents, Layer, Requests, Step, plan_size
+from ..contract import RATIO, Call, Extents, Layer, Requests, Step, plan_size
 from ..errors import UserError
 from .requests import step_of
 
@@ -32,18 +33,20 @@ class Functions(NamedTuple):
     """The functions of an implementation. The third is for engines whose metadata list requests,
     not tokens."""
 
-    plan: Callable[[Step, Extents], Tensor]
+    plan: Callable[..., Tensor]
     bind: Callable[..., Callable[[Tensor, Tensor], int | None]]
     plan_requests: Callable[[Requests, int, Extents, int], Tensor] | None = None
 
 
 class Implementation(NamedTuple):
-    """How to load an implementation, its formats, and its device types. Without device types it
-    serves every device, but only by name. The default of a device is the first that names it."""
+    """How to load an implementation, its formats, its device types and its ratios. Without device
+    types it serves every device, but only by name. The default of a device is the first that names
+    it."""
 
     load: Callable[[], Functions]
     k_formats: tuple[str, ...]
     devices: tuple[str, ...] = ()
+    ratios: tuple[int, ...] = (RATIO,)
 
 
 def _cpu() -> Functions:
@@ -79,9 +82,13 @@ def _scatter_pool() -> Functions:
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(_cpu, ("fp8_pow2", "int8_hadamard"), ("cpu",)),
+    "cpu": Implementation(
+        _cpu, ("fp8_pow2", "int8_hadamard", "fp8_ds_mla"), ("cpu",), tuple(contract.STATE_PAGES)
+    ),
     "ascend": Implementation(_ascend, ("int8_hadamard", "fp8_amax"), ("npu",)),
-    "reference": Implementation(_reference, tuple(contract.K_FORMATS)),
+    "reference": Implementation(
+        _reference, tuple(contract.K_FORMATS), ratios=tuple(contract.STATE_PAGES)
+    ),
     "overlay_scan": Implementation(_overlay_scan, ("fp8_pow2", "int8_hadamard"), ("cpu",)),
     "scatter_pool": Implementation(_scatter_pool, ("fp8_pow2", "int8_hadamard"), ("cpu",)),
 }
@@ -125,7 +132,9 @@ _OPTIONS = "float eps=1e-6, str k_format='fp8_pow2', str? impl=None"
 _RUN = ("kv_score", *Layer._fields[:3], "plan", *Layer._fields[3:])
 _EXTENTS = ", ".join(f"SymInt {name}" for name in Extents._fields)
 _library = torch.library.Library("dsv4_indexer", "DEF")
-_library.define("plan" + _schema(Step._fields, f"{_EXTENTS}, str? impl=None", "Tensor"))
+_library.define(
+    "plan" + _schema(Step._fields, f"{_EXTENTS}, int ratio={RATIO}, str? impl=None", "Tensor")
+)
 _library.define("run" + _schema(_RUN, _OPTIONS, "()"))
 _library.define("compress" + _schema(Call._fields, _OPTIONS, "()"))
 
@@ -141,9 +150,12 @@ def plan(
     state_page: int,
     k_entries: int,
     max_pos: int,
+    ratio: int = RATIO,
     impl: str | None = None,
 ) -> Tensor:
     """Checks a step and decides its windows: once for all layers whose caches have the same pages.
+
+    Compressors of the same ratio share it, whatever their head dimension.
 
     Args:
         positions: [T] int64, the position of each token in its request.
@@ -151,13 +163,14 @@ def plan(
         inner_state_slot_mapping: [T] int64, the state row of each token, `page * state_page + row`;
             -1 for none.
         inner_state_block_table: [R, M] int32, the state page of each `state_page` positions of a
-            request. Page 0 is the null page. A token that closes a window needs other pages for its
-            own position and the seven before.
+            request. Page 0 is the null page. A token that closes a window needs other pages for all
+            positions of the window.
         k_slot_mapping: [T] int64, the entry slot of a token that closes a window; -1 for none.
         state_pages: how many pages `inner_state_cache` has.
-        state_page: how many tokens a state page has: 2, 4 or 8.
+        state_page: how many tokens a state page has: 2, 4 or 8; with the ratio 128: 4, 8, 16 or 32.
         k_entries: how many entries `k_cache` has.
         max_pos: how many rows `cos_sin_cache` has.
+        ratio: positions per entry, 4 or 128.
         impl: see `compress`.
 
     Returns:
@@ -178,6 +191,7 @@ def plan(
         state_page=state_page,
         k_entries=k_entries,
         max_pos=max_pos,
+        ratio=ratio,
         impl=impl,
     )
 
@@ -187,8 +201,8 @@ def plan_requests(
 ) -> Tensor:
     """Makes the plan of a step from its requests, for an engine whose metadata do not list tokens.
 
-    It is one launch where the implementation has a kernel for it. Elsewhere tensor operations list
-    the tokens first.
+    The ratio is 4. It is one launch where the implementation has a kernel for it. Elsewhere tensor
+    operations list the tokens first.
 
     Args:
         requests: the requests of the step.
@@ -262,11 +276,12 @@ class BoundLayer:
         k_format: str = "fp8_pow2",
         impl: str | None = None,
     ):
-        contract.check_layer(layer, k_format)
+        self._geometry = contract.check_layer(layer, k_format)
+        self._row_width, self._ratio = self._geometry.row_width, self._geometry.ratio
         self.layer, self.extents = layer, Extents.of(layer)
         self._options = {"eps": eps, "k_format": k_format, "impl": impl}
         self._device = layer.ape.device
-        self._run = _functions(impl, self._device.type, k_format).bind(
+        self._run = _functions(impl, self._device.type, k_format, self._ratio).bind(
             layer, eps=eps, k_format=k_format
         )
 
@@ -274,8 +289,8 @@ class BoundLayer:
         """Runs the layer.
 
         Args:
-            kv_score: [T, 512] fp32 or bf16, the layer's projection.
-            plan: the step's plan, from `plan` with the same `impl`.
+            kv_score: [T, row width] fp32 or bf16, the layer's projection.
+            plan: the step's plan, from `plan` with the same `impl` and the layer's ratio.
         """
         if torch.compiler.is_compiling():
             ape, norm_weight, cos_sin, *caches = self.layer
@@ -290,19 +305,19 @@ class BoundLayer:
         # The conditions of the two checks, written out: called for every layer, these would cost as
         # much as all the rest.
         if not (
-            kv_score.shape == (tokens, ROW_WIDTH)
+            kv_score.shape == (tokens, self._row_width)
             and kv_score.dtype in contract.FLOATS
             and kv_score.stride(1) == 1
             and kv_score.device == self._device
         ):
-            contract.check_kv_score(kv_score, self._device)
+            contract.check_kv_score(kv_score, self._device, self._geometry)
         if not (
             plan.device == self._device
             and plan.dtype is torch.int64
-            and plan.shape == (plan_size(tokens),)
+            and plan.shape == (plan_size(tokens, self._ratio),)
             and plan.is_contiguous()
         ):
-            contract.check_plan_tensor(plan, tokens, self._device)
+            contract.check_plan_tensor(plan, tokens, self._device, self._ratio)
         _counted_run(self._run, kv_score, plan, tokens)
 
 
@@ -334,6 +349,17 @@ def compress(
     of the last four. RMSNorm, RoPE at position p-3, one rounding to bfloat16 and quantisation
     follow.
 
+    So it is for the ratio 4. With the ratio 128 an entry pools positions p-127 .. p, whose rows
+    have no halves, and RoPE is at position p-127. The shape of `ape` says which compressor it is:
+
+    | compressor | D | `ape` | a row: 2 W | `k_format` |
+    |---|---|---|---|---|
+    | the indexer's | 128 | [4, W = 256] | 512 | `fp8_pow2`, `int8_hadamard`, `fp8_amax` |
+    | main, ratio 4 | 512 | [4, W = 1024] | 2048 | `fp8_ds_mla` |
+    | main, ratio 128 | 512 | [128, W = 512] | 1024 | `fp8_ds_mla` |
+
+    The main compressors' implementations are `cpu` and `reference`.
+
     A window's row is the first of these that exists:
 
     1. the row of the request's own token of this call at that position;
@@ -348,26 +374,28 @@ def compress(
     The caches may be views of one storage with any page stride. Only their pages must not overlap.
 
     Args:
-        kv_score: [T, 512] fp32 or bf16, the projection `[kv 256 | gate 256]`, without the
-            positional bias.
-        ape: [4, 256] fp32, the gate's positional bias.
-        norm_weight: [128] fp32 or bf16, the RMSNorm weight.
+        kv_score: [T, 2 W] fp32 or bf16, the projection `[kv | gate]`, without the positional bias.
+        ape: [ratio, W] fp32, the gate's positional bias.
+        norm_weight: [D] fp32 or bf16, the RMSNorm weight.
         cos_sin_cache: [max_pos, 64] fp32, 32 cosines then 32 sines of each position.
         positions: see `plan`.
         token_to_req: see `plan`.
         inner_state_slot_mapping: see `plan`.
         inner_state_block_table: see `plan`.
-        inner_state_cache: [pages, state_page, 512] fp32 rows; state_page is 2, 4 or 8. Read and
+        inner_state_cache: [pages, state_page, 2 W] fp32 rows; state_page: see `plan`. Read and
             written.
         k_slot_mapping: see `plan`.
         k_cache: written. `fp8_pow2`: uint8 [pages, 64, 132], a page of `stride(0)` bytes with entry
             o's values at o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs,
             132], the same with bs entries a page. `int8_hadamard`: int8 [pages, bs, 128].
+            `fp8_ds_mla`: uint8 [pages, bs, 584], a page of `stride(0)` bytes with entry o's values
+            at o * 576, and at bs * 576 + 8 * o its scales.
         k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8
             formats.
         eps: RMSNorm epsilon.
         k_format: `fp8_pow2` (power-of-two scale, e4m3fn), `int8_hadamard` (Hadamard rotation, scale
-            amax / 127) or `fp8_amax` (Hadamard rotation, scale amax / 448, e4m3fn).
+            amax / 127), `fp8_amax` (Hadamard rotation, scale amax / 448, e4m3fn) or `fp8_ds_mla`
+            (448 channels e4m3fn with a power-of-two scale for every 64, UE8M0; 64 bf16).
         impl: the name of an implementation; None for the default of the tensors' device.
 
     Raises:
@@ -413,11 +441,16 @@ def prepare(impl: str | None, device: str, k_format: str) -> None:
 # torch leaves out the arguments that equal their default, so the defaults are needed here too.
 
 
-def _plan_op(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
+def _plan_op(*step: Tensor, ratio: int = RATIO, impl: str | None = None, **extents: int) -> Tensor:
     contract.check_step(Step(*step))
-    contract.check_extents(Extents(**extents))
-    functions = _functions(impl, step[0].device.type)
-    return _counted_plan(functions.plan, Step(*step), Extents(**extents))
+    contract.check_extents(Extents(**extents), ratio)
+    functions = _functions(impl, step[0].device.type, ratio=ratio)
+    return _counted_plan(functions.plan, Step(*step), Extents(**extents), *_other(ratio))
+
+
+def _other(ratio: int) -> tuple[int, ...]:
+    """Implementations for the indexer's ratio alone do not take it."""
+    return () if ratio == RATIO else (ratio,)
 
 
 def _run_op(
@@ -438,9 +471,9 @@ def _compress_op(
     *tensors: Tensor, eps: float = 1e-6, k_format: str = "fp8_pow2", impl: str | None = None
 ) -> None:
     call = Call(*tensors)
-    contract.check_call(call, k_format)
-    functions = _functions(impl, call.kv_score.device.type, k_format)
-    made = _counted_plan(functions.plan, call.step, Extents.of(call.layer))
+    ratio = contract.check_call(call, k_format).ratio
+    functions = _functions(impl, call.kv_score.device.type, k_format, ratio)
+    made = _counted_plan(functions.plan, call.step, Extents.of(call.layer), *_other(ratio))
     run = functions.bind(call.layer, eps=eps, k_format=k_format)
     _counted_run(run, call.kv_score, made, len(call.kv_score))
 
@@ -471,10 +504,12 @@ def _counted_run(
 # not a call that does nothing.
 
 
-def _plan_fake(*step: Tensor, impl: str | None = None, **extents: int) -> Tensor:
+def _plan_fake(
+    *step: Tensor, ratio: int = RATIO, impl: str | None = None, **extents: int
+) -> Tensor:
     contract.check_step(Step(*step))
-    contract.check_extents(Extents(**extents))
-    return step[0].new_empty(plan_size(step[0].shape[0]))
+    contract.check_extents(Extents(**extents), ratio)
+    return step[0].new_empty(plan_size(step[0].shape[0], ratio))
 
 
 def _run_fake(
@@ -487,9 +522,9 @@ def _run_fake(
     k_format: str = "fp8_pow2",
     **_: Any,
 ) -> None:
-    contract.check_layer(Layer(ape, norm_weight, cos_sin_cache, *caches), k_format)
-    contract.check_kv_score(kv_score, ape.device)
-    contract.check_plan_tensor(plan, kv_score.shape[0], ape.device)
+    geometry = contract.check_layer(Layer(ape, norm_weight, cos_sin_cache, *caches), k_format)
+    contract.check_kv_score(kv_score, ape.device, geometry)
+    contract.check_plan_tensor(plan, kv_score.shape[0], ape.device, geometry.ratio)
 
 
 def _compress_fake(*tensors: Tensor, k_format: str = "fp8_pow2", **_: Any) -> None:
@@ -497,18 +532,24 @@ def _compress_fake(*tensors: Tensor, k_format: str = "fp8_pow2", **_: Any) -> No
 
 
 @functools.cache
-def _functions(name: str | None, device: str, k_format: str | None = None) -> Functions:
+def _functions(
+    name: str | None, device: str, k_format: str | None = None, ratio: int = RATIO
+) -> Functions:
     """`k_format` None: any of the implementation's."""
     usable = [
         n
         for n, i in IMPLEMENTATIONS.items()
-        if (not i.devices or device in i.devices) and (k_format is None or k_format in i.k_formats)
+        if (not i.devices or device in i.devices)
+        and (k_format is None or k_format in i.k_formats)
+        and ratio in i.ratios
     ]
     if name is None:
         name = next((n for n in usable if IMPLEMENTATIONS[n].devices), None)
     if name not in usable:
         what = "there is no default impl" if name is None else f"impl {name!r} is not one"
         serves = f"device {device!r}" + (f" and k_format {k_format!r}" if k_format else "")
+        geometry = contract.geometry_for(k_format, ratio)
+        serves += f" ({geometry})" if geometry != contract.INDEXER else ""
         raise UserError(f"{what} for {serves}; available by name: {', '.join(usable)}")
     return IMPLEMENTATIONS[name].load()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import Extents, Layer, Step
+from ..contract import GEOMETRIES, INDEXER, RATIO, Extents, Geometry, Layer, Step
 from ..errors import NotInstalled, UserError
 from .arguments import (
     KV_SCORE_FIELDS,
@@ -34,8 +34,12 @@ from .library import load_library
 ISAS = ("avx512", "avx2", "generic")  # best first
 # The first is the op's, the others are in baselines.py.
 ALGORITHMS = ("one_pass", "overlay_scan", "scatter_pool")
-FLOORS = ("floor", "floor_past_cache")  # csrc/cpu/floor.cpp
-K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1}
+FLOORS = ("floor", "floor_past_cache")  # csrc/cpu/comparison/floor.cpp
+# What the library has: the baselines for the indexer alone.
+_FUNCTIONS = [(name, geometry) for name in ("one_pass", *FLOORS) for geometry in GEOMETRIES] + [
+    (name, INDEXER) for name in ALGORITHMS[1:]
+]
+K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1, "fp8_ds_mla": 2}
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
 # csrc/cpu/abi.h: struct StepArguments, LayerArguments, KvScore, enum Rule, enum Failure.
 STEP = struct.Struct(f"{len(STEP_FIELDS)}q")
@@ -55,20 +59,24 @@ class Violation(ctypes.Structure):
 
 
 class Native(NamedTuple):
-    """The library, the instruction set in use, its algorithms by name, and torch's parallel_for."""
+    """The library, the instruction set in use, its functions, and torch's parallel_for."""
 
     library: ctypes.CDLL
     isa: str
-    algorithms: dict[str, Callable[..., int]]
+    algorithms: dict[tuple[str, Geometry], Callable[..., int]]
     parallel_for: int
 
 
-def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
+def plan(step: Step, extents: Extents, ratio: int = RATIO, rule: int = ROW_RULE) -> Tensor:
     """See `vllm_dsv4_indexer.ops.plan`."""
-    made = torch.empty(contract.plan_size(step.positions.shape[0]), dtype=torch.int64)
+    made = torch.empty(contract.plan_size(step.positions.shape[0], ratio), dtype=torch.int64)
     violation = Violation()
     windows = native().library.dsv4_indexer_plan(
-        STEP.pack(*step_fields(step, extents)), rule, made.data_ptr(), ctypes.byref(violation)
+        STEP.pack(*step_fields(step, extents)),
+        ratio,
+        rule,
+        made.data_ptr(),
+        ctypes.byref(violation),
     )
     if windows == _NO_MEMORY:
         raise MemoryError(
@@ -76,7 +84,8 @@ def plan(step: Step, extents: Extents, rule: int = ROW_RULE) -> Tensor:
         )
     if windows == _VIOLATION:
         raise contract.violation_error(
-            **{field[0]: getattr(violation, field[0]) for field in violation._fields_}
+            **{field[0]: getattr(violation, field[0]) for field in violation._fields_},
+            window=contract.window_of(ratio),
         )
     return made
 
@@ -87,7 +96,9 @@ class Bound:
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
         self._layer, self._algorithm = layer, algorithm
         self._arguments = PackedLayer(layer, K_FORMATS[k_format], eps, LAYER)
-        self._run, self._parallel_for = native().algorithms[algorithm], native().parallel_for
+        geometry = contract.geometry_of(layer.ape, k_format)
+        self._run = native().algorithms[algorithm, geometry]
+        self._parallel_for = native().parallel_for
 
     def __call__(self, kv_score: Tensor, plan: Tensor) -> int:
         """Runs the layer; returns the number of entries written."""
@@ -122,6 +133,7 @@ def native() -> Native:
     library.dsv4_indexer_plan.argtypes = [
         ctypes.c_void_p,
         ctypes.c_int64,
+        ctypes.c_int64,
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
@@ -129,20 +141,24 @@ def native() -> Native:
     if asked and asked not in ISAS:
         raise UserError(f"DSV4_INDEXER_ISA is {asked!r}; it names one of {', '.join(ISAS)}")
     for isa in [asked] if asked else ISAS:
-        named = {name: algorithm_for(library, name, isa) for name in (*ALGORITHMS, *FLOORS)}
-        algorithms = {name: function for name, function in named.items() if function}
-        if algorithms.keys() == named.keys():
+        found = {(name, g): algorithm_for(library, name, isa, g) for name, g in _FUNCTIONS}
+        algorithms = {key: function for key, function in found.items() if function}
+        if algorithms.keys() == found.keys():
             return Native(library, isa, algorithms, _torch_parallel_for())
     raise UserError(
         f"DSV4_INDEXER_ISA is {asked!r}, which this CPU or build lacks; unset it for the best one"
     )
 
 
-def algorithm_for(library: ctypes.CDLL, name: str, isa: str) -> Callable[..., int] | None:
-    """The library's function for an algorithm and an instruction set; None if the library or the
-    CPU lacks it."""
-    library.dsv4_indexer_run_for.restype = ctypes.c_void_p
-    address = library.dsv4_indexer_run_for(name.encode(), isa.encode())
+def algorithm_for(
+    library: ctypes.CDLL, name: str, isa: str, geometry: Geometry = INDEXER
+) -> Callable[..., int] | None:
+    """The library's function for an algorithm, an instruction set and a compressor; None if the
+    library or the CPU lacks it."""
+    find = library.dsv4_indexer_run_for
+    find.restype = ctypes.c_void_p
+    find.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p]
+    address = find(name.encode(), *geometry, isa.encode())
     function = ctypes.CFUNCTYPE(
         ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
     )

@@ -1,7 +1,8 @@
 """The definition of the op, in eager torch: short and slow. The equations are those on which vLLM
 0.32, transformers 5.19 and DeepSeek's own model file agree. docs/design.md has them in words.
 
-It runs on any device, by name. It reads values on the host, so it waits for the device.
+It serves every compressor of the model, on any device, by name. It reads values on the host, so it
+waits for the device.
 """
 
 import functools
@@ -13,19 +14,21 @@ from torch import Tensor
 from .. import contract
 from ..contract import (
     AMAX_FLOOR,
+    DS_MLA_BLOCK,
+    DS_MLA_SCALE_FLOOR,
     EARLY,
     FP8_MAX,
     HEAD_DIM,
+    INDEXER,
     INT8_MAX,
-    KV_WIDTH,
     LATE,
     MASKED,
     NO_WINDOW,
     PLAN_LAYOUT,
     RATIO,
     ROPE_DIM,
-    WINDOW,
     Extents,
+    Geometry,
     Layer,
     Plan,
     PlanHeader,
@@ -38,18 +41,19 @@ from ..contract import (
 # ---- the plan of a step --------------------------------------------------------------------------
 
 
-def plan(step: Step, extents: Extents) -> Tensor:
+def plan(step: Step, extents: Extents, ratio: int = RATIO) -> Tensor:
     """See `vllm_dsv4_indexer.ops.plan`."""
     tokens = len(step.positions)
     valid = _check_tokens(step, extents)
-    closes = (step.k_slot_mapping >= 0) & (step.positions % RATIO == RATIO - 1)
-    windows = _windows(closes[: valid.tokens].nonzero()[:, 0], step)
+    closes = (step.k_slot_mapping >= 0) & (step.positions % ratio == ratio - 1)
+    window = contract.window_of(ratio)
+    windows = _windows(closes[: valid.tokens].nonzero()[:, 0], step, window)
     _check_windows(windows, step, extents)
     if valid.error is not None:
         raise valid.error
 
-    made = step.positions.new_zeros(contract.plan_size(tokens))
-    sections = Plan.of(made)
+    made = step.positions.new_zeros(contract.plan_size(tokens, ratio))
+    sections = Plan.of(made, ratio)
     unique = _unique(step.inner_state_slot_mapping) and _unique(step.k_slot_mapping[windows.token])
     late = windows.own.all(dim=1) & unique
     header = PlanHeader(
@@ -69,9 +73,9 @@ def plan(step: Step, extents: Extents) -> Tensor:
 
 
 class _Windows(NamedTuple):
-    """The windows that the tokens `token` [E] close.
+    """The windows that the tokens `token` [E] close, each of W positions.
 
-    q: [E, 8], their positions. u: [E, 8], the tokens that stand there. own: [E, 8], whether these
+    q: [E, W], their positions. u: [E, W], the tokens that stand there. own: [E, W], whether these
     are the request's own tokens at these positions.
     """
 
@@ -82,12 +86,12 @@ class _Windows(NamedTuple):
 
     @property
     def history(self) -> Tensor:
-        """[E, 8]: whether the row is not an own token's, and not before the request's start."""
+        """[E, W]: whether the row is not an own token's, and not before the request's start."""
         return ~self.own & (self.q >= 0)
 
 
-def _windows(token: Tensor, step: Step) -> _Windows:
-    back = torch.arange(WINDOW - 1, -1, -1, device=token.device)
+def _windows(token: Tensor, step: Step, window: int) -> _Windows:
+    back = torch.arange(window - 1, -1, -1, device=token.device)
     q = step.positions[token, None] - back
     u = token[:, None] - back
     held = u.clamp(min=0)
@@ -97,7 +101,7 @@ def _windows(token: Tensor, step: Step) -> _Windows:
 
 
 def _sources(windows: _Windows, step: Step, page: int) -> Tensor:
-    """[E, 8], by the row rule: the request's own token; else the last token of the call with this
+    """[E, W], by the row rule: the request's own token; else the last token of the call with this
     position and the state slot that the request's table gives it; else that row of the state as it
     was before the call."""
     request = step.token_to_req[windows.token, None].expand_as(windows.q)[windows.history].long()
@@ -122,23 +126,24 @@ def _unique(slots: Tensor) -> bool:
 def bind(layer: Layer, *, eps: float, k_format: str) -> Any:
     """Returns a function of kv_score and a plan. It runs the layer and returns how many entries it
     wrote."""
-    return functools.partial(_run, layer, eps, k_format)
+    geometry = contract.geometry_of(layer.ape, k_format)
+    return functools.partial(_run, layer, geometry, eps, k_format)
 
 
-def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor) -> int:
+def _run(
+    layer: Layer, geometry: Geometry, eps: float, k_format: str, kv_score: Tensor, made: Tensor
+) -> int:
     contract.check_plan_header(made, len(kv_score), Extents.of(layer))
-    step = Plan.of(made)
+    step, ratio = Plan.of(made, geometry.ratio), geometry.ratio
 
     # One row per token, as the state holds it: [kv | gate + ape].
-    rows = kv_score.float()
-    rows = torch.cat(
-        [rows[:, :KV_WIDTH], rows[:, KV_WIDTH:] + layer.ape[step.positions % RATIO]], dim=1
-    )
+    kv, gate = kv_score.float().chunk(2, dim=1)
+    rows = torch.cat([kv, gate + layer.ape[step.positions % ratio]], dim=1)
 
     # Every window is pooled from the state as it was, then the state is written.
     token = (step.windows != NO_WINDOW).nonzero()[:, 0]
-    pooled = pool(_window_rows(token, step, rows, layer.inner_state_cache))
-    cos_sin = layer.cos_sin_cache[step.positions[token] - RATIO + 1]
+    pooled = pool(_window_rows(token, step, rows, layer.inner_state_cache), geometry)
+    cos_sin = layer.cos_sin_cache[step.positions[token] - ratio + 1]
     entries = rope(rms_norm(pooled, layer.norm_weight.float(), eps), cos_sin)
     entries = entries.bfloat16().float()
 
@@ -152,6 +157,8 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
         _store_fp8_pow2(entries[last], slots, layer.k_cache)
     elif k_format == "fp8_amax":
         _store_fp8_amax(entries[last], slots, layer.k_cache)
+    elif k_format == "fp8_ds_mla":
+        _store_fp8_ds_mla(entries[last], slots, layer.k_cache)
     else:
         assert layer.k_scale_cache is not None, "the contract has checked it"
         _store_int8_hadamard(entries[last], slots, layer.k_cache, layer.k_scale_cache)
@@ -159,12 +166,13 @@ def _run(layer: Layer, eps: float, k_format: str, kv_score: Tensor, made: Tensor
 
 
 def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tensor:
-    """[E, 8, 512]: the rows of the windows that these tokens close. A row that does not exist has
-    kv 0 and gate -inf."""
-    in_run = token[:, None] - torch.arange(WINDOW - 1, -1, -1, device=token.device)
+    """[E, W, row width]: the rows of the windows that these tokens close. A row that does not exist
+    has kv 0 and gate -inf."""
+    window, width = step.sources.shape[1], rows.shape[1]
+    in_run = token[:, None] - torch.arange(window - 1, -1, -1, device=token.device)
     sources = torch.where(step.windows[token, None] == LATE, in_run, step.sources[token])
-    gathered = rows.new_zeros(*sources.shape, 2 * KV_WIDTH)
-    gathered[..., KV_WIDTH:] = -torch.inf
+    gathered = rows.new_zeros(*sources.shape, width)
+    gathered[..., width // 2 :] = -torch.inf
     of_call, of_state = sources >= 0, sources < MASKED
     gathered[of_call] = rows[sources[of_call]]
     slots, page = row_source(sources[of_state]), state.shape[1]
@@ -172,14 +180,19 @@ def _window_rows(token: Tensor, step: Plan, rows: Tensor, state: Tensor) -> Tens
     return gathered
 
 
-def pool(rows: Tensor) -> Tensor:
-    """Softmax per channel over the eight rows: front halves of the previous group, back halves of
-    the own group."""
-    kv, gate = rows[..., :KV_WIDTH], rows[..., KV_WIDTH:]
-    kv = torch.cat([kv[:, :RATIO, :HEAD_DIM], kv[:, RATIO:, HEAD_DIM:]], dim=1)
-    gate = torch.cat([gate[:, :RATIO, :HEAD_DIM], gate[:, RATIO:, HEAD_DIM:]], dim=1)
+def pool(rows: Tensor, geometry: Geometry = INDEXER) -> Tensor:
+    """Softmax per channel over the rows of each window, [E, W, row width]. With overlap: front
+    halves of the previous group, back halves of the own group."""
+    kv, gate = rows.chunk(2, dim=-1)
+    if geometry.overlap:
+        kv, gate = _front_and_back(kv, geometry), _front_and_back(gate, geometry)
     weight = torch.exp(gate - gate.amax(dim=1, keepdim=True))
     return (weight * kv).sum(dim=1) / weight.sum(dim=1)
+
+
+def _front_and_back(x: Tensor, geometry: Geometry) -> Tensor:
+    front, back = x.chunk(2, dim=-1)
+    return torch.cat([front[:, : geometry.ratio], back[:, geometry.ratio :]], dim=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -195,46 +208,67 @@ def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def _store_fp8_pow2(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """The scale is the least power of two that brings the largest magnitude to 448 or less.
-
-    448 = 1.75 * 2^8. The exponent follows from the bits of the magnitude, m * 2^t with 1 <= m < 2.
-    """
-    bits = _amax(x).view(torch.int32)
-    exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
-    scale, inverse = (((127 + sign * exponent) << 23).view(torch.float32) for sign in (1, -1))
-    _store_fp8_page(x * inverse[:, None], scale, slots, k_cache)
+    """The scale is the least power of two that brings the largest magnitude to 448 or less."""
+    exponent = _exponent(_amax(x, AMAX_FLOOR))
+    codes = _fp8(x * _power_of_two(-exponent)[:, None])
+    _store_page(codes, _power_of_two(exponent)[:, None], slots, k_cache)
 
 
 def _store_fp8_amax(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     """Rotates first. The scale brings the largest magnitude to 448; an entry of zeros has scale
     0."""
     h = _hadamard(x)
-    scale = h.abs().amax(dim=-1) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
-    _store_fp8_page(
-        h / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None], scale, slots, k_cache
-    )
+    scale = h.abs().amax(dim=-1, keepdim=True) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
+    codes = _fp8(h / scale.clamp(min=torch.finfo(torch.float32).tiny))
+    _store_page(codes, scale, slots, k_cache)
 
 
-def _store_fp8_page(scaled: Tensor, scale: Tensor, slots: Tensor, k_cache: Tensor) -> None:
-    """A page has its entries of 128 values, then their fp32 scales. Of the tensor's strides, only
-    that between pages counts."""
-    codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    per_page = k_cache.shape[1]
+def _store_fp8_ds_mla(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
+    """The 448 channels that RoPE leaves alone are quantised in blocks, each with a power of two for
+    its scale: the scale's exponent plus 127 is stored (UE8M0). The rotated ones stay in bf16."""
+    blocks = x[:, :-ROPE_DIM].unflatten(-1, (-1, DS_MLA_BLOCK))
+    exponent = _exponent(_amax(blocks, FP8_MAX * DS_MLA_SCALE_FLOOR))
+    codes = _fp8(blocks * _power_of_two(-exponent)[..., None]).flatten(1)
+    rotated = x[:, -ROPE_DIM:].bfloat16().view(torch.uint8)
+    scales = torch.nn.functional.pad(exponent + 127, (0, 1)).to(torch.uint8)
+    _store_page(torch.cat([codes, rotated], dim=1), scales, slots, k_cache)
 
-    def part(width: int, offset: int) -> Tensor:
-        strides = (k_cache.stride(0), width, 1)
-        return k_cache.as_strided(
-            (len(k_cache), per_page, width), strides, k_cache.storage_offset() + offset
-        )
 
+def _store_page(values: Tensor, scales: Tensor, slots: Tensor, k_cache: Tensor) -> None:
+    """A page has the values of its entries, then their scales. Of the tensor's strides, only that
+    between pages counts."""
+    per_page, offset = k_cache.shape[1], k_cache.storage_offset()
     page, entry = slots // per_page, slots % per_page
-    part(HEAD_DIM, 0)[page, entry] = codes.view(torch.uint8)
-    part(4, per_page * HEAD_DIM)[page, entry] = scale.view(torch.uint8).view(-1, 4)
+    for stored in (values.view(torch.uint8), scales.view(torch.uint8)):
+        width = stored.shape[1]
+        part = k_cache.as_strided(
+            (len(k_cache), per_page, width), (k_cache.stride(0), width, 1), offset
+        )
+        part[page, entry] = stored
+        offset += per_page * width
+
+
+def _fp8(scaled: Tensor) -> Tensor:
+    """The codes as bytes."""
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _exponent(amax: Tensor) -> Tensor:
+    """Of the least power of two that brings this magnitude to 448 or less.
+
+    448 = 1.75 * 2^8. The exponent follows from the bits of the magnitude, m * 2^t with 1 <= m < 2.
+    """
+    bits = amax.view(torch.int32)
+    return (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return ((127 + exponent) << 23).view(torch.float32)
 
 
 def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cache: Tensor) -> None:
     h = _hadamard(x)
-    amax = _amax(h)
+    amax = _amax(h, AMAX_FLOOR)
     inverse = torch.tensor(INT8_MAX) / amax  # of a number and a tensor torch rounds twice
     codes = (h * inverse[:, None]).round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0)
     page, entry = slots // k_cache.shape[1], slots % k_cache.shape[1]
@@ -242,10 +276,10 @@ def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cach
     k_scale_cache[page, entry] = (amax / INT8_MAX).to(k_scale_cache.dtype)
 
 
-def _amax(x: Tensor) -> Tensor:
-    """The largest magnitude of each entry. A NaN counts as infinity, so that it spoils its own
-    entry alone."""
-    return x.abs().amax(dim=-1).clamp(min=AMAX_FLOOR).nan_to_num(torch.inf, torch.inf)
+def _amax(x: Tensor, floor: float) -> Tensor:
+    """The largest magnitude of what shares a scale. A NaN counts as infinity, so that it spoils its
+    own entry alone."""
+    return x.abs().amax(dim=-1).clamp(min=floor).nan_to_num(torch.inf, torch.inf)
 
 
 def _hadamard(x: Tensor) -> Tensor:
@@ -326,4 +360,5 @@ def _check_windows(windows: _Windows, step: Step, extents: Extents) -> None:
         value=int(value[window, row]),
         bound=bound,
         needed=int(windows.q[window, row]),
+        window=windows.q.shape[1],
     )

@@ -1,7 +1,7 @@
 // Overlay scan, and scatter, then pool: the two algorithms that one pass (../kernel.cpp) is
-// compared with. They have its checks, threads and arithmetic. Only where a window's rows come
-// from, and when the state is written, differ. Their plan is kStateOnly: all windows are EARLY, all
-// sources rows of the state.
+// compared with, for the indexer alone. They have its checks, threads and arithmetic. Only where a
+// window's rows come from, and when the state is written, differ. Their plan is kStateOnly: all
+// windows are EARLY, all sources rows of the state.
 
 #include "../entries.h"
 
@@ -11,7 +11,7 @@ constexpr int64_t kGrain = 128;  // tokens that are worth a thread
 
 struct Job {
   const LayerCall& call;
-  Entry norm_weight;
+  Entry<kHeadDim> norm_weight;
 };
 
 const float* bias(const LayerCall& call, int64_t token) {
@@ -46,11 +46,17 @@ struct Half {
   float values[kKvWidth + kHeadDim];
 };
 
+Entry<kHeadDim> pool(const Rows& rows) {
+  Window<Indexer> window;
+  window.add(rows);
+  return window.entry();
+}
+
 // Row j of the window that `token` closes, as the state has it.
 const float* row_in_state(const LayerCall& call, int64_t token, int j) {
   const int64_t source = call.sources[token * kWindow + j];
-  return source == kMasked ? kMaskedRow.values
-                           : state_row(call, row_source(source)) + half_of_row(j);
+  return source == kMasked ? kMaskedRow<Indexer>.values
+                           : state_row(call, row_source(source)) + half_of_row<Indexer>(j);
 }
 
 // The chunk of a request: neighbouring tokens at consecutive positions.
@@ -71,7 +77,7 @@ Chunk chunk_of(const LayerCall& call, int64_t token) {
 }
 
 template <class T>
-Entry pool_with_overlay(const LayerCall& call, int64_t token, Chunk chunk) {
+Entry<kHeadDim> pool_with_overlay(const LayerCall& call, int64_t token, Chunk chunk) {
   alignas(64) Half window[kWindow];
   for (int j = 0; j < kWindow; ++j) {
     const float* row = row_in_state(call, token, j);
@@ -84,11 +90,12 @@ Entry pool_with_overlay(const LayerCall& call, int64_t token, Chunk chunk) {
     if (place < 0 || place >= kWindow || call.positions[u] < 0)
       continue;  // padding has any position
     const int j = static_cast<int>(place);
-    const T* from = kv_score_row<T>(call, u) + half_of_row(j);
+    const T* from = kv_score_row<T>(call, u) + half_of_row<Indexer>(j);
     widen(from, kHeadDim, window[j].values);
-    add(from + kKvWidth, bias(call, u) + half_of_row(j), kHeadDim, window[j].values + kKvWidth);
+    add(from + kKvWidth, bias(call, u) + half_of_row<Indexer>(j), kHeadDim,
+        window[j].values + kKvWidth);
   }
-  Window rows;
+  Rows rows;
   for (int j = 0; j < kWindow; ++j) rows.row[j] = window[j].values;
   return pool(rows);
 }
@@ -96,7 +103,7 @@ Entry pool_with_overlay(const LayerCall& call, int64_t token, Chunk chunk) {
 template <class T>
 void overlay_and_pool(int64_t begin, int64_t end, void* context) {
   const Job& job = *static_cast<const Job*>(context);
-  Entries entries(job.call, job.norm_weight);
+  Entries<Indexer> entries(job.call, job.norm_weight);
   Chunk chunk{0, 0};
   for (int64_t token = begin; token < end; ++token) {
     if (job.call.windows[token] == kNoWindow) continue;
@@ -108,10 +115,10 @@ void overlay_and_pool(int64_t begin, int64_t end, void* context) {
 
 void pool_from_state(int64_t begin, int64_t end, void* context) {
   const Job& job = *static_cast<const Job*>(context);
-  Entries entries(job.call, job.norm_weight);
+  Entries<Indexer> entries(job.call, job.norm_weight);
   for (int64_t token = begin; token < end; ++token) {
     if (job.call.windows[token] == kNoWindow) continue;
-    Window rows;
+    Rows rows;
     for (int j = 0; j < kWindow; ++j) rows.row[j] = row_in_state(job.call, token, j);
     entries.add(token, pool(rows));
   }
@@ -120,7 +127,7 @@ void pool_from_state(int64_t begin, int64_t end, void* context) {
 
 // One pass over all tokens, a barrier, then the other.
 bool run(const LayerCall& call, Task first, Task second) {
-  Job job{call, norm_weight(call.layer)};
+  Job job{call, norm_weight<kHeadDim>(call.layer)};
   if (call.unique)
     return call.parallel_for(0, call.tokens, kGrain, first, &job) == 0 &&
            call.parallel_for(0, call.tokens, kGrain, second, &job) == 0;

@@ -73,7 +73,10 @@ def test_a_configuration_that_is_checked_again_keeps_our_worker(configure):
 
 def test_our_worker_gives_every_indexer_our_attention_under_the_stock_backend(configure):
     model = load(configure(**REFERENCE))
-    assert all(keys(model)) and len(model) == 2
+    assert [found.compressor for found in keys(model)] == [
+        layer.indexer.compressor for layer in model
+    ]
+    assert len(model) == 2
     assert all(layer.dsa_attn.dsa_attn.get_attn_backend() is family.Backend for layer in model)
 
 
@@ -195,7 +198,12 @@ def test_our_worker_says_after_a_step_and_when_it_stops_what_the_op_did(monkeypa
             "no layer of this model has an indexer",
         ),
         (dict(additional_config={"dsv4_indexer": {"speed": 11}}), "unknown key dsv4_indexer.speed"),
-        (dict(additional_config={"dsv4_indexer": {"state_save": "tail"}}), "state_save is 'tail'"),
+        (
+            dict(additional_config={"dsv4_indexer": {"state_save": "readable"}}),
+            "state_save is 'readable'",
+        ),
+        (dict(additional_config={"dsv4_indexer": {"check": "on"}}), "check is 'on', which reads"),
+        (dict(additional_config={"dsv4_indexer": {"capture": "."}}), "capture is set, which reads"),
         (
             dict(additional_config={"dsv4_indexer": {"projection": "engine"}}),
             "projection is 'engine'",

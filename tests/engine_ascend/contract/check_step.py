@@ -80,6 +80,12 @@ def test_a_token_behind_a_request_that_fills_its_tables_stays_inside_them():
     assert step.k_slot_mapping.tolist() == [K_PAGE + last // RATIO % K_PAGE, -1, -1]
 
 
+def test_a_token_beyond_the_tables_of_its_request_has_no_slots():
+    last = WIDTH * PAGE - 1
+    step = step_of(*tensors(Rows([last], [2], [[1] * WIDTH], [[1] * WIDTH])))
+    assert step.inner_state_slot_mapping.tolist() == [PAGE + last % PAGE, -1]
+
+
 def test_a_request_that_would_start_before_its_first_token_has_no_slots():
     """A profiling step can have one: its length is set and its tokens are not."""
     rows = Rows([-3], [3], [[1] * WIDTH], [[1] * WIDTH])

@@ -26,6 +26,7 @@ from vllm_dsv4_indexer.engines.vllm_ascend.indexer import Keys
 
 INDEXER = 1  # the demo checkpoint's compress_ratios are 0, 4, 128, 4
 POSITIONS = 128  # of the model; YaRN's factor makes sixteen times as many rows of its cos and sin
+EPS = 0.01  # of RMSNorm; no default of ours
 BLOCKS = 160  # physical, of the state and of the K cache
 _models = itertools.count()
 
@@ -108,6 +109,7 @@ class Layer:
             weight.data.copy_(torch.randint(-3, 4, weight.shape, generator=self.numbers) / 32)
         compressor.ape.data.normal_(std=0.15, generator=self.numbers)
         compressor.norm.weight.data.normal_(0.7, 0.26, generator=self.numbers)
+        compressor.norm_eps = EPS
 
     def _read_specs(self) -> None:
         indexer = self.module.indexer

@@ -4,7 +4,7 @@ found by hand."""
 import random
 
 import torch
-from layer import BLOCKS, Layer, Rows
+from layer import BLOCKS, EPS, Layer, Rows
 from torch import Tensor
 from vllm_ascend.ops.rope_dsv4 import get_full_cos_and_sin_dsa
 
@@ -111,5 +111,6 @@ def store(layer: Layer, storages: list[Tensor], rows: Rows, x: Tensor) -> None:
         state[:, :, 0],
         torch.tensor(k_slots),
         **keys,
+        eps=EPS,
         impl="reference",
     )

@@ -16,11 +16,7 @@ SHORTEST = 64  # tokens
 def _settings(text: str) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(text)
-        if Settings.read({NAMESPACE: settings}).state_save == "tail":
-            raise ValueError(
-                "state_save 'tail' is refused with the prefix cache, which is needed here: leave "
-                "it out"
-            )
+        Settings.read({NAMESPACE: settings})
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     return settings

@@ -87,8 +87,12 @@ def _check_settings(settings: Settings, eager: bool) -> None:
         )
     if settings.untested == "verify":
         refuse("untested is 'verify'", f"'refuse' with vllm-ascend: {NOT_VERIFIED}", "leave it out")
-    if settings.state_save != "full":
+    if settings.state_save == "readable":
         refuse(f"state_save is {settings.state_save!r}", "'full' with vllm-ascend", "leave it out")
+    if settings.check == "on":
+        refuse("check is 'on', which reads values on the host", "'off' on an NPU", "leave it out")
+    if settings.capture is not None:
+        refuse("capture is set, which reads values on the host", "it without", "leave it out")
     if settings.projection == "engine":
         refuse(
             "projection is 'engine'",

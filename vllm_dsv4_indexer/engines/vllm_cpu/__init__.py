@@ -1,16 +1,19 @@
-"""vLLM's CPU engine, with our compressor in the place of the indexer's.
+"""vLLM's CPU engine, with our compressors in the place of its own.
 
 `configure` runs where vLLM checks its configuration and names our worker. Everything else happens
 inside that worker, so an engine that uses another backend meets none of it:
 
     configuration.py   what is accepted, and what is refused with which remedy
     worker.py          loads the model, replaces what follows, logs the account
-    compressor.py      a layer's compressor: one call of the op with the step's plan
+    compressor.py      a layer's compressors: one call of the op each, with the step's plan
+    state.py           where they keep their state: pages for rows that are read later
+    checks.py          a checked engine: the step's invariants, before anything is written
     projection.py      the fp32 projection in front of it
     metadata.py        a step's metadata, in plain torch
     patches.py         where vLLM's own functions give way to those, during a step
     signatures.py      whether vLLM's functions are those that we were written against
     verification.py    whether the engine's own compressor stores what ours does
+    explanation.py     what a model's caches take, in the engine's own numbers
 """
 
 from collections.abc import Callable

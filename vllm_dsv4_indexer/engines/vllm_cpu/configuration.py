@@ -1,6 +1,7 @@
 """What the backend accepts on vLLM 0.32's CPU engine, and the worker that it names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
@@ -37,8 +38,6 @@ def configure(
     _refuse_unsupported(vllm_config)
     settings = Settings.read(vllm_config.additional_config).on("cpu")
     require_impl(settings.impl, "cpu", "reference", "stock")
-    if settings.state_save == "tail":
-        _refuse_unsafe_tail(vllm_config)
 
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     chunked, caching = scheduler.enable_chunked_prefill, cache.enable_prefix_caching
@@ -50,6 +49,7 @@ def configure(
     scheduler.max_num_batched_tokens = tokens
     message = "DSV4_INDEXER: restored chunked prefill=%s, prefix caching=%s, %d tokens a step"
     logger.info_once(message, chunked, caching, tokens)
+    resolve_state_save(settings, vllm_config)
     vllm_config.parallel_config.worker_cls = WORKER
 
 
@@ -134,19 +134,28 @@ def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:
         refuse(f"num_speculative_tokens is {tokens}", "2 or more on vLLM's CPU engine", "raise it")
 
 
-def _refuse_unsafe_tail(vllm_config: VllmConfig) -> None:
-    """Tail-only saving is right where only the request itself reads its state, and each of its
-    steps starts where the last one ended. Preemption computes a request again from its start; a
-    session with streamed input goes back to the end of its last prompt at the furthest."""
-    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    drafts = vllm_config.speculative_config
-    for unsafe, found, remedy in (
-        (cache.enable_prefix_caching, "prefix caching is on", "pass --no-enable-prefix-caching"),
-        (vllm_config.kv_events_config, "KV events are configured", "leave --kv-events-config out"),
-        (scheduler.scheduler_cls, "a scheduler is configured", "leave --scheduler-cls out"),
-        (drafts, "rejected drafts go back", "leave --speculative-config out"),
-    ):
-        if unsafe:
-            found = f"dsv4_indexer.state_save is 'tail', but {found}"
-            supported = "'tail' where nobody but the request itself can come back to its state"
-            refuse(found, supported, f"{remedy}, or leave state_save out")
+def resolve_state_save(settings: Settings, vllm_config: VllmConfig) -> Settings:
+    """The settings with `readable` or `full` in the place of state_save `auto`.
+
+    Raises UserError if `readable` is asked for where the pages that it wants are not given.
+    """
+    if settings.state_save == "full":
+        return settings
+    for found, remedy in _reasons_for_full(settings, vllm_config):
+        if settings.state_save == "readable":
+            found = f"dsv4_indexer.state_save is 'readable', but {found}"
+            refuse(found, "vLLM's own scheduler and KV cache manager", remedy)
+        logger.info_once("DSV4_INDEXER: state_save=full, since %s", found)
+        return replace(settings, state_save="full")
+    logger.info_once("DSV4_INDEXER: state_save=readable: pages for rows that are read later")
+    return replace(settings, state_save="readable")
+
+
+def _reasons_for_full(settings: Settings, vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
+    scheduler = vllm_config.scheduler_config
+    if settings.impl == "stock":
+        yield "impl is 'stock', which reads every row back from the state", "leave one of them out"
+    if scheduler.scheduler_cls is not None:
+        yield "a scheduler is configured", "leave --scheduler-cls out"
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield "all groups of caches are one", "leave --disable-hybrid-kv-cache-manager out"

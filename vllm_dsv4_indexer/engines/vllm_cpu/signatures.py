@@ -7,7 +7,7 @@ from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBu
 
 from vllm_dsv4_indexer.engines import Signatures, parameters_of, require_signatures
 from vllm_dsv4_indexer.engines.vllm_cpu import patches
-from vllm_dsv4_indexer.engines.vllm_cpu.compressor import IndexerCompressor
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor
 from vllm_dsv4_indexer.engines.vllm_cpu.metadata import not_read_on_cpu
 from vllm_dsv4_indexer.engines.vllm_cpu.projection import ExactProjection
 
@@ -21,7 +21,7 @@ def check_signatures() -> None:
 
 def _methods() -> Signatures:
     ours = (
-        (DeepseekV4CPUCompressor, IndexerCompressor.forward),
+        (DeepseekV4CPUCompressor, OnePassCompressor.forward),
         (UnquantizedLinearMethod, ExactProjection.apply),
         (UnquantizedLinearMethod, ExactProjection.process_weights_after_loading),
         (DeepseekV4CPUSparseSWAMetadataBuilder, patches.build_tile_scheduler),

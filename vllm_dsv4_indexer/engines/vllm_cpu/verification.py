@@ -1,4 +1,4 @@
-"""The indexers' compressors of a loaded model, compared with vLLM's own: see
+"""The compressors of a loaded model, compared with vLLM's own: see
 engines/verification.py."""
 
 from collections.abc import Callable, Iterator
@@ -16,44 +16,49 @@ from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.bench.batches import Batch
+from vllm_dsv4_indexer.contract import INDEXER, Geometry
 from vllm_dsv4_indexer.engines.verification import make_batches, require_equal
-from vllm_dsv4_indexer.engines.vllm_cpu.compressor import IndexerCompressor
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor, compressors_of
 
 logger = init_logger("vllm.dsv4_indexer")
 
 
 def verify(layers: list[Any]) -> None:
-    """Compares, in each of these attention layers, our compressor with vLLM's own, which it has
+    """Compares, in each of these attention layers, our compressors with vLLM's own, which they have
     replaced. Afterwards the layers are as before.
 
     Raises UserError that names the first value that differs.
     """
-    batches = make_batches()
     for layer in layers:
-        require_equal(
-            layer.indexer.compressor.prefix,
-            [_projected(layer, batch, seed) for seed, batch in enumerate(batches)],
-            partial(_store, layer, DeepseekV4CPUCompressor.forward),
-            partial(_store, layer, IndexerCompressor.forward),
-        )
+        for compressor in compressors_of(layer):
+            geometry = Geometry(compressor.head_dim, compressor.compress_ratio)
+            batches = make_batches(geometry)
+            rotary = layer.indexer_rotary_emb if geometry == INDEXER else layer.rotary_emb
+            require_equal(
+                compressor.prefix,
+                [_projected(compressor, batch, seed) for seed, batch in enumerate(batches)],
+                partial(_store, compressor, rotary, DeepseekV4CPUCompressor.forward),
+                partial(_store, compressor, rotary, OnePassCompressor.forward),
+            )
     logger.info(
-        "DSV4_INDEXER: verified: vLLM's own compressor stores the same in %d layers", len(layers)
+        "DSV4_INDEXER: verified: vLLM's own compressors store the same in %d layers", len(layers)
     )
     ops.work = ops.Work()  # the account is of what is served
 
 
 @torch.inference_mode()
-def _projected(layer: Any, batch: Batch, seed: int) -> Batch:
+def _projected(compressor: Any, batch: Batch, seed: int) -> Batch:
     """The batch with a kv_score of random hidden states, by the layer's own projection."""
-    compressor, numbers = layer.indexer.compressor, torch.Generator().manual_seed(seed)
+    numbers = torch.Generator().manual_seed(seed)
     x = torch.randn(len(batch.positions), compressor.hidden_size, generator=numbers)
     return replace(batch, kv_score=compressor.fused_wkv_wgate(x.bfloat16()).float())
 
 
 @torch.inference_mode()
-def _store(layer: Any, forward: Callable[..., None], batch: Batch) -> None:
-    """A step of `batch`, as far as the compressor of the layer's indexer is concerned."""
-    compressor, state = layer.indexer.compressor, layer.indexer.compressor.state_cache
+def _store(compressor: Any, rotary_emb: Any, forward: Callable[..., None], batch: Batch) -> None:
+    """A step of `batch`, as far as the compressor is concerned."""
+    state = compressor.state_cache
+    keys = compressor._static_forward_context[compressor.k_cache_prefix]
     metadata = {
         state.prefix: CompressorMetadata(
             block_table=batch.inner_state_block_table,
@@ -65,12 +70,17 @@ def _store(layer: Any, forward: Callable[..., None], batch: Batch) -> None:
     }
     context = ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
     with (
-        _meanwhile(compressor, settings=replace(compressor.settings, state_save="full")),
+        _meanwhile(
+            compressor,
+            settings=replace(compressor.settings, state_save="full"),
+            checks=None,
+            captures=None,
+        ),
         _meanwhile(state, kv_cache=batch.inner_state_cache),
-        _meanwhile(layer.indexer.k_cache, kv_cache=batch.k_cache),
+        _meanwhile(keys, kv_cache=batch.k_cache),
         override_forward_context(context),
     ):
-        forward(compressor, batch.kv_score, batch.positions, layer.indexer_rotary_emb)
+        forward(compressor, batch.kv_score, batch.positions, rotary_emb)
 
 
 @contextmanager

@@ -9,18 +9,23 @@ from typing import Any, NoReturn
 
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.engines import indexers_of_stage, refuse
 from vllm_dsv4_indexer.engines.account import Accountable
+from vllm_dsv4_indexer.engines.captures import Captures
 from vllm_dsv4_indexer.engines.vllm_cpu import projects_exactly
-from vllm_dsv4_indexer.engines.vllm_cpu.compressor import K_FORMAT, replace_compressors
+from vllm_dsv4_indexer.engines.vllm_cpu.checks import Checks
+from vllm_dsv4_indexer.engines.vllm_cpu.compressor import FORMATS, replace_compressors
+from vllm_dsv4_indexer.engines.vllm_cpu.configuration import resolve_state_save
 from vllm_dsv4_indexer.engines.vllm_cpu.patches import metadata_on_cpu
 from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections
 from vllm_dsv4_indexer.engines.vllm_cpu.signatures import check_signatures
 from vllm_dsv4_indexer.engines.vllm_cpu.verification import verify
+from vllm_dsv4_indexer.settings import Settings
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -29,16 +34,17 @@ class Worker(Accountable, CPUWorker):
     """vLLM's CPU worker with our compressor in the model and our metadata under it."""
 
     def load_model(self, **kwargs: Any) -> None:
-        settings = self.settings.on("cpu")
+        settings = resolve_state_save(self.settings.on("cpu"), self.vllm_config)
         exact = projects_exactly(settings)
         impl = settings.impl
         if impl != "stock":
-            ops.prepare(impl, "cpu", K_FORMAT)
+            for k_format in FORMATS:
+                ops.prepare(impl, "cpu", k_format)
         check_signatures()
         with exact_projections() if exact else nullcontext():
             super().load_model(**kwargs)
         indexers = indexers_of_stage(self.vllm_config)
-        layers = replace_compressors(self.get_model(), settings, indexers)
+        layers = replace_compressors(self.get_model(), settings, indexers, **self._watch(settings))
         if settings.untested == "verify" and impl != "stock":
             verify(layers)
         make_stage_input(self.model_runner)
@@ -46,6 +52,28 @@ class Worker(Accountable, CPUWorker):
         what = "exact" if exact else "the engine's own, rounded to bfloat16"
         message = "DSV4_INDEXER: %s compresses for the indexers of %d layers; projection: %s"
         logger.info(message, who, indexers, what)
+        if settings.check == "on":
+            logger.info("DSV4_INDEXER: checked: a step that breaks an invariant is refused")
+
+    def _watch(self, settings: Settings) -> dict[str, Any]:
+        """What the compressors share, to look at a step with."""
+        when, folder = settings.capture_when, settings.capture
+        return dict(
+            checks=Checks() if settings.check == "on" else None,
+            captures=None if folder is None else Captures(folder, when, self.rank),
+            request_ids=lambda: self.model_runner.input_batch.req_ids,
+        )
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        try:
+            from vllm_dsv4_indexer.engines.vllm_cpu.explanation import Explanation
+
+            told = Explanation.of(self.vllm_config, kv_cache_config.kv_cache_groups)
+        except (ImportError, AttributeError, TypeError) as error:  # in a version nobody has tested
+            logger.warning("DSV4_INDEXER: the caches cannot be explained: %s", error)
+        else:
+            logger.info("DSV4_INDEXER: %s", told)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: vLLM 0.32 packs its CPU experts a second time, and they answer otherwise."""

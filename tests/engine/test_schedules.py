@@ -1,0 +1,137 @@
+"""Whatever vLLM's scheduler does: every row that a window takes is what its request's own tokens
+give, and so is every row and entry that a token reads.
+
+Other random cases, or one again: CASE_SEEDS=7,8 pytest tests/engine/test_schedules.py
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from symbolic import random_case, run, symbolic_core
+from torch import Tensor
+from vllm.v1.engine.core import EngineCore
+
+from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.engines.vllm_cpu.state import ReadableStateSpec
+from vllm_dsv4_indexer.errors import UserError
+from vllm_dsv4_indexer.ops import reference
+from vllm_dsv4_indexer.settings import Settings
+
+SEEDS = [int(seed) for seed in os.environ.get("CASE_SEEDS", "0,1,2,3,4,5,6,7").split(",")]
+DRAFTS = dict(method="custom_class", model="symbolic.Drafts", num_speculative_tokens=6)
+CPU, REFERENCE = Settings(impl="cpu"), Settings(impl="reference")
+
+
+@pytest.fixture(scope="module", params=[None, DRAFTS], ids=["no drafts", "drafts"])
+def core(request, tmp_path_factory) -> Iterator[EngineCore]:
+    folder = tmp_path_factory.mktemp("symbolic")
+    with symbolic_core(folder, speculative_config=request.param) as core:
+        yield core
+
+
+@pytest.fixture(scope="module")
+def served(core) -> Callable[[int], Counter]:
+    """Serves a random case, once, and returns what was in it."""
+
+    @cache
+    def serve(seed: int) -> Counter:
+        try:
+            return run(core, random_case(core, seed), CPU)
+        except AssertionError as error:
+            error.add_note(f"again: CASE_SEEDS={seed} pytest tests/engine/test_schedules.py")
+            raise
+
+    return serve
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_row_and_entry_that_is_read_is_what_the_requests_own_tokens_give(served, seed):
+    served(seed)
+
+
+def test_the_cases_have_prefixes_of_the_same_step_preemption_and_rejected_drafts(core, served):
+    """Else the test above would show nothing."""
+    found = sum(map(served, SEEDS), Counter())
+    assert found["preemptions"] > 0 and found["rows of other requests"] > 0
+    if core.use_spec_decode:
+        assert found["drafts"] > found["accepted drafts"] > 0
+
+
+def without_rule_2(windows: Any, step: Any, page: int) -> Tensor:
+    """The history as it was before the call, whoever fills it in the call."""
+    alone = step._replace(inner_state_slot_mapping=torch.full_like(step.positions, -1))
+    return SOURCES(windows, alone, page)
+
+
+SOURCES, PLAN = reference._sources, ops.plan
+Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def next_entry(positions, requests, slots, table, k_slots) -> Step:
+    return positions, requests, slots, table, k_slots + (k_slots >= 0).long()
+
+
+def table_of_another(positions, requests, slots, table, k_slots) -> Step:
+    return positions, requests, slots, table.roll(1, 0), k_slots
+
+
+def null_blocks(positions, requests, slots, table, k_slots) -> Step:
+    return positions, requests, slots, torch.zeros_like(table), k_slots
+
+
+def last_rows_not_saved(positions, requests, slots, table, k_slots) -> Step:
+    ends = requests != torch.cat([requests[1:], requests.new_tensor([-1])])
+    return positions, requests, slots.masked_fill(ends, -1), table, k_slots
+
+
+def planned_of(fault: Callable[..., Step]) -> Callable[..., Tensor]:
+    """`ops.plan`, given a step that a faulty engine would give it."""
+    return lambda *step, **options: PLAN(*fault(*step), **options)
+
+
+def no_group_before(spec: ReadableStateSpec, start: int) -> int:
+    return start - start % spec.ratio
+
+
+FAULTS = {
+    "the group before the open one has no page": (ReadableStateSpec, "first_read", no_group_before),
+    "history as it was before the call": (reference, "_sources", without_rule_2),
+    "K slot off by one": (ops, "plan", planned_of(next_entry)),
+    "the table of another request": (ops, "plan", planned_of(table_of_another)),
+    "null blocks": (ops, "plan", planned_of(null_blocks)),
+    "the last row of a call is not saved": (ops, "plan", planned_of(last_rows_not_saved)),
+}
+
+
+@pytest.mark.parametrize("core", [DRAFTS], ids=["drafts"], indirect=True)
+def test_rejected_drafts_need_the_rows_that_they_go_back_to(core, monkeypatch):
+    monkeypatch.setattr(ReadableStateSpec, "rollback", 0)
+    with pytest.raises(UserError, match="which the window that token"):
+        for seed in SEEDS:
+            run(core, random_case(core, seed), CPU)
+
+
+def test_prefixes_hit_where_they_do_with_full_saving(core, tmp_path):
+    cases = [replace(random_case(core, seed), blocks=4000) for seed in SEEDS]
+    hits = [run(core, case, CPU)["cached tokens"] for case in cases]
+    full = {"dsv4_indexer": {"state_save": "full"}}
+    drafts = DRAFTS if core.use_spec_decode else None
+    with symbolic_core(tmp_path, speculative_config=drafts, additional_config=full) as other:
+        assert hits == [run(other, case, CPU)["cached tokens"] for case in cases]
+    assert sum(hits) > 0
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_found(core, fault, monkeypatch):
+    monkeypatch.setattr(*fault)
+    # Then block 0 is read, as in a kernel that does not check.
+    monkeypatch.setattr(reference, "_check_windows", lambda *_: None)
+    with pytest.raises(AssertionError, match="what (the request's|its) tokens give"):
+        for seed in SEEDS:
+            run(core, random_case(core, seed), REFERENCE)

@@ -1,0 +1,128 @@
+"""`vllm-dsv4-indexer replay`: runs a capture through an implementation, and compares what it stores
+with what the reference stores."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .capture import K_FORMAT, Capture
+from .contract import (
+    FP8_PAGE_ENTRIES,
+    FP8_SCALE_OFFSET,
+    HEAD_DIM,
+    RATIO,
+    ROW_WIDTH,
+    Call,
+    ContractError,
+)
+
+# Codes that may be the neighbours of the reference's, where a value lies between two of them: so
+# many, or such a share.
+MOST_TIES, SHARE_OF_TIES = 4, 1e-4
+
+
+class Stored(NamedTuple):
+    """What an implementation stored. `refused` says why it stored nothing."""
+
+    refused: str
+    call: Call
+    rows: Tensor  # fp32 [N, 512], those of the state pages that are compared
+    scales: Tensor  # fp32 [E, 1], of each token that closes a window
+    codes: Tensor  # [E, 128], in the order of the values that they stand for
+
+
+def replay(file: Path, impl: str) -> int:
+    """Prints what was captured and the first number that differs. Returns 0 if none does, else 1.
+    Raises UserError for a file that is no capture, or an implementation that does not run here."""
+    capture = Capture.load(file)
+    call = capture.call()
+    print(f"captured: {len(call.positions)} tokens, {len(call.inner_state_block_table)} requests")
+    for name, note in sorted(capture.notes.items()):
+        print(f"{name}: {''.join(filter(str.isprintable, ' '.join(note.split())))}")
+    pages = capture.tensors["kept_pages"]
+    reference = store(capture.call(), capture.eps, "reference", pages)
+    other = store(capture.call(), capture.eps, impl, pages)
+    if reference.refused or other.refused:
+        return _compare_refusals(reference.refused, other.refused, impl)
+    if difference := first_difference(reference, other, pages):
+        print(f"differs: {difference} by {impl}")
+        return 1
+    ties = int((reference.codes != other.codes).sum())
+    print(f"the same: {impl} stores what the reference stores; neighbouring codes: {ties}")
+    return 0
+
+
+def store(call: Call, eps: float, impl: str, pages: Tensor) -> Stored:
+    """pages: those of the state that are compared."""
+    refused = ""
+    try:
+        ops.compress(*call, eps=eps, k_format=K_FORMAT, impl=impl)
+    except ContractError as error:
+        refused = str(error)
+    rows = call.inner_state_cache[pages].view(-1, ROW_WIDTH)
+    return Stored(refused, call, rows, *_entries(call, call.k_slot_mapping[_closing(call)]))
+
+
+def _closing(call: Call) -> Tensor:
+    return ((call.k_slot_mapping >= 0) & (call.positions % RATIO == RATIO - 1)).nonzero()[:, 0]
+
+
+def _entries(call: Call, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and codes in these slots; of slots that the cache lacks, of none."""
+    slots = slots[slots < call.k_cache.shape[0] * FP8_PAGE_ENTRIES]
+    pages, entry = call.k_cache.flatten(1)[slots // FP8_PAGE_ENTRIES], slots % FP8_PAGE_ENTRIES
+    token = torch.arange(len(slots))
+    codes = pages[:, :FP8_SCALE_OFFSET].unflatten(1, (FP8_PAGE_ENTRIES, HEAD_DIM))[token, entry]
+    scales = pages[:, FP8_SCALE_OFFSET:].contiguous().view(torch.float32)[token, entry]
+    codes = torch.where(codes == 0xFF, 0x7F, codes.int())  # either NaN
+    return scales[:, None], torch.where(codes < 128, codes, 128 - codes)
+
+
+def _compare_refusals(reference: str, other: str, impl: str) -> int:
+    if reference == other:
+        print(f"the same: {impl} and the reference refuse it: {reference}")
+        return 0
+    for name, refused in (("reference", reference), (impl, other)):
+        print(f"differs: {name}: {refused or 'stores it'}")
+    return 1
+
+
+def first_difference(reference: Stored, other: Stored, pages: Tensor) -> str:
+    """The first number that differs, empty if none does. State and scales must be equal bit by bit,
+    codes but for a few neighbours."""
+    call, closing = reference.call, _closing(reference.call).tolist()
+    distance = (reference.codes - other.codes).abs()
+    ties = max(MOST_TIES, int(SHARE_OF_TIES * distance.numel()))
+    allowed = 1 if int((distance == 1).sum()) <= ties else 0
+    for what, one, two, differs in (
+        ("state", reference.rows, other.rows, _bits(reference.rows) != _bits(other.rows)),
+        ("scale", reference.scales, other.scales, _bits(reference.scales) != _bits(other.scales)),
+        ("code", reference.codes, other.codes, distance > allowed),
+    ):
+        for row, column in differs.nonzero()[:1].tolist():
+            token = _saver(call, pages, row) if what == "state" else closing[row]
+            expected, found = one[row, column].item(), two[row, column].item()
+            where = f"{_who(call, token)}, {what} {column}"
+            return f"{where} is {expected} by the reference and {found}"
+    return ""
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.contiguous().view(torch.int32)
+
+
+def _saver(call: Call, pages: Tensor, row: int) -> int:
+    """The token whose row it is; -1: none of the step."""
+    page = call.inner_state_cache.shape[1]
+    slot = pages[row // page] * page + row % page
+    return max([-1, *(call.inner_state_slot_mapping == slot).nonzero()[:, 0].tolist()])
+
+
+def _who(call: Call, token: int) -> str:
+    if token < 0:
+        return "in a row that no token of the step saves"
+    request, position = int(call.token_to_req[token]), int(call.positions[token])
+    return f"token {token} (request {request}, position {position})"
