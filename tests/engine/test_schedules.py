@@ -7,7 +7,7 @@ Other random cases, or one again: CASE_SEEDS=7,8 pytest tests/engine/test_schedu
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from symbolic import random_case, run, symbolic_core
 from torch import Tensor
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_cache_interface import SlidingWindowMLASpec
 
 from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.engines.vllm_cpu.state import ReadableStateSpec
@@ -117,14 +118,27 @@ def test_rejected_drafts_need_the_rows_that_they_go_back_to(core, monkeypatch):
             run(core, random_case(core, seed), CPU)
 
 
-def test_prefixes_hit_where_they_do_with_full_saving(core, tmp_path):
+def test_prefixes_hit_where_they_do_with_full_saving(core):
     cases = [replace(random_case(core, seed), blocks=4000) for seed in SEEDS]
     hits = [run(core, case, CPU)["cached tokens"] for case in cases]
-    full = {"dsv4_indexer": {"state_save": "full"}}
-    drafts = DRAFTS if core.use_spec_decode else None
-    with symbolic_core(tmp_path, speculative_config=drafts, additional_config=full) as other:
-        assert hits == [run(other, case, CPU)["cached tokens"] for case in cases]
+    config = core.scheduler.kv_cache_config
+    groups = list(map(all_rows, config.kv_cache_groups))
+    core.scheduler.kv_cache_config = replace(config, kv_cache_groups=groups)
+    try:
+        assert hits == [run(core, case, CPU)["cached tokens"] for case in cases]
+    finally:
+        core.scheduler.kv_cache_config = config
     assert sum(hits) > 0
+
+
+def all_rows(group: Any) -> Any:
+    """With the spec that vLLM has for a state."""
+    spec = group.kv_cache_spec
+    if isinstance(spec, ReadableStateSpec):
+        given = {field.name: getattr(spec, field.name) for field in fields(SlidingWindowMLASpec)}
+        given["sliding_window"] += spec.ratio - 1
+        spec = SlidingWindowMLASpec(**given)
+    return replace(group, kv_cache_spec=spec)
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

@@ -17,7 +17,8 @@ from engine import complete, launch, two_processes
 from schedules import MIXED, burst, forks, random_schedule, written
 from stored import Stored
 
-from vllm_dsv4_indexer.contract import HEAD_DIM, RATIO
+from vllm_dsv4_indexer.bench.batches import DS_MLA_CODES
+from vllm_dsv4_indexer.contract import DS_MLA_DATA_BYTES, HEAD_DIM, RATIO
 
 SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1").split(",")]
 RANDOM = [random_schedule(seed) for seed in SEEDS]
@@ -72,6 +73,13 @@ def one_worker(run_schedules) -> Ran:
 
 
 @pytest.fixture(scope="session")
+def stock_worker(run_schedules) -> Ran:
+    """vLLM's own compressors, which need every row."""
+    stock = {"dsv4_indexer": {"impl": "stock"}}
+    return run_schedules("stock_worker", [WRITTEN[1]], additional_config=stock)
+
+
+@pytest.fixture(scope="session")
 def two_drafting_workers(run_schedules) -> Ran:
     """What was answered once is drafted when it is asked again, and some of the drafts are
     wrong."""
@@ -88,6 +96,22 @@ def names(schedules: list[dict]) -> list[str]:
 @pytest.mark.parametrize("schedule", ONE_WORKER, ids=names(ONE_WORKER))
 def test_every_entry_is_the_one_that_its_tokens_give_alone(one_worker, schedule):
     assert_as_alone(one_worker, schedule)
+
+
+def test_the_first_layer_s_entries_are_those_of_vllms_own_compressors(one_worker, stock_worker):
+    """Whose sums have another order. Behind that layer the hidden states differ by as much."""
+    schedule = WRITTEN[1]
+    pairs = zip(*(ran.schedules[schedule["name"]] for ran in (one_worker, stock_worker)))
+    for number, ((ours,), (stock,)) in enumerate(pairs):
+        exact = slice(written(schedule["requests"], number) // RATIO)
+        for mine, theirs, codes in (
+            (ours.entries[0], stock.entries[0], HEAD_DIM),
+            (ours.main[0][1], stock.main[0][1], DS_MLA_CODES),
+        ):
+            differ = mine[exact].astype(int) - theirs[exact]
+            assert not differ[:, DS_MLA_DATA_BYTES:].any()  # the exponents
+            assert np.count_nonzero(differ) <= max(1, 1e-4 * differ.size)
+            assert abs(differ[:, :codes]).max() <= 1
 
 
 @pytest.mark.parametrize("schedule", TWO_WORKERS, ids=names(TWO_WORKERS))
