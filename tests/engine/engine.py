@@ -33,7 +33,7 @@ MIXED_LENGTHS = (1, 6, 129, 700)
 MIXED = dict(prompts=[prompt(length, seed=3) for length in MIXED_LENGTHS], sampling=GREEDY)
 STAGED = [*(dict(prompts=[one], sampling=GREEDY) for one in MIXED["prompts"]), MIXED]
 REPEATED = dict(prompts=[prompt(600, seed=3)], sampling=GREEDY)
-PREEMPTED = [prompt(2201 + length, seed=2) for length in range(2)]
+PREEMPTED = [prompt(2201 + length, seed=2) for length in range(3)]
 
 # Short prompts beside long ones, by length. With steps of 2100 tokens, what is behind a prompt of
 # 2100 starts while that one decodes, and what is behind another long one starts with its last
