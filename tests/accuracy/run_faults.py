@@ -29,6 +29,7 @@ CHUNK = 509  # tokens
 COMMON = 2304  # tokens of a burst: 576 entries, more than the indexer selects
 ONE_STEP = 8192  # tokens: a burst is so many at most
 RIGHT = "(none)"
+K_FORMAT = "fp8_pow2"  # of the indexers
 PLACES = {
     "anywhere": lambda needle: True,
     "key in the previous group": lambda needle: needle.position < 4 * needle.entry,
@@ -45,7 +46,7 @@ Counts = dict[str, list[int]]
 def main(model: str, result_file: str, length: int = LENGTH, documents: int = 2) -> None:
     planted = Planted()
     ops.IMPLEMENTATIONS["cpu"] = ops.IMPLEMENTATIONS["cpu"]._replace(load=lambda: planted.functions)
-    engine = VllmEngine(model, {}, length, ONE_STEP)
+    engine = VllmEngine(model, {"state_save": "full"}, length, ONE_STEP)  # some faults read it
     haystacks = [make_document(length, seed, CHUNK, spacing=32) for seed in range(documents)]
     result = {}
     print(f"| planted fault | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
@@ -72,19 +73,23 @@ def forget(engine: VllmEngine) -> None:
 
 
 class Planted:
-    """An implementation of which each layer's run is the `compress` of the moment, planning
-    included."""
+    """An implementation of which the run of each layer's indexer is the `compress` of the moment,
+    planning included."""
 
     compress: faults.Compress = staticmethod(faults.compress)
 
     def __init__(self):
         self.functions = ops.Functions(self.plan, self.bind)
 
-    def plan(self, step: Step, extents: Extents) -> Tensor:
-        self.step = step
-        return cpu.plan(step, extents)  # that the engine has one to hand on
+    def plan(self, step: Step, extents: Extents, *ratio: int) -> Tensor:
+        if not ratio:
+            self.step = step
+        return cpu.plan(step, extents, *ratio)  # that the engine has one to hand on
 
     def bind(self, layer: Layer, **options) -> Callable[[Tensor, Tensor], int]:
+        if options["k_format"] != K_FORMAT:
+            return cpu.bind(layer, **options)
+
         def run(kv_score: Tensor, _: Tensor) -> int:
             return self.compress(
                 Call(kv_score, **layer._asdict(), **self.step._asdict()), **options

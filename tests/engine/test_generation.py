@@ -25,11 +25,9 @@ def test_tokens_and_logprobs_are_those_of_the_stock_compressor(ours, stock, leng
 
 
 def assert_same(length: int, one: dict, other: dict) -> None:
-    """The same tokens, while every entry is selected: of a main key, a code that lies between two
-    may be the other one. Beyond, an entry may not be selected any more."""
+    """But for a code of a main key that lies between two, and may be the other one. With more
+    entries than are selected it may also change which."""
     every = (length + len(one["tokens"])) // RATIO <= INDEX_TOPK
-    if every:
-        assert one["tokens"] == other["tokens"]
     assert largest_difference(one, other) <= (SHAPE_TOLERANCE if every else TOPK_TOLERANCE)
 
 

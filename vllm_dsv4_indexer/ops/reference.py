@@ -218,9 +218,9 @@ def _store_fp8_amax(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     """Rotates first. The scale brings the largest magnitude to 448; an entry of zeros has scale
     0."""
     h = _hadamard(x)
-    scale = h.abs().amax(dim=-1, keepdim=True) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
-    codes = _fp8(h / scale.clamp(min=torch.finfo(torch.float32).tiny))
-    _store_page(codes, scale, slots, k_cache)
+    scale = h.abs().amax(dim=-1) * torch.tensor(1 / FP8_MAX, dtype=torch.float32)
+    codes = _fp8(h / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+    _store_page(codes, scale[:, None], slots, k_cache)
 
 
 def _store_fp8_ds_mla(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
