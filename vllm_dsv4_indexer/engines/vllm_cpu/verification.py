@@ -32,7 +32,7 @@ def verify(layers: list[Any]) -> None:
     for layer in layers:
         for compressor in compressors_of(layer):
             geometry = Geometry(compressor.head_dim, compressor.compress_ratio)
-            batches = make_batches(geometry)
+            batches = make_batches(geometry, compressor.state_cache.block_size)
             rotary = layer.indexer_rotary_emb if geometry == INDEXER else layer.rotary_emb
             require_equal(
                 compressor.prefix,
