@@ -9,6 +9,7 @@ memory mapping"): `sysctl vm.mmap_rnd_bits=28` helps.
 
 import argparse
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -29,11 +30,21 @@ def build(name: str) -> Path:
     return folder
 
 
+def environment() -> dict[str, str]:
+    """This process's, without LD_PRELOAD: a sanitizer's runtime must come first, and an engine of
+    vLLM on a CPU sets it in the process that makes the engine."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def replay(program: Path | list, records: Iterable[bytes]) -> str:
     """Feeds records to a program `replay`; returns what it says. Raises AssertionError with its
     report if it finds something."""
     with subprocess.Popen(
-        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        program,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
     ) as process:
         try:
             for record in records:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from record import arbitrary_batch, record
-from sanitize import HERE, SANITIZERS, build, random_records, replay
+from sanitize import HERE, SANITIZERS, build, environment, random_records, replay
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,11 @@ def test_random_calls_do_nothing_that_a_sanitizer_forbids(programs, name):
 def test_what_the_fuzzer_has_kept_does_nothing_that_a_sanitizer_forbids(programs):
     inputs = sorted((HERE / "corpus").iterdir())
     done = subprocess.run(
-        [programs["address"] / "fuzz", *inputs], capture_output=True, text=True, check=False
+        [programs["address"] / "fuzz", *inputs],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
     )
     assert (done.returncode, done.stdout) == (0, f"{len(inputs)} inputs\n"), done.stderr
 
