@@ -30,6 +30,8 @@ struct PlanHeader {
   int64_t entries;      // windows that the step closes; -1 if only the device knows
   int64_t early;        // how many of them are kEarly; -1 if only the device knows
   int64_t unique;       // no slot occurs twice, so that tokens may be written in any order
+  int64_t saved;        // tokens whose row is saved; -1 if only the device knows
+  int64_t shared;       // rows of windows that another request's token holds; -1 likewise
   int64_t state_pages;  // the extents that the step was planned for
   int64_t state_page;
   int64_t k_entries;

@@ -291,10 +291,17 @@ class PlanHeader(NamedTuple):
     entries: Annotated[int, "windows that the step closes; -1 if only the device knows"]
     early: Annotated[int, "how many of them are EARLY; -1 if only the device knows"]
     unique: Annotated[int, "1 if no slot occurs twice: tokens may be written in any order"]
+    saved: Annotated[int, "tokens whose row is saved; -1 if only the device knows"]
+    shared: Annotated[int, "rows of windows that another request's token holds; -1 likewise"]
     state_pages: Annotated[int, "the extents that the step was planned for"]
     state_page: int
     k_entries: int
     max_pos: int
+
+    @staticmethod
+    def of(plan: Tensor) -> "PlanHeader":
+        """Of a plan on the host."""
+        return PlanHeader(*plan[: len(PlanHeader._fields)].tolist())
 
 
 class Plan(NamedTuple):
@@ -356,7 +363,7 @@ def check_plan_header(
 ) -> None:
     """Checks that a plan on the host fits: made for this implementation, for `tokens`, and for
     caches that are no larger than `extents`. Raises ContractError."""
-    header = PlanHeader(*plan[: len(PlanHeader._fields)].tolist())
+    header = PlanHeader.of(plan)
     if header.layout != layout:
         raise ContractError(
             "plan was not made for this implementation by this version's `plan`: make the plan "

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from . import __version__, packages, plugin, processor
 from .errors import UserError
 from .options import Options, number
+from .served import Server
 from .settings import NAMESPACE, Settings
 
 DOCKERS_SHARED_MEMORY = 64 << 20  # of a container, unless told
@@ -38,6 +39,15 @@ class Finding(NamedTuple):
 
 
 OPTIONS: Options = {
+    "model": dict(
+        nargs="?",
+        metavar="MODEL",
+        help="say what its caches take too; only config.json is read. `explain` takes flags",
+    ),
+    "--url": dict(
+        metavar="URL",
+        help="of a running server: have it complete a prompt, and see whether our op was called",
+    ),
     "--cases": dict(
         type=number(0),
         default=50,
@@ -55,7 +65,7 @@ OPTIONS: Options = {
 def run(arguments: argparse.Namespace) -> int:
     """Prints everything; returns 0 if the backend would start, else 1."""
     findings = []
-    for finding in examine(arguments.cases, arguments.seed):
+    for finding in examine(arguments):
         finding = finding._replace(found=" ".join(finding.found.split()))
         findings.append(finding)
         if not arguments.json:
@@ -73,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def examine(cases: int, seed: int) -> Iterator[Finding]:
+def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from _software()
     yield from _processor()
     yield from _surroundings()
@@ -83,8 +93,12 @@ def examine(cases: int, seed: int) -> Iterator[Finding]:
     yield _settings(device)
     if find_spec("torch") is not None:  # the libraries run on its threads
         yield from _libraries(device)
-        if cases and device != "npu":
-            yield _op(cases, seed)
+        if arguments.cases and device != "npu":
+            yield _op(arguments.cases, arguments.seed)
+    if arguments.model is not None:
+        yield from _model(arguments.model)
+    if arguments.url is not None:
+        yield from _server(arguments.url)
 
 
 def _software() -> Iterator[Finding]:
@@ -244,6 +258,41 @@ def _op(cases: int, seed: int) -> Finding:
         return Finding("op", f"{difference}. Please report it with this output", problem=True)
     found = f"{cases} random cases, {entries} entries: the reference's, {neighbours} codes beside"
     return Finding("op", found)
+
+
+def _model(model: str) -> Iterator[Finding]:
+    """What the caches of a model take, or why it is refused."""
+    try:
+        packages.need("vllm", "doctor MODEL")
+        from .explain import explanation_of
+
+        for what, found in explanation_of(model, []):
+            yield Finding(what, found)
+    except UserError as error:
+        yield Finding("model", str(error), problem=True)
+
+
+def _server(url: str) -> Iterator[Finding]:
+    """Whether a server answers, and by our op."""
+    server = Server(url)
+    try:
+        model = server.model()
+        yield Finding("server", f"vLLM {server.version()} serves {model}")
+        before = server.account()
+        yield Finding("its answer", repr(server.complete(model)))
+        after = server.account()
+    except UserError as error:
+        yield Finding("server", str(error), problem=True)
+        return
+    grown = {name: int(after[name] - before.get(name, 0)) for name in ("calls", "tokens") if after}
+    if not grown:
+        found = "it publishes no numbers of ours: see Monitoring in docs/operations.md"
+        yield Finding("its op", found)
+    elif grown["calls"]:
+        yield Finding("its op", "meanwhile {calls} calls on {tokens} tokens".format_map(grown))
+    else:
+        found = "was not called: is `impl` `stock`? Then another compressor answered"
+        yield Finding("its op", found, problem=True)
 
 
 def _library(what: str, load: Callable[[], ctypes.CDLL], needed: bool) -> Finding:

@@ -14,21 +14,34 @@ from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.settings import NAMESPACE
 
 
+class Refused(UserError):
+    """vLLM, or our backend, refuses the configuration: the message is theirs."""
+
+
 def explain(model: str, flags: list[str]) -> int:
     """Prints it; returns 0, or 1 if the configuration is refused."""
+    try:
+        told = explanation_of(model, flags)
+    except Refused as error:
+        print(f"refused        {error}")
+        return 1
+    for what, found in told:
+        print(f"{what:14} {found}")
+    return 0
+
+
+def explanation_of(model: str, flags: list[str]) -> list[tuple[str, str]]:
+    """What there is to say, each with what it is about. Raises Refused."""
     if current_platform.device_type != "cpu":
         device = current_platform.device_type
         raise UserError(f"explain reads vLLM's CPU engine; the platform is {device!r}")
     try:
         config = _arguments(model, flags).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
-        print(f"refused        {_reason(error)}")
-        return 1
+        raise Refused(_reason(error)) from error
     from vllm_dsv4_indexer.engines.vllm_cpu import explanation
 
-    for what, told in explanation.explain(config):
-        print(f"{what:14} {told}")
-    return 0
+    return list(explanation.explain(config))
 
 
 def _arguments(model: str, flags: list[str]) -> EngineArgs:

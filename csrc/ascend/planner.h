@@ -60,6 +60,8 @@ class Planner {
     header.SetValue(kEntriesPlace, -1);
     header.SetValue(kEarlyPlace, -1);
     header.SetValue(kUniquePlace, 1);  // what the kernels ask of a step (README.md)
+    header.SetValue(kSavedPlace, -1);
+    header.SetValue(kSharedPlace, -1);
     header.SetValue(kStatePagesPlace, args_.state_pages);
     header.SetValue(kStatePagePlace, args_.state_page);
     header.SetValue(kKEntriesPlace, args_.k_entries);

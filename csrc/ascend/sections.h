@@ -28,6 +28,8 @@ enum HeaderPlace : int {
   kEntriesPlace = DSV4_PLACE(entries),
   kEarlyPlace = DSV4_PLACE(early),
   kUniquePlace = DSV4_PLACE(unique),
+  kSavedPlace = DSV4_PLACE(saved),
+  kSharedPlace = DSV4_PLACE(shared),
   kStatePagesPlace = DSV4_PLACE(state_pages),
   kStatePagePlace = DSV4_PLACE(state_page),
   kKEntriesPlace = DSV4_PLACE(k_entries),

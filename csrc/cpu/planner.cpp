@@ -79,7 +79,9 @@ class Planner {
         violation = describe(code, token, q);
         return kViolation;
       }
-      if (a_.state_slots[token] >= 0 && last_tokens_.insert(token)) unique_ = false;
+      if (a_.state_slots[token] < 0) continue;
+      ++saved_;
+      if (last_tokens_.insert(token)) unique_ = false;
     }
     if (!find_sources()) return kNoMemory;
     write_sections();
@@ -197,6 +199,7 @@ class Planner {
     int64_t other = last_tokens_.find(slot);
     while (other >= 0 && (a_.state_slots[other] != slot || a_.positions[other] != q))
       other = unique_ ? -1 : other - 1;  // a slot that occurs twice hides earlier tokens
+    shared_ += other >= 0 && a_.token_to_req[other] != a_.token_to_req[token];
     return other >= 0 ? other : row_source(slot);
   }
 
@@ -212,9 +215,9 @@ class Planner {
   void write_sections() {
     const int64_t layout = rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout;
     std::fill_n(plan_, kPlanHeader, 0);
-    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,    entries_,
-                                             early_,        unique_,      a_.state_pages,
-                                             a_.state_page, a_.k_entries, a_.max_pos};
+    *reinterpret_cast<PlanHeader*>(plan_) = {
+        layout,  a_.tokens,      entries_,      early_,       unique_,  saved_,
+        shared_, a_.state_pages, a_.state_page, a_.k_entries, a_.max_pos};
     std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
     std::copy_n(a_.token_to_req, a_.tokens, plan_ + plan_requests(a_.tokens));
     std::copy_n(a_.state_slots, a_.tokens, plan_ + plan_state_slots(a_.tokens));
@@ -229,7 +232,7 @@ class Planner {
   int64_t *const windows_, *const sources_;
   LastTokens last_tokens_;
   bool unique_ = true;
-  int64_t entries_ = 0, early_ = 0;
+  int64_t entries_ = 0, early_ = 0, saved_ = 0, shared_ = 0;
 };
 
 }  // namespace

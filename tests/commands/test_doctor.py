@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_dsv4_indexer import cli, doctor, processor, selftest
+from vllm_dsv4_indexer.checkpoint.config import make_config
 from vllm_dsv4_indexer.engines import versions
 from vllm_dsv4_indexer.errors import NotInstalled
 from vllm_dsv4_indexer.ops import ascend, cpu
@@ -145,6 +148,90 @@ def test_versions_and_cann_are_told_where_they_are(monkeypatch, tmp_path):
     monkeypatch.setattr(metadata, "version", lambda name: f"version of {name}")
     found = {finding.what: finding.found for finding in doctor._software()}
     assert found["CANN"] == str(tmp_path) and found["torch_npu"] == "version of torch-npu"
+
+
+class Server(BaseHTTPRequestHandler):
+    """Of vLLM's, whose workers publish `metrics`: one text after the other, then the last."""
+
+    metrics: list[str]
+    keys: set[str | None]
+
+    def do_GET(self):
+        answers = {
+            "/version": '{"version": "0.32.0"}',
+            "/v1/models": '{"data": [{"id": "deepseek"}]}',
+            "/v1/completions": '{"choices": [{"text": "five"}]}',
+        }
+        if self.path == "/metrics":
+            answers[self.path] = self.metrics.pop(0) if self.metrics[1:] else self.metrics[0]
+        self.keys.add(self.headers["Authorization"])
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answers[self.path].encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    class Fake(Server):
+        metrics, keys = [""], set()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", Fake
+        running.shutdown()
+
+
+def of_two_ranks(calls: int, tokens: int) -> str:
+    return "".join(
+        f'dsv4_indexer_{name}_total{{rank="{rank}"}} {value}.0\n'
+        for rank in (0, 1)
+        for name, value in {"calls": calls, "tokens": tokens}.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "metrics, problem, says",
+    [
+        ([of_two_ranks(2, 9), of_two_ranks(6, 49)], False, "meanwhile 8 calls on 80 tokens"),
+        (["", of_two_ranks(2, 9)], False, "meanwhile 4 calls on 18 tokens"),
+        ([of_two_ranks(2, 9)], True, "was not called: is `impl` `stock`?"),
+        (["vllm:prompt_tokens_total 3\n"], False, "it publishes no numbers of ours"),
+    ],
+)
+def test_a_server_says_whether_our_op_took_part_in_an_answer(server, metrics, problem, says):
+    url, fake = server
+    fake.metrics[:] = metrics
+    found = {finding.what: finding for finding in doctor._server(f"{url}/v1/")}
+    assert found["server"].found == "vLLM 0.32.0 serves deepseek"
+    assert found["its answer"].found == "'five'"
+    assert found["its op"].problem == problem and says in found["its op"].found
+
+
+def test_a_server_with_a_key_is_asked_with_it(server, monkeypatch):
+    url, fake = server
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    list(doctor._server(url))
+    assert fake.keys == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nowhere"])
+def test_a_server_that_does_not_answer_is_a_problem(url):
+    (finding,) = doctor._server(url)
+    assert finding.problem and f"{url}/v1/models does not answer: " in finding.found
+
+
+def test_a_model_is_explained_or_its_refusal_is_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(make_config(layers=6, hidden=512)))
+    found = {finding.what: finding.found for finding in doctor._model(str(tmp_path))}
+    assert found["layers"].startswith("6: ratio 0 in 1, ratio 4 in 3, ") and "KV cache" in found
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (finding,) = doctor._model(str(tmp_path))
+    assert finding.what == "model" and finding.problem
 
 
 def test_the_status_is_that_of_the_findings(monkeypatch, capsys):

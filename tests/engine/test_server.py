@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from vllm_dsv4_indexer import doctor
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import serve_and_chat
@@ -27,9 +29,17 @@ def log(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint, log):
+def client(checkpoint, log, tmp_path_factory, module_monkeypatch):
+    metrics = tmp_path_factory.mktemp("metrics")
+    module_monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(metrics))
     with serve_and_chat.server(str(checkpoint), log=log) as url:
         yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def module_monkeypatch():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield monkeypatch
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +97,14 @@ def test_after_an_aborted_request_the_answers_are_as_before(client, model):
     thread.join()
     wait_until_idle(client)
     assert [complete(client, model, prompt) for prompt in PROMPTS] == before
+
+
+def test_the_doctor_sees_on_the_servers_metrics_that_our_op_was_called(client):
+    found = {one.what: one for one in doctor._server(str(client.base_url))}
+    assert not any(one.problem for one in found.values()), found
+    calls, tokens = map(int, re.findall(r"\d+", found["its op"].found))
+    steps = 4  # the prompt, and all but the last token of the answer
+    assert calls % steps == 0 and tokens % (calls // steps) == 0 and tokens > calls
 
 
 def wait_until_idle(client: OpenAI) -> None:

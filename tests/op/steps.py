@@ -59,8 +59,8 @@ def assert_same_plan(actual: torch.Tensor, expected: torch.Tensor, case: object 
     """But for what a device cannot know: how many windows there are, and whether slots are unique.
     The reference has all windows early if they are not."""
     ours, theirs = Plan.of(actual.cpu()), Plan.of(expected.cpu())
-    told = PlanHeader(*theirs.header[: len(PlanHeader._fields)].tolist())
-    header = told._replace(entries=-1, early=-1, unique=1)
+    told = PlanHeader.of(theirs.header)
+    header = told._replace(entries=-1, early=-1, unique=1, saved=-1, shared=-1)
     assert ours.header.tolist() == [*header] + [0] * (len(ours.header) - len(header)), case
     for name in ("positions", "requests", "state_slots", "k_slots"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, case)

@@ -96,12 +96,14 @@ def test_a_plan_is_replayed_from_a_buffer_that_is_refreshed_in_place(impl):
 def test_the_sections_say_what_the_step_is(impl):
     batch = make_batch([(4, 12)], padding=2)
     plan = Plan.of(batch.plan(impl))
-    assert PlanHeader(*plan.header[: len(PlanHeader._fields)].tolist()) == PlanHeader(
+    assert PlanHeader.of(plan.header) == PlanHeader(
         contract.PLAN_LAYOUT,
         14,
         entries=3,
         early=1,
         unique=1,
+        saved=12,
+        shared=0,
         **Extents.of(batch.call.layer)._asdict(),
     )
     assert plan.windows.tolist() == [0, 0, 0, EARLY, 0, 0, 0, LATE, 0, 0, 0, LATE, 0, 0]

@@ -19,7 +19,7 @@ from batches import (
     one_after_the_other,
     tokens_of,
 )
-from vllm_dsv4_indexer.contract import EARLY, RATIO, Plan
+from vllm_dsv4_indexer.contract import EARLY, RATIO, Plan, PlanHeader
 
 IMPLS = ("reference", "cpu")
 PAGES = (2, 4, 8)
@@ -163,10 +163,12 @@ def test_the_native_kernel_stores_what_the_reference_stores(seed):
     assert_close(batch.clone().compress("cpu"), batch.clone().compress("reference"))
 
 
-def test_only_the_rows_before_a_request_come_from_another():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_the_rows_before_a_request_come_from_another(impl):
     """The look-up concerns at most the seven rows before a request's first token."""
     batch = make_batch([(0, 64), (64, 12)], prefixes={1: (0, 64)})
-    plan = Plan.of(batch.plan("cpu"))
+    plan = Plan.of(batch.plan(impl))
+    assert PlanHeader.of(plan.header).shared == 4
     early = (plan.windows == EARLY).nonzero()[:, 0].tolist()
     assert early == [3, 64 + RATIO - 1]  # each request's first window; the next ones are late
     assert plan.sources[early[1]].tolist() == [60, 61, 62, 63, 64, 65, 66, 67]

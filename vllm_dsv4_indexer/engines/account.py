@@ -9,6 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer.engines.metrics import Published
 from vllm_dsv4_indexer.settings import Settings
 
 SECONDS = 10  # as often as vLLM logs its own statistics
@@ -25,7 +26,9 @@ class Accountable:
     _account_due = 0.0
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        published = self._published  # made before its first step, which counts
         output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        published.update(ops.work)
         if time.monotonic() > self._account_due:
             self._give_account()
         return output
@@ -38,6 +41,10 @@ class Accountable:
     def settings(self) -> Settings:
         """The user's, as they were when the worker began: a step does not check them again."""
         return Settings.read(self.vllm_config.additional_config)
+
+    @cached_property
+    def _published(self) -> Published:
+        return Published(self.rank, ops.work)
 
     def _give_account(self) -> None:
         """Log what the op did in this process so far, and add it to the file that the settings

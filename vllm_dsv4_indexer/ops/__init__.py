@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import RATIO, Call, Extents, Layer, Requests, Step, plan_size
+from ..contract import RATIO, Call, Extents, Layer, PlanHeader, Requests, Step, plan_size
 from ..errors import UserError
 from .requests import step_of
 
@@ -97,14 +97,16 @@ IMPLEMENTATIONS = {
 @dataclass
 class Work:
     """What the op has done in this process: the proof that an engine calls it. A call is one layer
-    of a step."""
+    of a step; a plan is one for each kind of compressor."""
 
     plans: int = 0
     calls: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of all calls
     entries: int = 0
     seconds: float = 0.0  # in plans and calls; on a CPU until the last byte was written
     uncounted: int = 0  # calls whose entries only the device knows
+    unsaved: int = 0  # tokens of plans whose state row is not saved; on a CPU
+    shared: int = 0  # rows of windows that plans found in another request of the step; on a CPU
 
     def __str__(self) -> str:
         entries = f"wrote {self.entries} entries in {self.seconds:.4f} s"
@@ -483,6 +485,10 @@ def _counted_plan(plan: Callable[..., Tensor], *arguments: Any) -> Tensor:
     made = plan(*arguments)
     work.plans += 1
     work.seconds += time.perf_counter() - start
+    # A look at a plan on another device would wait for it; what was made like there has no numbers.
+    if made.device.type == "cpu" and (header := PlanHeader.of(made)).saved >= 0:
+        work.unsaved += header.tokens - header.saved
+        work.shared += header.shared
     return made
 
 

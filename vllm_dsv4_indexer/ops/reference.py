@@ -56,10 +56,6 @@ def plan(step: Step, extents: Extents, ratio: int = RATIO) -> Tensor:
     sections = Plan.of(made, ratio)
     unique = _unique(step.inner_state_slot_mapping) and _unique(step.k_slot_mapping[windows.token])
     late = windows.own.all(dim=1) & unique
-    header = PlanHeader(
-        PLAN_LAYOUT, tokens, len(windows.token), int((~late).sum()), int(unique), *extents
-    )
-    sections.header[: len(header)] = torch.tensor(header)
     sections.positions.copy_(step.positions)
     sections.requests.copy_(step.token_to_req)
     sections.state_slots.copy_(step.inner_state_slot_mapping)
@@ -69,6 +65,17 @@ def plan(step: Step, extents: Extents, ratio: int = RATIO) -> Tensor:
     sections.sources[windows.token] = torch.where(
         late[:, None], MASKED, _sources(windows, step, extents.state_page)
     )
+    header = PlanHeader(
+        PLAN_LAYOUT,
+        tokens,
+        entries=len(windows.token),
+        early=int((~late).sum()),
+        unique=int(unique),
+        saved=int((step.inner_state_slot_mapping >= 0).sum()),
+        shared=_shared(sections),
+        **extents._asdict(),
+    )
+    sections.header[: len(header)] = torch.tensor(header)
     return made
 
 
@@ -113,6 +120,13 @@ def _sources(windows: _Windows, step: Step, page: int) -> Tensor:
     sources = torch.where(windows.own, windows.u, MASKED)
     sources[windows.history] = torch.where(other >= 0, other, row_source(slot))
     return sources
+
+
+def _shared(sections: Plan) -> int:
+    """How many rows of windows another request's token of the step holds."""
+    token, place = (sections.sources >= 0).nonzero(as_tuple=True)
+    source = sections.sources[token, place]
+    return int((sections.requests[source] != sections.requests[token]).sum())
 
 
 def _unique(slots: Tensor) -> bool:
