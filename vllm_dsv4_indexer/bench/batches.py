@@ -307,10 +307,12 @@ def make_batch(
     )
 
 
-def random_case(pick: random.Random, geometry: Geometry = INDEXER) -> dict[str, Any]:
-    """Arguments of `make_batch`."""
+def random_case(
+    pick: random.Random, geometry: Geometry = INDEXER, longest: int | None = None
+) -> dict[str, Any]:
+    """Arguments of `make_batch`. longest: tokens of a request."""
     pages, window = STATE_PAGES[geometry.ratio], geometry.window
-    longest = max(40, 2 * window)
+    longest = longest or max(40, 2 * window)
     requests = [
         (pick.randrange(140), pick.randrange(1, longest)) for _ in range(pick.randrange(1, 8))
     ]
