@@ -9,7 +9,6 @@ import random
 import time
 
 from batches import assert_close, make_batch, random_case
-
 from vllm_dsv4_indexer.contract import GEOMETRIES, window_of
 
 GEOMETRY = {f"{geometry.head_dim}/{geometry.ratio}": geometry for geometry in GEOMETRIES}
