@@ -142,29 +142,24 @@ def lose_a_row(self, *arguments, **options):
         made.slot_mapping[125] = 1  # of the null page
     return made
 
+def run_beyond_the_cache(*args, **kwargs):
+    made = build(*args, **kwargs)
+    if made.block_size == 8 and len(made.slot_mapping) == 130:  # of the ratio 128
+        made.slot_mapping = made.slot_mapping.clone()
+        made.slot_mapping[125] = 10**9
+    return made
+
 {fault}
 llm = LLM(**{options})
 for prompt in {prompts}:
     (answer,) = llm.generate([dict(prompt_token_ids=prompt)], SamplingParams(**{sampling}))
     print("answered", len(answer.outputs[0].token_ids))
 """
-EXCHANGED = "CompressorMetadataBuilder.build = exchange_two_slots"
-LOST = "CompressorMetadataBuilder.build = lose_a_row"
 
 
-@pytest.mark.parametrize(
-    "fault, says",
-    [
-        (EXCHANGED, "token 125 (request 0, position 125) has the state slot "),
-        (LOST, "token 125 (request 0, position 125) has no state row "),
-    ],
-    ids=["slots exchanged", "a row that is not saved"],
-)
-def test_an_engine_dies_of_a_fault_with_the_right_words_instead_of_answering(
-    checkpoint, fault, says, tmp_path, capsys
-):
+def last_words(checkpoint, fault: str, settings: dict[str, str]) -> str:
+    """What an engine prints that answers a first prompt and dies of a fault in a second."""
     options = dict(skip_tokenizer_init=True, max_model_len=1024, max_num_batched_tokens=509)
-    settings = {"check": "on", "capture": str(tmp_path)}
     options |= dict(additional_config={"dsv4_indexer": settings})
     prompts = [prompt(37), prompt(130)]
     script = ENGINE.format(
@@ -179,6 +174,26 @@ def test_an_engine_dies_of_a_fault_with_the_right_words_instead_of_answering(
     )
     printed = done.stdout + done.stderr
     assert done.returncode != 0 and printed.count("answered 8") == 1, printed
+    return printed
+
+
+EXCHANGED = "CompressorMetadataBuilder.build = exchange_two_slots"
+LOST = "CompressorMetadataBuilder.build = lose_a_row"
+BEYOND = "CompressorMetadataBuilder.build = run_beyond_the_cache"
+
+
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (EXCHANGED, "token 125 (request 0, position 125) has the state slot "),
+        (LOST, "token 125 (request 0, position 125) has no state row "),
+    ],
+    ids=["slots exchanged", "a row that is not saved"],
+)
+def test_an_engine_dies_of_a_fault_with_the_right_words_instead_of_answering(
+    checkpoint, fault, says, tmp_path, capsys
+):
+    printed = last_words(checkpoint, fault, {"check": "on", "capture": str(tmp_path)})
     assert f"layers.1.attn.indexer.compressor: {says}" in printed, printed
     assert "; request 0 is '1" in printed, printed
 
@@ -186,3 +201,9 @@ def test_an_engine_dies_of_a_fault_with_the_right_words_instead_of_answering(
     assert cli.main(["replay", str(file)]) == 0  # the op does as it is told
     replayed = capsys.readouterr().out
     assert f"\nwhy: {says}" in replayed and "\nthe same: cpu stores what the " in replayed
+
+
+def test_an_error_of_a_main_compressor_names_its_layer_and_vllms_request_too(checkpoint):
+    printed = last_words(checkpoint, BEYOND, {})
+    assert "attn.compressor: inner_state_slot_mapping[125] = 1000000000 (request 0, " in printed
+    assert "; request 0 is '1" in printed, printed

@@ -164,7 +164,9 @@ def worker(monkeypatch):
     """Our worker, whose step is to say which objects of vLLM's it meets."""
     monkeypatch.setattr(workers.CPUWorker, "execute_model", lambda worker, step: step())
     monkeypatch.setattr(workers.Worker, "_give_account", lambda worker: None)
-    return object.__new__(workers.Worker)
+    made = object.__new__(workers.Worker)
+    made.rank = 0
+    return made
 
 
 def test_only_a_step_of_our_own_engine_meets_our_metadata(worker):

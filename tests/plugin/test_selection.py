@@ -372,13 +372,15 @@ def test_an_indexer_that_another_plugin_changed_is_refused(monkeypatch):
     monkeypatch.setattr(compressors, "DeepseekV4CPUAttention", SimpleNamespace)
     with pytest.raises(UserError, match="layers.1.compressor is a SimpleNamespace"):
         compressors.replace_compressors(
-            SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1
+            SimpleNamespace(modules=lambda: [layer]), Settings(), indexers=1, request_ids=list
         )
 
 
 def test_a_model_class_that_another_plugin_replaced_is_refused():
     with pytest.raises(UserError, match="the model has 0 layers .* its configuration asks for 2"):
-        compressors.replace_compressors(SimpleNamespace(modules=list), Settings(), indexers=2)
+        compressors.replace_compressors(
+            SimpleNamespace(modules=list), Settings(), indexers=2, request_ids=list
+        )
 
 
 @pytest.mark.parametrize("setting", [{"check": "on"}, {"capture": "."}])

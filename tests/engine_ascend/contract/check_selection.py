@@ -142,7 +142,7 @@ def test_a_dummy_run_is_told_to_write_nothing_before_its_metadata_are_built(monk
         look = lambda *_: seen.append([table.slot_mapping.gpu.tolist() for table in tables])  # noqa: E731
         monkeypatch.setattr(workers.NPUWorker, name, look)
     worker = workers.Worker.__new__(workers.Worker)
-    worker._account_due = math.inf
+    worker.rank, worker._account_due = 0, math.inf
     worker.model_runner = SimpleNamespace(
         input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=tables))
     )

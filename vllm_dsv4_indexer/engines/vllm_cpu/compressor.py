@@ -35,14 +35,14 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
     """A compressor: one call of our op, which saves the state and writes the entries.
 
     Never constructed: takes the place of the engine's own by assignment to `__class__`, as the
-    engine's CPU layer does with the class of the GPU layer. `settings` are set at the same time,
-    and for indexers what watches over their steps.
+    engine's CPU layer does with the class of the GPU layer. `settings` and `request_ids` are set at
+    the same time, and for indexers what watches over their steps.
     """
 
     settings: Settings
     checks: Checks | None = None
     captures: Captures | None = None
-    request_ids: Callable[[], Sequence[str]] = tuple  # of the step, by their rows
+    request_ids: Callable[[], Sequence[str]]  # of the step, by their rows
     bound: ops.BoundLayer | None = None
 
     def forward(self, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: Any) -> None:
@@ -114,11 +114,15 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
 
 
 def replace_compressors(
-    model: torch.nn.Module, settings: Settings, indexers: int, **watching: Any
+    model: torch.nn.Module,
+    settings: Settings,
+    indexers: int,
+    request_ids: Callable[[], Sequence[str]],
+    **watching: Any,
 ) -> list[DeepseekV4CPUAttention]:
     """Put ours in the place of every compressor of `model`, whose indexers must be as many as
     `indexers`. Returns the layers that have one. `watching`: what the indexers' compressors have
-    beside the settings.
+    beside the others.
 
     Raises UserError where the model does not look as vLLM 0.32.0 builds it.
     """
@@ -142,7 +146,9 @@ def replace_compressors(
                     "DeepseekV4CPUCompressor. Is another plugin replacing it? Disable that plugin."
                 )
             if settings.impl != "stock":
-                _replace(compressor, settings, watching)
+                _replace(compressor, settings, request_ids)
+                if compressor.head_dim == HEAD_DIM:
+                    vars(compressor).update(watching)
     return [layer for layer in attention if any(compressors_of(layer))]
 
 
@@ -153,11 +159,10 @@ def compressors_of(layer: DeepseekV4CPUAttention) -> Iterator[DeepseekV4CPUCompr
             yield compressor
 
 
-def _replace(compressor: Any, settings: Settings, watching: dict[str, Any]) -> None:
+def _replace(compressor: Any, settings: Settings, request_ids: Callable[[], Sequence[str]]) -> None:
     compressor.__class__ = OnePassCompressor
     compressor.settings = settings
-    if compressor.head_dim == HEAD_DIM:
-        vars(compressor).update(watching)
+    compressor.request_ids = request_ids
     if settings.state_save == "readable":
         compressor.state_cache.__class__ = ReadableStateCache
         compressor.state_cache.ratio = compressor.compress_ratio

@@ -193,7 +193,7 @@ def specs_of(config: VllmConfig) -> dict[str, KVCacheSpec]:
     with _one_worker(config), set_default_torch_dtype(dtype), torch.device("meta"):
         model = initialize_model(config)
     settings = resolve_state_save(Settings.read(config.additional_config).on("cpu"), config)
-    replace_compressors(model, settings, indexers_of_stage(config))
+    replace_compressors(model, settings, indexers_of_stage(config), request_ids=list)
     specs = GPUModelRunner.get_kv_cache_spec(
         SimpleNamespace(vllm_config=config, shared_kv_cache_layers={})
     )

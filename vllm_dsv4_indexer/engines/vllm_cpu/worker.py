@@ -44,7 +44,13 @@ class Worker(Accountable, CPUWorker):
         with exact_projections() if exact else nullcontext():
             super().load_model(**kwargs)
         indexers = indexers_of_stage(self.vllm_config)
-        layers = replace_compressors(self.get_model(), settings, indexers, **self._watch(settings))
+        layers = replace_compressors(
+            self.get_model(),
+            settings,
+            indexers,
+            request_ids=lambda: self.model_runner.input_batch.req_ids,
+            **self._watch(settings),
+        )
         if settings.untested == "verify" and impl != "stock":
             verify(layers)
         make_stage_input(self.model_runner)
@@ -56,12 +62,11 @@ class Worker(Accountable, CPUWorker):
             logger.info("DSV4_INDEXER: checked: a step that breaks an invariant is refused")
 
     def _watch(self, settings: Settings) -> dict[str, Any]:
-        """What the compressors share, to look at a step with."""
+        """What the indexers' compressors share, to look at a step with."""
         when, folder = settings.capture_when, settings.capture
         return dict(
             checks=Checks() if settings.check == "on" else None,
             captures=None if folder is None else Captures(folder, when, self.rank),
-            request_ids=lambda: self.model_runner.input_batch.req_ids,
         )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
