@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# `make test` has a process for each of two cores. OpenMP's threads wait for one another by spinning:
-# with two in each process, tests took up to ten times as long. Before torch reads it.
+# `make test` has a process on each of two cores. OpenMP's threads wait by spinning: with two in
+# each process, tests took up to ten times as long. To be set before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as if activated
 

@@ -137,7 +137,9 @@ class Step(NamedTuple):
 
     positions: Annotated[Tensor, Argument(("T",), _INT64, "position of each token in its request")]
     token_to_req: Annotated[Tensor, Argument(("T",), _INT32, "row of the block table")]
-    inner_state_slot_mapping: Annotated[Tensor, Argument(("T",), _INT64, "state row; -1: none")]
+    inner_state_slot_mapping: Annotated[
+        Tensor, Argument(("T",), _INT64, "state row; -1 or in page 0: none")
+    ]
     inner_state_block_table: Annotated[Tensor, Argument(("R", "M"), _INT32, "state pages; 0: none")]
     k_slot_mapping: Annotated[
         Tensor, Argument(("T",), _INT64, "entry, at a window's end; -1: none")

@@ -79,7 +79,7 @@ class Planner {
         violation = describe(code, token, q);
         return kViolation;
       }
-      if (a_.state_slots[token] < 0) continue;
+      if (!is_saved(token)) continue;
       ++saved_;
       if (last_tokens_.insert(token)) unique_ = false;
     }
@@ -92,6 +92,9 @@ class Planner {
   static constexpr int kWindow = window_of(ratio);
 
   int64_t state_rows() const { return a_.state_pages * a_.state_page; }
+
+  // The rows of page 0, the null page, are nobody's.
+  bool is_saved(int64_t token) const { return a_.state_slots[token] >= a_.state_page; }
 
   // A token closes a window, and emits an entry, if it ends a group and has somewhere to put the
   // entry.
@@ -220,10 +223,12 @@ class Planner {
         shared_, a_.state_pages, a_.state_page, a_.k_entries, a_.max_pos};
     std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
     std::copy_n(a_.token_to_req, a_.tokens, plan_ + plan_requests(a_.tokens));
-    std::copy_n(a_.state_slots, a_.tokens, plan_ + plan_state_slots(a_.tokens));
+    int64_t* const state_slots = plan_ + plan_state_slots(a_.tokens);
     int64_t* const k_slots = plan_ + plan_k_slots(a_.tokens);
-    for (int64_t token = 0; token < a_.tokens; ++token)
+    for (int64_t token = 0; token < a_.tokens; ++token) {
+      state_slots[token] = is_saved(token) ? a_.state_slots[token] : -1;
       k_slots[token] = windows_[token] == kNoWindow ? -1 : a_.k_slots[token];
+    }
   }
 
   const StepArguments& a_;

@@ -304,11 +304,12 @@ def test_of_two_tokens_with_one_slot_the_last_wins(geometry, impl):
 
 @every_main_compressor
 @every_impl
-def test_a_token_without_a_state_slot_counts_in_its_own_call(geometry, impl):
+@pytest.mark.parametrize("none", [-1, 1], ids=["-1", "null page"])
+def test_a_token_without_a_state_slot_counts_in_its_own_call(geometry, impl, none):
     batch = main_batch(geometry, [(0, 256)])
     entries = batch.clone().compress(impl).entries()
     state = batch.storages[0].clone()
-    batch.inner_state_slot_mapping.fill_(-1)
+    batch.inner_state_slot_mapping.fill_(none)
     batch.compress(impl)
     assert torch.equal(batch.storages[0], state)
     assert batch.entries() == entries

@@ -81,7 +81,9 @@ def test_every_page_size_stores_the_same_entries_and_rows(page):
     assert torch.equal(saved_rows(batch), saved_rows(other))
 
 
-@pytest.mark.parametrize("options", INT8, ids=("fp32_scale", "fp16_scale"))
+@pytest.mark.parametrize(
+    "options", [*INT8, INT8[0] | {"gaps": True}], ids=("fp32_scale", "fp16_scale", "gaps")
+)
 @pytest.mark.parametrize("kv_dtype", (torch.float32, torch.bfloat16))
 def test_int8_entries_equal_the_reference(options, kv_dtype):
     cases = [
@@ -113,15 +115,16 @@ def test_a_k_slot_on_a_token_that_closes_no_window_is_ignored(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(impl):
+@pytest.mark.parametrize("none", [[-1, -1], [1, 1], [0, 3]], ids=["-1", "null page", "its ends"])
+def test_a_token_without_a_state_slot_counts_in_its_own_call_but_is_not_saved(impl, none):
     batch = make_batch([(4, 12)])
     missing = batch.clone()
-    missing.inner_state_slot_mapping[[2, 6]] = -1
+    missing.inner_state_slot_mapping[[2, 6]] = torch.tensor(none)
     expected = batch.clone().compress(impl)
     missing.compress(impl)
     assert missing.entries() == expected.entries()
     page = batch.inner_state_cache.shape[1]
-    for slot in batch.inner_state_slot_mapping[[2, 6]].tolist():
+    for slot in [*batch.inner_state_slot_mapping[[2, 6]].tolist(), *range(page)]:
         row = (slot // page, slot % page)
         assert torch.equal(
             missing.inner_state_cache[row].view(torch.int32),

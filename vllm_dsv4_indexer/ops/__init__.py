@@ -163,7 +163,7 @@ def plan(
         positions: [T] int64, the position of each token in its request.
         token_to_req: [T] int32, each token's row of `inner_state_block_table`.
         inner_state_slot_mapping: [T] int64, the state row of each token, `page * state_page + row`;
-            -1 for none.
+            -1, or one in page 0, for none.
         inner_state_block_table: [R, M] int32, the state page of each `state_page` positions of a
             request. Page 0 is the null page. A token that closes a window needs other pages for all
             positions of the window.

@@ -51,6 +51,8 @@ def plan(step: Step, extents: Extents, ratio: int = RATIO) -> Tensor:
     _check_windows(windows, step, extents)
     if valid.error is not None:
         raise valid.error
+    slots = step.inner_state_slot_mapping  # those of page 0, the null page, are nobody's
+    step = step._replace(inner_state_slot_mapping=slots.masked_fill(slots < extents.state_page, -1))
 
     made = step.positions.new_zeros(contract.plan_size(tokens, ratio))
     sections = Plan.of(made, ratio)

@@ -87,16 +87,12 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
         return self.bound
 
     def _plan(self, step: Step, entries: Any, extents: Extents) -> torch.Tensor:
-        readable = self.settings.state_save == "readable"
-        if readable:  # rows that nobody reads later are of the null page
-            slots = step.inner_state_slot_mapping
-            saved = slots.masked_fill(slots < extents.state_page, -1)
-            step = step._replace(inner_state_slot_mapping=saved)
         plan = ops.plan(
             *step, **extents._asdict(), ratio=self.compress_ratio, impl=self.settings.impl
         )
         if self.checks is not None:
-            self.checks.step(step, entries, extents, all_saved=not readable)
+            all_saved = self.settings.state_save == "full"
+            self.checks.step(step, entries, extents, all_saved)
         return plan
 
     def _captured(
