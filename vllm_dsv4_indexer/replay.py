@@ -77,8 +77,9 @@ def _entries(call: Call, slots: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.arange(len(slots))
     codes = pages[:, :FP8_SCALE_OFFSET].unflatten(1, (FP8_PAGE_ENTRIES, HEAD_DIM))[token, entry]
     scales = pages[:, FP8_SCALE_OFFSET:].contiguous().view(torch.float32)[token, entry]
-    codes = torch.where(codes == 0xFF, 0x7F, codes.int())  # either NaN
-    return scales[:, None], torch.where(codes < 128, codes, 128 - codes)
+    codes = codes.int()
+    ordered = torch.where(codes < 128, codes, 128 - codes)
+    return scales[:, None], torch.where(codes & 0x7F == 0x7F, 255, ordered)  # a NaN: no neighbour
 
 
 def _compare_refusals(reference: str, other: str, impl: str) -> int:

@@ -179,12 +179,13 @@ class Batch:
         return _in_pages(self.k_cache, width, stride, DS_MLA_CODES).view(torch.bfloat16)
 
     def ordered_codes(self) -> Tensor:
-        """The codes as integers in the order of the values that they stand for."""
+        """The codes as integers in the order of the values that they stand for. A NaN has no
+        neighbour."""
         codes = self.codes().int()
         if self.k_format == "int8_hadamard":
             return codes
-        codes = torch.where(codes == 0xFF, 0x7F, codes)  # either NaN
-        return torch.where(codes < 128, codes, 128 - codes)
+        ordered = torch.where(codes < 128, codes, 128 - codes)
+        return torch.where(codes & 0x7F == 0x7F, 255, ordered)
 
     def scales(self) -> Tensor:
         """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales;

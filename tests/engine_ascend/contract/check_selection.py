@@ -3,6 +3,7 @@ told."""
 
 import math
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import family
@@ -266,9 +267,13 @@ def test_a_quantised_projection_is_refused_by_its_name(configure, quantised):
     quantisation = OneLayer()
     quantisation.quant_description = Description()
     make_attention(configure(), ours=False, quant_config=quantisation)
-    with pytest.raises(
+    refusal = pytest.raises(
         ValueError, match=rf"indexer\.compressor\.{quantised} is quantised \(AscendLinearMethod\)"
-    ):
+    )
+    never = (
+        npu.PRODUCT == "A5"
+    )  # there vllm-ascend leaves it as it is, whatever the checkpoint says
+    with nullcontext() if never else refusal:
         module = make_attention(configure(), ours=True, quant_config=quantisation)
         loading.finish_loading(module, "reference", 1, 512)
 
