@@ -36,19 +36,18 @@ def test_where_rows_are_unique_every_byte_is_that_of_the_one_pass(impl, options)
 
 @pytest.mark.parametrize("impl", BASELINES)
 @pytest.mark.parametrize("isa", cpu.ISAS)
-def test_every_instruction_set_and_number_of_threads_stores_the_same_bytes(impl, isa, monkeypatch):
+def test_every_instruction_set_and_number_of_threads_stores_the_same_bytes(
+    impl, isa, monkeypatch, set_threads
+):
     algorithm = cpu.algorithm_for(cpu.native().library, impl, isa)
     if not algorithm:
         pytest.skip(f"this CPU or build lacks {isa}")
-    batch, threads = make_batch(MIXED), torch.get_num_threads()
+    batch = make_batch(MIXED)
     expected = batch.clone().compress("cpu")
     monkeypatch.setitem(cpu.native().algorithms, (impl, INDEXER), algorithm)
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            assert_identical(batch.clone().compress(impl), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for threads in (1, 3):
+        set_threads(threads)
+        assert_identical(batch.clone().compress(impl), expected)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -263,17 +263,13 @@ def test_any_chunking_stores_the_same_bytes(geometry, impl, seed):
 @every_main_compressor
 @every_impl
 @pytest.mark.parametrize("threads", (1, 2, 3, 8))
-def test_any_number_of_threads_stores_the_same_bytes(geometry, impl, threads):
+def test_any_number_of_threads_stores_the_same_bytes(geometry, impl, threads, set_threads):
     """Also where a thread's share begins or ends inside a window."""
     batch = main_batch(geometry, [(3, 300), (0, 140), (5, 1), (128, 384), (0, 130)])
-    before, expected = torch.get_num_threads(), batch.clone()
-    try:
-        torch.set_num_threads(1)
-        expected.compress(impl)
-        torch.set_num_threads(threads)
-        assert_identical(batch.compress(impl), expected)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(1)
+    expected = batch.clone().compress(impl)
+    set_threads(threads)
+    assert_identical(batch.compress(impl), expected)
 
 
 @every_main_compressor
@@ -293,7 +289,8 @@ def test_a_prefix_that_is_filled_in_the_same_call_gives_the_entries_of_calls_one
 
 @every_main_compressor
 @every_impl
-def test_of_two_tokens_with_one_slot_the_last_wins(geometry, impl):
+def test_of_two_tokens_with_one_slot_the_last_wins(geometry, impl, set_threads):
+    set_threads(2)
     batch = main_batch(geometry, [(0, 300), (5, 140)])
     for slots in (batch.inner_state_slot_mapping, batch.k_slot_mapping):
         used = (slots >= 0).nonzero()[:, 0]

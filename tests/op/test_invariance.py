@@ -86,19 +86,15 @@ def test_a_batch_goes_on_from_its_history_as_from_an_earlier_call(start, kv_dtyp
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3, 8))
-def test_the_number_of_threads_changes_no_byte(threads):
-    before = torch.get_num_threads()
+def test_the_number_of_threads_changes_no_byte(threads, set_threads):
     requests = [*REQUESTS, *((s, 1) for s in range(100, 400, 3))]
     expected = make_batch(requests).compress("reference")
     batch = make_batch(requests)
     one = batch.clone()
-    try:
-        torch.set_num_threads(1)
-        one.compress("cpu")
-        torch.set_num_threads(threads)
-        batch.compress("cpu")
-    finally:
-        torch.set_num_threads(before)
+    set_threads(1)
+    one.compress("cpu")
+    set_threads(threads)
+    batch.compress("cpu")
     assert_identical(batch, one)
     assert torch.equal(
         batch.inner_state_cache.view(torch.int32), expected.inner_state_cache.view(torch.int32)

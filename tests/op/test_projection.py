@@ -76,19 +76,16 @@ def test_rows_of_x_may_lie_apart(method):
 
 @pytest.mark.skipif("bf16_dot" not in projection.methods(), reason="this CPU has no AVX512_BF16")
 @pytest.mark.parametrize("threads", (1, 2, 3))
-def test_by_bf16_dot_a_row_has_the_same_bits_in_any_call_and_on_any_number_of_threads(threads):
+def test_by_bf16_dot_a_row_has_the_same_bits_in_any_call_and_on_any_number_of_threads(
+    threads, set_threads
+):
     x, weight = draw(200, 4100)
     weight = projection.prepare_weight(weight, "bf16_dot")
     expected = torch.cat([projection.project(row, weight) for row in x.split(1)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for length in (200, 97, 7):
-            assert torch.cat([projection.project(part, weight) for part in x.split(length)]).equal(
-                expected
-            )
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    for length in (200, 97, 7):
+        parts = [projection.project(part, weight) for part in x.split(length)]
+        assert torch.cat(parts).equal(expected)
 
 
 @METHODS

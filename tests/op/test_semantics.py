@@ -151,7 +151,8 @@ def test_a_padding_row_before_position_0_is_no_row_of_the_request(impl):
         ("k_slot_mapping", 11, 40),  # the second request's first window, which reads the state
     ],
 )
-def test_of_two_tokens_with_one_slot_the_last_wins(impl, argument, first, last):
+def test_of_two_tokens_with_one_slot_the_last_wins(impl, argument, first, last, set_threads):
+    set_threads(2)
     batch = make_batch([(0, 40), (3, 250)], kv_dtype=torch.bfloat16)
     slots, k_slots = batch.inner_state_slot_mapping, batch.k_slot_mapping
     getattr(batch, argument)[first] = getattr(batch, argument)[last]
