@@ -36,6 +36,11 @@ static inline DsMlaPlace ds_mla_place(const LayerArguments& l, int64_t slot) {
   return {codes, codes + kDsMlaCodes, page + l.k_page * kDsMlaDataBytes + entry * kDsMlaScaleBytes};
 }
 
+static inline uint16_t* bf16_place(const LayerArguments& l, int64_t slot) {
+  return static_cast<uint16_t*>(l.k_cache) + slot / l.k_page * l.k_page_stride +
+         slot % l.k_page * l.k_entry_stride;
+}
+
 // int8: the codes in one tensor, the scales in another.
 struct Int8Place {
   int8_t* codes;
