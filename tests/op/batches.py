@@ -17,7 +17,6 @@ from vllm_dsv4_indexer.bench.batches import (
 from vllm_dsv4_indexer.contract import (
     GEOMETRIES,
     HEAD_DIM,
-    KV_WIDTH,
     ROPE_DIM,
 )
 
@@ -74,6 +73,7 @@ TIES = {
     "fp8_pow2": ("bf16", "codes"),
     "int8_hadamard": ("bf16", 508, 2793, 12679),
     "fp8_amax": ("bf16", 3072),
+    "bf16": ("bf16",),
 }
 
 
@@ -84,8 +84,8 @@ def on_ties(k_format: str, kind: str | int, **options) -> Batch:
     batch = make_batch([(0, 16), (0, 40)], k_format=k_format, norm_dtype=torch.float32, **options)
     batch.kv_score[:] = 1
     batch.kv_score[16:] = -1
-    batch.kv_score[:, KV_WIDTH:] = batch.ape[:] = 0
-    batch.norm_weight[:] = 2 * _tied(kind)
+    batch.kv_score[:, batch.geometry.kv_width :] = batch.ape[:] = 0
+    batch.norm_weight[:] = 2 * _tied(kind).repeat(batch.geometry.head_dim // HEAD_DIM)
     batch.cos_sin_cache[:] = 1
     batch.cos_sin_cache[:, ROPE_DIM // 2 :] = 0
     return replace(batch, eps=3.0)

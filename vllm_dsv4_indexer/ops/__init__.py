@@ -88,7 +88,7 @@ IMPLEMENTATIONS = {
         ("cpu",),
         tuple(contract.STATE_PAGES),
     ),
-    "ascend": Implementation(_ascend, ("int8_hadamard", "fp8_amax"), ("npu",)),
+    "ascend": Implementation(_ascend, ("int8_hadamard", "fp8_amax", "bf16"), ("npu",)),
     "reference": Implementation(
         _reference, tuple(contract.K_FORMATS), ratios=tuple(contract.STATE_PAGES)
     ),
