@@ -4,10 +4,11 @@
 // A core owns the groups of four positions that begin among its tokens, and works through them in
 // tiles (tile.h). The rows of a tile come in by MTE2, get the gate's bias, go out again as state
 // rows by MTE3, and are pooled in between: no intermediate value leaves the unified buffer. A
-// window's first four rows are the frame before its own. Where that is not in the unified buffer (a
-// request's first window, the first of a core's span), a frame is filled with their front halves:
-// rows of this call raw from kv_score, older ones from the state, as the step's plan says. No core
-// reads a row that this launch writes; README.md has the argument.
+// window's first four rows are the frame before its own, which may be the last of the tile before.
+// Where that is not in the unified buffer (a request's first window, the first of a core's span), a
+// frame is filled with their front halves: rows of this call raw from kv_score, older ones from the
+// state, as the step's plan says. No core reads a row that this launch writes; README.md has the
+// argument.
 #pragma once
 
 #include "budget.h"
@@ -57,7 +58,7 @@ class Compress {
     while (next_ < span_.end && tile_.Room() > 0) {
       const int64_t last = plan_.LastOfGroup(next_), entry = plan_.KSlot(last);
       // A late window's first four rows are the group before it, which this core has, unless it has
-      // just begun.
+      // just begun. What is fetched is in the group's own tile, if a tile can have both.
       const bool fetches = entry >= 0 && !fetched_ && !(full_ && plan_.IsLate(last));
       if (fetches && tile_.Room() == 1 && !Previous<G>::kCarried) break;
       if (fetches) tile_.AddPreviousHalves(last);

@@ -75,8 +75,8 @@ class Pool {
 
   // Of four rows that are so many floats apart: where a part begins, and how many blocks further
   // its next repeat is.
-  static constexpr int Begin(int part, int row) { return part * (kByRow ? row : kLanes); }
-  static constexpr uint8_t Step(int row) {
+  __aicore__ inline static int Begin(int part, int row) { return part * (kByRow ? row : kLanes); }
+  __aicore__ inline static uint8_t Step(int row) {
     return static_cast<uint8_t>((kByRow ? kLanes : row) / kBlockFloats);
   }
 

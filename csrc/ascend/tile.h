@@ -1,5 +1,5 @@
-// A tile: a few frames of rows in the unified buffer. A frame holds the rows of a group of
-// four positions, or those of their halves that a window pools.
+// A tile: a few frames of rows in the unified buffer. A frame holds the rows of a group of four
+// positions, or those of their halves that a window pools.
 //
 // Whole rows are of the core's own tokens: they come from kv_score and go out again as state rows.
 // Halves complete a window: they come from kv_score or from the state, as the step's plan says.

@@ -379,7 +379,7 @@ MUTANTS = [
     # The main compressor on NPUs.
     Mutant(COMPRESS, "(full_ || fetched_) &&", "full_ &&", NPU_ZEROS),
     Mutant(POOL, "kCarried ? G::kHeadDim :", "kCarried ? G::kKvWidth :", NPU_ZEROS),
-    Mutant(POOL, "part * (kByRow ? row : kLanes)", "part * kLanes", NPU_ZEROS),
+    Mutant(POOL, "part * (kByRow ? row :", "part * (kByRow ? row / 2 :", NPU_ZEROS),
     Mutant(POOL, "(kByRow ? kLanes : row) / kBlock", "row / kBlock", NPU_ZEROS),
     Mutant(FINISH, "kTurned<G> == 1 ? width : kBlockFloats", "width", NPU_ZEROS),
     Mutant(FINISH, "y_ = kBoth ? x_[kPlanes * kPlane] : pooled_", "y_ = x_[0]", NPU_ZEROS),
@@ -396,7 +396,7 @@ MUTANTS = [
     Mutant(
         "csrc/ascend/launch.h",
         "compared = head_dim == Indexer::kHeadDim",
-        "compared = true",
+        "compared = head_dim >= Indexer::kHeadDim",
         f"{KERNELS}::test_the_algorithms_for_comparison_are_the_indexers_alone",
     ),
     # The NPU's plan, and the scalar unit's cache.

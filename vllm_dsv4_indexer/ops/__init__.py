@@ -361,7 +361,8 @@ def compress(
     | main, ratio 4 | 512 | [4, W = 1024] | 2048 | `fp8_ds_mla`, `bf16` |
     | main, ratio 128 | 512 | [128, W = 512] | 1024 | `fp8_ds_mla`, `bf16` |
 
-    The main compressors' implementations are `cpu` and `reference`.
+    The main compressors' implementations are `cpu` and `reference`, and for the ratio 4 with `bf16`
+    also `ascend`.
 
     A window's row is the first of these that exists:
 
