@@ -88,8 +88,8 @@ INDEXER = Geometry(HEAD_DIM, RATIO)
 # The compressors of DeepSeek-V4, and the formats of the caches that they write.
 GEOMETRIES = {
     INDEXER: ("fp8_pow2", "int8_hadamard", "fp8_amax"),
-    Geometry(head_dim=512, ratio=4): ("fp8_ds_mla",),
-    Geometry(head_dim=512, ratio=128): ("fp8_ds_mla",),
+    Geometry(head_dim=512, ratio=4): ("fp8_ds_mla", "bf16"),
+    Geometry(head_dim=512, ratio=128): ("fp8_ds_mla", "bf16"),
 }
 
 
@@ -252,6 +252,8 @@ K_FORMATS = {
             dense=2,
         )
     },
+    # vllm-ascend 0.30.0rc2, DSAAttention.get_kv_cache_spec: the main caches on A2 and A3.
+    "bf16": {"k_cache": Argument(("k_pages", "bs", "head_dim"), (torch.bfloat16,), "channels")},
 }
 # The tensors of a call, but for those of its step.
 _TENSORS = {

@@ -6,7 +6,7 @@
 
 namespace dsv4 {
 
-enum KFormat : int64_t { kInt8Hadamard = 1, kFp8Amax = 2 };  // 0 is the CPU's kFp8Pow2 (cpu/abi.h)
+enum KFormat : int64_t { kInt8Hadamard = 1, kFp8Amax = 2, kBf16 = 3 };  // the CPU's: cpu/abi.h
 
 // Addresses are of the device. Strides are in elements of tensors. Kernels take structs by value.
 
@@ -42,22 +42,24 @@ struct PlanArguments {
 // One layer of a step. What changes from call to call comes first.
 struct RunArguments {
   int64_t tokens;     // T
-  uint64_t kv_score;  // [T, 512] fp32
+  uint64_t kv_score;  // [T, row width = 4 head_dim] fp32
   int64_t kv_score_stride;
   uint64_t plan;  // [16 + 13 T] int64, of this step
 
-  uint64_t ape;          // [4, 256] fp32
-  uint64_t norm_weight;  // [128] fp32 or bf16
+  int64_t head_dim;      // 128, the indexer's, or 512
+  int64_t ratio;         // 4
+  uint64_t ape;          // [4, 2 head_dim] fp32
+  uint64_t norm_weight;  // [head_dim] fp32 or bf16
   int64_t norm_weight_is_bf16;
   uint64_t cos_sin;  // [cos_sin_rows, 64] fp32
   int64_t cos_sin_stride;
   int64_t cos_sin_rows;
-  uint64_t state;  // [state_pages, state_page, 512] fp32
+  uint64_t state;  // [state_pages, state_page, row width] fp32
   int64_t state_page_stride;
   int64_t state_row_stride;
   int64_t state_pages;
   int64_t state_page;  // tokens per page: 2, 4 or 8
-  uint64_t k_cache;    // int8: [k_pages, k_page, 128]; fp8: opaque pages of bytes
+  uint64_t k_cache;    // int8, bf16: [k_pages, k_page, head_dim]; fp8: opaque pages of bytes
   int64_t k_page_stride;
   int64_t k_entry_stride;  // fp8: 128
   int64_t k_pages;

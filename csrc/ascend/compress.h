@@ -4,12 +4,14 @@
 // A core owns the groups of four positions that begin among its tokens, and works through them in
 // tiles (tile.h). The rows of a tile come in by MTE2, get the gate's bias, go out again as state
 // rows by MTE3, and are pooled in between: no intermediate value leaves the unified buffer. A
-// window's first four rows are the frame before its own. Where that is not in the unified buffer (a
-// request's first window, the first of a core's span), a frame is filled with their front halves:
-// rows of this call raw from kv_score, older ones from the state, as the step's plan says. No core
-// reads a row that this launch writes; README.md has the argument.
+// window's first four rows are the frame before its own, which may be the last of the tile before.
+// Where that is not in the unified buffer (a request's first window, the first of a core's span), a
+// frame is filled with their front halves: rows of this call raw from kv_score, older ones from the
+// state, as the step's plan says. No core reads a row that this launch writes; README.md has the
+// argument.
 #pragma once
 
+#include "budget.h"
 #include "finish.h"
 #include "planned.h"
 #include "pool.h"
@@ -18,14 +20,18 @@
 
 namespace dsv4 {
 
-template <int64_t kFormat>
+template <class G, int64_t kFormat>
 class Compress {
+  static constexpr int kCarryBytes = kRatio * Previous<G>::kRow * static_cast<int>(sizeof(float));
+  static_assert(Planned::kBytes + Tile<G>::kBytes + kCarryBytes + Finish<G, kFormat>::kBytes <=
+                kUnifiedBuffer);
+
  public:
   __aicore__ inline void Init(TPipe* pipe, const RunArguments& a, const Tiling& tiling) {
     span_ = OwnSpan(a.tokens, tiling);
     plan_.Init(pipe, a);
     tile_.Init(pipe, a, &plan_);
-    pipe->InitBuffer(carry_buffer_, kFrameFloats * sizeof(float));
+    pipe->InitBuffer(carry_buffer_, kCarryBytes);
     carry_ = carry_buffer_.template Get<float>();
     finish_.Init(pipe, a);
     pool_.Init(finish_.Scratch());
@@ -52,10 +58,12 @@ class Compress {
     while (next_ < span_.end && tile_.Room() > 0) {
       const int64_t last = plan_.LastOfGroup(next_), entry = plan_.KSlot(last);
       // A late window's first four rows are the group before it, which this core has, unless it has
-      // just begun.
-      const bool fetches = entry >= 0 && !(full_ && plan_.IsLate(last));
-      if (tile_.Room() < 1 + fetches) break;
+      // just begun. What is fetched is in the group's own tile, if a tile can have both.
+      const bool fetches = entry >= 0 && !fetched_ && !(full_ && plan_.IsLate(last));
+      if (fetches && tile_.Room() == 1 && !Previous<G>::kCarried) break;
       if (fetches) tile_.AddPreviousHalves(last);
+      fetched_ = fetches && tile_.Room() == 0;
+      if (fetched_) break;  // the group is the next tile's
       tile_.AddGroup(next_, last, entry);
       full_ = last - next_ + 1 == kRatio;
       next_ = last + 1;
@@ -70,24 +78,27 @@ class Compress {
       previous = rows;
     }
     pool_.Run(finish_.Pooled());
-    if (full_ && next_ < span_.end) Carry(previous);
+    if ((full_ || fetched_) && next_ < span_.end) Carry(previous);
     finish_.Take(tile_);
   }
 
   // Keeps the front halves of the last frame for the tile to come.
   __aicore__ inline void Carry(const LocalTensor<float>& rows) {
-    for (int part = 0; part < kRowWidth; part += kKvWidth)
-      for (int c = part; c < part + kHeadDim; c += kLanes)
-        Copy(carry_[c], rows[c], kLanes, kRatio, {1, 1, kRowBlocks, kRowBlocks});
+    constexpr int kTo = Previous<G>::kRow / kBlockFloats, kFrom = G::kRowWidth / kBlockFloats;
+    for (int part = 0; part < 2; ++part)  // kv and gate
+      for (int c = 0; c < G::kHeadDim; c += kLanes)
+        Copy(carry_[part * Previous<G>::kGate + c], rows[part * G::kKvWidth + c], kLanes, kRatio,
+             {1, 1, kTo, kFrom});
   }
 
   Span span_;
-  int64_t next_;       // the first token that is in no tile yet
-  bool full_ = false;  // the last frame holds four tokens of this core
+  int64_t next_;          // the first token that is in no tile yet
+  bool full_ = false;     // the last frame holds four tokens of this core
+  bool fetched_ = false;  // it holds the halves before the group of next_
   Planned plan_;
-  Tile tile_;
-  Pool pool_;
-  Finish<kFormat> finish_;
+  Tile<G> tile_;
+  Pool<G> pool_;
+  Finish<G, kFormat> finish_;
   TBuf<> carry_buffer_;
   LocalTensor<float> carry_;
 };

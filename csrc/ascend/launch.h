@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "comparison/baselines.h"
 #include "compress.h"
@@ -31,23 +32,26 @@ __aicore__ inline void plan(const PlanArguments& arguments, const Tiling& tiling
   run_kernel<Planner<Tokens>>(arguments, tiling);
 }
 
-template <LayerKernel kKernel, int64_t kFormat>
+template <LayerKernel kKernel, class G, int64_t kFormat>
 __aicore__ inline void run(const RunArguments& arguments, const Tiling& tiling) {
-  if constexpr (kKernel == kOnePass) run_kernel<Compress<kFormat>>(arguments, tiling);
+  static_assert(kKernel == kOnePass || std::is_same_v<G, Indexer>);
+  if constexpr (kKernel == kOnePass) run_kernel<Compress<G, kFormat>>(arguments, tiling);
   if constexpr (kKernel == kSave) run_kernel<SaveRows>(arguments, tiling);
   if constexpr (kKernel == kPoolState) run_kernel<PoolRows<kFormat, false>>(arguments, tiling);
   if constexpr (kKernel == kPoolScan) run_kernel<PoolRows<kFormat, true>>(arguments, tiling);
 }
 
-// Calls `launch(Launch<...>{})` for each launch of `algorithm`; false: there is no such algorithm.
+// Calls `launch(Launch<...>{})` for each launch of `algorithm`; false: there is no such algorithm
+// for this head dimension.
 template <class F>
-bool for_each_launch(const char* algorithm, F launch) {
+bool for_each_launch(const char* algorithm, int64_t head_dim, F launch) {
+  const bool compared = head_dim == Indexer::kHeadDim;  // the others serve the indexer alone
   if (std::strcmp(algorithm, "one_pass") == 0) {
     launch(Launch<kOnePass>{});
-  } else if (std::strcmp(algorithm, "scatter_pool") == 0) {
+  } else if (compared && std::strcmp(algorithm, "scatter_pool") == 0) {
     launch(Launch<kSave>{});
     launch(Launch<kPoolState>{});
-  } else if (std::strcmp(algorithm, "overlay_scan") == 0) {
+  } else if (compared && std::strcmp(algorithm, "overlay_scan") == 0) {
     launch(Launch<kPoolScan>{});
     launch(Launch<kSave>{});
   } else {

@@ -9,7 +9,13 @@
 namespace dsv4 {
 
 class Planned {
+  static constexpr int64_t kAhead = 4 * kRatio + 1;  // tokens that a tile may look at, and the next
+  static constexpr int64_t kHeld = 256;
+  static constexpr int64_t kSourced = 32;  // tokens whose sources come together: most ask for none
+
  public:
+  static constexpr int64_t kBytes = (kSections * kHeld + kSourced * kWindow) * sizeof(int64_t);
+
   __aicore__ inline void Init(TPipe* pipe, const RunArguments& a) {
     pipe_ = pipe;
     args_ = a;
@@ -84,10 +90,6 @@ class Planned {
   }
 
  private:
-  static constexpr int64_t kAhead = 4 * kRatio + 1;  // tokens that a tile may look at, and the next
-  static constexpr int64_t kHeld = 256;
-  static constexpr int64_t kSourced = 32;  // tokens whose sources come together: most ask for none
-
   __aicore__ inline int64_t Get(Section section, int64_t token) const {
     return sections_.GetValue(section * kHeld + token - begin_);
   }

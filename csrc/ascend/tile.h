@@ -1,5 +1,5 @@
-// A tile: up to four frames of rows in the unified buffer. A frame holds the rows of a group of
-// four positions, or those of their halves that a window pools.
+// A tile: a few frames of rows in the unified buffer. A frame holds the rows of a group of four
+// positions, or those of their halves that a window pools.
 //
 // Whole rows are of the core's own tokens: they come from kv_score and go out again as state rows.
 // Halves complete a window: they come from kv_score or from the state, as the step's plan says.
@@ -7,6 +7,7 @@
 
 #include "../layout.h"
 #include "abi.h"
+#include "budget.h"
 #include "device.h"
 #include "paging.h"
 #include "planned.h"
@@ -14,8 +15,15 @@
 
 namespace dsv4 {
 
+template <class G>
 class Tile {
+  static constexpr int kTileBytes =
+      Budget<G>::kFrames * (kFrameFloats<G> + kRopeDim) * static_cast<int>(sizeof(float));
+  static constexpr int kBiasBytes = kRatio * G::kKvWidth * static_cast<int>(sizeof(float));
+
  public:
+  static constexpr int64_t kBytes = Budget<G>::kTiles * kTileBytes + kBiasBytes;
+
   __aicore__ inline void Init(TPipe* pipe, const RunArguments& a, Planned* plan) {
     args_ = a;
     plan_ = plan;
@@ -23,8 +31,8 @@ class Tile {
     state_gm_.SetGlobalBuffer((__gm__ float*)a.state);
     cos_sin_gm_.SetGlobalBuffer((__gm__ float*)a.cos_sin);
     paging_.Init(a.state_page);
-    pipe->InitBuffer(queue_, kBuffers, kMostFrames * (kFrameFloats + kRopeDim) * sizeof(float));
-    pipe->InitBuffer(bias_buffer_, kRatio * kKvWidth * sizeof(float));
+    pipe->InitBuffer(queue_, Budget<G>::kTiles, kTileBytes);
+    pipe->InitBuffer(bias_buffer_, kBiasBytes);
     bias_ = bias_buffer_.Get<float>();
     LoadBias();
   }
@@ -48,7 +56,7 @@ class Tile {
   __aicore__ inline void End() { queue_.FreeTensor(rows_); }
 
   __aicore__ inline int Frames() const { return used_; }
-  __aicore__ inline int Room() const { return kMostFrames - used_; }
+  __aicore__ inline int Room() const { return Budget<G>::kFrames - used_; }
 
   // Adds the group of tokens [first, last], whole. If `entry` is one, it is that of the window that
   // `last` closes, and the positions of the group before `first` are added for it.
@@ -56,7 +64,7 @@ class Tile {
     const int64_t position = plan_->Position(first);
     const int row = static_cast<int>(position & (kRatio - 1));
     const int rows = static_cast<int>(last - first + 1);
-    frames_[used_] = {first, row, rows, kHeadDim, ((1 << rows) - 1) << row, 0, entry};
+    frames_[used_] = {first, row, rows, G::kHeadDim, ((1 << rows) - 1) << row, 0, entry};
     if (entry >= 0) Fetch(last, kRatio, row);
     if (entry >= 0) starts_[windows_++] = position - row;
     ++used_;
@@ -70,7 +78,7 @@ class Tile {
     ++used_;
   }
   __aicore__ inline void AddOwnHalves(int64_t last, int64_t entry) {
-    frames_[used_] = {last, 0, 0, kHeadDim, 0, 0, entry};
+    frames_[used_] = {last, 0, 0, G::kHeadDim, 0, 0, entry};
     Fetch(last, kRatio, kRatio);
     starts_[windows_++] = plan_->Position(last) - kRatio + 1;
     ++used_;
@@ -87,12 +95,12 @@ class Tile {
   // The rows of frame f, with the bias added and absent ones weightless.
   __aicore__ inline LocalTensor<float> Complete(int f) {
     const Frame& frame = frames_[f];
-    const LocalTensor<float> rows = rows_[f * kFrameFloats];
+    const LocalTensor<float> rows = rows_[f * kFrameFloats<G>];
     for (int row = 0; row < kRatio; ++row) {
-      const LocalTensor<float> kv = rows[row * kRowWidth], gate = kv[kKvWidth],
-                               bias = bias_[row * kKvWidth];
+      const LocalTensor<float> kv = rows[row * G::kRowWidth], gate = kv[G::kKvWidth],
+                               bias = bias_[row * G::kKvWidth];
       const bool whole = row >= frame.row && row < frame.row + frame.rows;
-      const int at = whole ? 0 : frame.half, width = whole ? kKvWidth : kHeadDim;
+      const int at = whole ? 0 : frame.half, width = whole ? G::kKvWidth : G::kHeadDim;
       if (frame.raw >> row & 1) Add(gate[at], gate[at], bias[at], width);
       if (frame.absent >> row & 1) {
         Duplicate(kv[at], 0.0f, width);
@@ -108,7 +116,7 @@ class Tile {
   // How many windows end here, and the cosines and sines of window w.
   __aicore__ inline int Windows() const { return windows_; }
   __aicore__ inline LocalTensor<float> CosSin(int w) const {
-    return rows_[kMostFrames * kFrameFloats + w * kRopeDim];
+    return rows_[Budget<G>::kFrames * kFrameFloats<G> + w * kRopeDim];
   }
 
   // Saves the whole rows. Where neighbours in the tile are neighbours in a page, they go together.
@@ -132,15 +140,13 @@ class Tile {
   }
 
  private:
-  // One is loaded, one pooled and one stored.
-  static constexpr int kBuffers = 3;
-  static constexpr int kHalfBytes = kHeadDim * sizeof(float);
+  static constexpr int kHalfBytes = G::kHeadDim * sizeof(float);
   static constexpr float kWeightless = -3e38f;  // a gate whose weight is 0 beside any other
 
   struct Frame {
     int64_t token;  // of the first row that is a token's
     int row, rows;  // rows [row, row + rows) are whole, of tokens of this core
-    int half;       // where the 128 channels of the other rows begin
+    int half;       // where the channels of the other rows begin
     int raw;        // bits: rows that came from kv_score and lack the bias
     int absent;     // bits: rows that do not exist
     int64_t entry;  // the entry of the window that ends here, or -1
@@ -157,8 +163,8 @@ class Tile {
   // The first tile arrives after it.
   __aicore__ inline void LoadBias() {
     GlobalTensor<float> gm;
-    gm.SetGlobalBuffer((__gm__ float*)args_.ape, kRatio * kKvWidth);
-    DataCopyPad(bias_, gm, DataCopyExtParams(1, kRatio * kKvWidth * sizeof(float), 0, 0, 0),
+    gm.SetGlobalBuffer((__gm__ float*)args_.ape, kRatio * G::kKvWidth);
+    DataCopyPad(bias_, gm, DataCopyExtParams(1, kBiasBytes, 0, 0, 0),
                 DataCopyPadExtParams<float>());
   }
 
@@ -198,17 +204,18 @@ class Tile {
     FetchStretch(used_, stretch);
   }
 
-  // The kv half and the gate half of each row. With rows of 512 floats one transfer does, for then
-  // the halves of all of them are evenly spaced.
+  // The kv half and the gate half of each row. With rows that are dense one transfer does, for
+  // then the halves of all of them are evenly spaced.
   __aicore__ inline void FetchStretch(int f, const Stretch& stretch) {
     if (stretch.rows == 0) return;
     const GlobalTensor<float> source =
         stretch.raw ? kv_score_gm_[stretch.at] : state_gm_[stretch.at];
     const int64_t stride = RowStride(stretch.raw);
-    const int half = frames_[f].half, together = stride == kRowWidth ? stretch.rows : 1;
-    const LocalTensor<float> target = rows_[f * kFrameFloats + stretch.row * kRowWidth + half];
+    const int half = frames_[f].half, together = stride == G::kRowWidth ? stretch.rows : 1;
+    const LocalTensor<float> target =
+        rows_[f * kFrameFloats<G> + stretch.row * G::kRowWidth + half];
     for (int i = 0; i < stretch.rows; i += together)
-      CopyRows(target[i * kRowWidth], source[i * stride + half], 2 * together, kHalfBytes,
+      CopyRows(target[i * G::kRowWidth], source[i * stride + half], 2 * together, kHalfBytes,
                kHalfBytes, Blocks(kHalfBytes));
   }
 
@@ -242,19 +249,19 @@ class Tile {
   }
 
   __aicore__ inline void LoadRun(int64_t token, int row, int rows) {
-    CopyRows(rows_[row * kRowWidth], kv_score_gm_[token * args_.kv_score_stride], rows,
-             kRowWidth * sizeof(float), Gap(args_.kv_score_stride), 0);
+    CopyRows(rows_[row * G::kRowWidth], kv_score_gm_[token * args_.kv_score_stride], rows,
+             G::kRowWidth * sizeof(float), Gap(args_.kv_score_stride), 0);
   }
 
   __aicore__ inline void SaveRun(int64_t slot, int row, int rows) {
-    const DataCopyExtParams params(static_cast<uint16_t>(rows), kRowWidth * sizeof(float), 0,
+    const DataCopyExtParams params(static_cast<uint16_t>(rows), G::kRowWidth * sizeof(float), 0,
                                    Gap(args_.state_row_stride), 0);
-    DataCopyPad(state_gm_[StateRow(slot)], rows_[row * kRowWidth], params);
+    DataCopyPad(state_gm_[StateRow(slot)], rows_[row * G::kRowWidth], params);
   }
 
   // The bytes between two rows.
   __aicore__ inline uint32_t Gap(int64_t stride) const {
-    return static_cast<uint32_t>((stride - kRowWidth) * sizeof(float));
+    return static_cast<uint32_t>((stride - G::kRowWidth) * sizeof(float));
   }
 
   __aicore__ inline void CopyRows(const LocalTensor<float>& target,
@@ -266,9 +273,9 @@ class Tile {
 
   RunArguments args_;
   Planned* plan_;
-  Frame frames_[kMostFrames];
+  Frame frames_[Budget<G>::kFrames];
   int used_ = 0;
-  int64_t starts_[kMostFrames];  // of the groups that windows end with, the first position
+  int64_t starts_[Budget<G>::kFrames];  // of the groups that windows end with, the first position
   int windows_ = 0;
   Paging paging_;
   GlobalTensor<float> kv_score_gm_, state_gm_, cos_sin_gm_;

@@ -103,23 +103,28 @@ inline bool unsupported(const PlanArguments& a, bool by_requests, const Device& 
 }
 
 inline bool unsupported(const RunArguments& a, const Device& device, char* message, int64_t size) {
-  const bool fp8 = a.k_format == kFp8Amax;
+  const bool fp8 = a.k_format == kFp8Amax, main = a.head_dim == Main4::kHeadDim;
+  const int64_t width = main ? Main4::kRowWidth : Indexer::kRowWidth;
+  const char* const widths = main ? "2048 to 2^20" : "512 to 2^20";
   const auto row_stride = [](int64_t stride, int64_t rows, int64_t width) {
     return rows <= 1 || (stride >= width && stride <= 1 << 20);
   };
   const Line lines[] = {
-      {fp8 || a.k_format == kInt8Hadamard, "k_format number", a.k_format,
-       "int8_hadamard and, on Ascend950, fp8_amax"},
+      {a.ratio == kRatio, "a ratio of", a.ratio,
+       "4; leave layers of the ratio 128 to the engine's own compressor"},
+      {main || a.head_dim == Indexer::kHeadDim, "a head dimension of", a.head_dim, "128 and 512"},
+      {main ? a.k_format == kBf16 : fp8 || a.k_format == kInt8Hadamard, "k_format number",
+       a.k_format, "int8_hadamard and, on Ascend950, fp8_amax; with the head dimension 512 bf16"},
       {!fp8 || device.built_for == kA5, "k_format fp8_amax on this product, number", a.k_format,
        "int8_hadamard; only Ascend950 has casts to fp8"},
       {is_state_page(a.state_page), "a state page, in tokens, of", a.state_page, "2, 4 and 8"},
       {is_k_page(a.k_page), "a K page, in entries, of", a.k_page, "32, 64 and 128"},
       {!fp8 || a.k_page_stride % 4 == 0, "a K page stride, in bytes, of", a.k_page_stride,
        "multiples of 4, for the fp32 scales"},
-      {row_stride(a.kv_score_stride, a.tokens, kRowWidth), "a row stride of kv_score of",
-       a.kv_score_stride, "512 to 2^20"},
-      {row_stride(a.state_row_stride, a.state_page, kRowWidth), "a row stride of the state of",
-       a.state_row_stride, "512 to 2^20"},
+      {row_stride(a.kv_score_stride, a.tokens, width), "a row stride of kv_score of",
+       a.kv_score_stride, widths},
+      {row_stride(a.state_row_stride, a.state_page, width), "a row stride of the state of",
+       a.state_row_stride, widths},
       {row_stride(a.cos_sin_stride, a.cos_sin_rows, kRopeDim), "a row stride of cos_sin_cache of",
        a.cos_sin_stride, "64 to 2^20"},
   };

@@ -13,7 +13,7 @@ using Task = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task task,
                                 void* context);
 
-enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1, kFp8DsMla = 2 };
+enum KFormat : int64_t { kFp8Pow2 = 0, kInt8Hadamard = 1, kFp8DsMla = 2, kBf16 = 3 };
 
 // Where the plan looks for rows that are not a request's own tokens. kStateOnly is for the
 // baselines, whose windows come from the state alone.
@@ -49,9 +49,9 @@ struct LayerArguments {
   int64_t state_row_stride;
   int64_t state_pages;
   int64_t state_page;
-  void* k_cache;  // fp8: opaque pages of bytes; int8: [k_pages, k_page, 128]
+  void* k_cache;  // fp8: opaque pages of bytes; int8, bf16: [k_pages, k_page, head_dim]
   int64_t k_page_stride;
-  int64_t k_entry_stride;  // int8 only
+  int64_t k_entry_stride;  // int8 and bf16
   int64_t k_pages;
   int64_t k_page;  // entries per page
   void* k_scale;   // int8 only: [k_pages, k_page] fp32 or fp16

@@ -30,7 +30,7 @@ class Entries {
       rotate(entry_[i], a_.cos_sin + position * a_.cos_sin_stride);
     }
     if constexpr (G::kHeadDim == Main4::kHeadDim)
-      store_ds_mla();
+      a_.k_format == kFp8DsMla ? store_ds_mla() : store_bf16();
     else
       a_.k_format == kFp8Pow2 ? store_fp8() : store_int8();
     count_ = 0;
@@ -52,6 +52,11 @@ class Entries {
 
   void store_ds_mla() {
     for (int i = 0; i < count_; ++i) ::store_ds_mla(a_, call_.k_slots[token_[i]], entry_[i]);
+  }
+
+  void store_bf16() {
+    for (int i = 0; i < count_; ++i)
+      store_bfloat16(bf16_place(a_, call_.k_slots[token_[i]]), entry_[i]);
   }
 
   const LayerCall& call_;

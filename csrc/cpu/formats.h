@@ -95,12 +95,12 @@ Entry<part> channels_from(const Entry<channels>& x, int first) {
 
 // As bfloat16; of a NaN always the same bits, whatever sign the CPU gave it.
 template <int channels>
-void store_bfloat16(uint8_t* to, const Entry<channels>& x) {
+void store_bfloat16(void* to, const Entry<channels>& x) {
   constexpr int32_t kNaN = 0x7fc00000;
   const auto bits = [](Floats v) { return v == v ? bits_as_bfloat16((Ints)v) : broadcast(kNaN); };
   for (int i = 0; i < x.kVectors; ++i) {
     const Ints both = (Ints)((UnsignedInts)bits(x.even[i]) >> 16) | bits(x.odd[i]);
-    std::memcpy(to + i * sizeof both, &both, sizeof both);
+    std::memcpy(static_cast<uint8_t*>(to) + i * sizeof both, &both, sizeof both);
   }
 }
 

@@ -36,6 +36,12 @@ static inline DsMlaPlace ds_mla_place(const LayerArguments& l, int64_t slot) {
   return {codes, codes + kDsMlaCodes, page + l.k_page * kDsMlaDataBytes + entry * kDsMlaScaleBytes};
 }
 
+// int8 and bf16: an entry in a tensor of them, in elements.
+static inline int64_t k_entry(const LayerArguments& l, int64_t slot) {
+  const int64_t page = slot / l.k_page, entry = slot % l.k_page;
+  return page * l.k_page_stride + entry * l.k_entry_stride;
+}
+
 // int8: the codes in one tensor, the scales in another.
 struct Int8Place {
   int8_t* codes;
@@ -44,8 +50,12 @@ struct Int8Place {
 
 static inline Int8Place int8_place(const LayerArguments& l, int64_t slot) {
   const int64_t page = slot / l.k_page, entry = slot % l.k_page;
-  return {static_cast<int8_t*>(l.k_cache) + page * l.k_page_stride + entry * l.k_entry_stride,
+  return {static_cast<int8_t*>(l.k_cache) + k_entry(l, slot),
           page * l.k_scale_page_stride + entry * l.k_scale_entry_stride};
+}
+
+static inline uint16_t* bf16_place(const LayerArguments& l, int64_t slot) {
+  return static_cast<uint16_t*>(l.k_cache) + k_entry(l, slot);
 }
 
 }  // namespace dsv4

@@ -4,7 +4,8 @@ The counts are exact: count.py ran the kernels in the emulation and wrote them t
 a test keeps up to date. What is made of them is a model, with the vendor's figures where there are
 any. A launch takes as long as its busiest core. A core takes its rows in tiles: the scalar unit
 prepares one, MTE2 loads it, the vector unit computes, MTE3 stores it. What different tiles do in
-different units overlaps: there is a buffer for each unit that works on one (csrc/ascend/tile.h). A
+different units overlaps: there is a buffer for each unit that works on one. The main compressor has
+one less (csrc/ascend/budget.h): two tiles together take no less than all that is done with one. A
 step's plan is made once for all layers, and is counted apart from them.
 
 Left out, because nothing is known of them: a read and a write that meet in one bank, misses in the
@@ -45,6 +46,7 @@ ALGORITHMS = {
     "scatter_pool": "scatter, then pool",
     "one_pass": "one pass",
 }
+MAIN = "one_pass, main"  # of the main compressor of the ratio 4
 PLANS = {  # of a step: how it is told, and of what
     "plan": "one request, a number a token",
     "plan_requests": "one request, a number a request",
@@ -53,6 +55,7 @@ PLANS = {  # of a step: how it is told, and of what
 }
 _LAYERS = 21  # of ratio 4, in DeepSeek-V4-Flash
 _COMPUTE = 2  # the vector unit's place among a core's units
+_BUFFERS, _MAIN_BUFFERS = 3, 2  # of tiles
 WAYS = ("read", "write")
 
 
@@ -138,21 +141,27 @@ def vector_cycles(vector: dict[str, list[int]], a: Assumptions) -> float:
     return max(compute, a.issue * sum(instructions for instructions, *_ in vector.values()))
 
 
-def core_cycles(core: dict, cores: int, a: Assumptions) -> float:
+def core_cycles(core: dict, cores: int, a: Assumptions, buffers: int = _BUFFERS) -> float:
     """One core's time in a launch: its tiles, taken to be equal, and what it computes after them.
-    The first passes all units, and each of the others takes what the slowest does."""
+    The first passes all units, and each of the others takes what the slowest does, or waits for
+    its buffer."""
     tiles = max(core["tiles"], 1)
     stages = [cycles / tiles for cycles in unit_cycles(core, cores, a)]
-    computed, stored = (
-        sum(units) + (tiles - 1) * max(units) for units in (stages[: _COMPUTE + 1], stages)
-    )
+    buffered = sum(stages[1:]) / buffers
+    computed = sum(stages[: _COMPUTE + 1]) + (tiles - 1) * max(stages[: _COMPUTE + 1])
+    stored = sum(stages) + (tiles - 1) * max(*stages, buffered)
     return max(stored, computed + vector_cycles(core["after"], a))
 
 
-def kernel_cycles(launches: Launches, a: Assumptions) -> float:
+def kernel_cycles(launches: Launches, a: Assumptions, buffers: int = _BUFFERS) -> float:
     """The launches' time on the device, one after the other, without what it takes to launch
     them."""
-    return sum(core_cycles(launch["busiest"], launch["cores"], a) for launch in launches)
+    return sum(core_cycles(launch["busiest"], launch["cores"], a, buffers) for launch in launches)
+
+
+def main_cycles(counts: Counts, tokens: int) -> tuple[float, float, float]:
+    """Of the main compressor's launch: central, least, most."""
+    return _cycles_of(counts[MAIN][tokens], _MAIN_BUFFERS)
 
 
 def variations() -> list[Assumptions]:
@@ -182,6 +191,9 @@ def report() -> str:
         _raw(counts),
         "Modelled cycles of a layer's kernels",
         _cycles(counts),
+        "Counts and modelled cycles of the main compressor of the ratio 4, one pass, bf16 (KiB a "
+        "token)",
+        _main(counts),
         "Counts and modelled cycles of a step's plan (scalars: of the core that reads most)",
         _plans(counts),
         f"A step of {_LAYERS} layers: one launch for the plan, and in each layer one for the "
@@ -273,6 +285,18 @@ def _cycles(counts: Counts) -> "Table":
     )
 
 
+def _main(counts: Counts) -> "Table":
+    columns = ["tokens", "cores", "KiB read", "written", "tiles", "its bytes alone", "cycles"]
+    rows = []
+    for t, launches in counts[MAIN].items():
+        (launch,) = launches
+        moved = [f"{launch['all'][f'{way}_bytes'] / t / 1024:.2f}" for way in WAYS]
+        alone = f"{bytes_cycles(launches, Assumptions()):.0f}"
+        cells = [t, launch["cores"], *moved, launch["all"]["tiles"], alone]
+        rows.append([*map(str, cells), _range(main_cycles(counts, t), "{:.0f}")])
+    return output.table(columns, rows)
+
+
 def _plans(counts: Counts) -> "Table":
     columns = ["a step's plan of", "tokens", "launches", "cores", "KiB moved"]
     rows = []
@@ -302,9 +326,9 @@ def _step(counts: Counts) -> "Table":
     return output.table([*columns, "cycles with launches"], [map(str, row) for row in rows])
 
 
-def _cycles_of(launches: Launches) -> tuple[float, float, float]:
+def _cycles_of(launches: Launches, buffers: int = _BUFFERS) -> tuple[float, float, float]:
     """Central, least, most."""
-    values = [kernel_cycles(launches, a) for a in variations()]
+    values = [kernel_cycles(launches, a, buffers) for a in variations()]
     return values[0], min(values), max(values)
 
 

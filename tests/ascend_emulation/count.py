@@ -11,18 +11,21 @@ from pathlib import Path
 
 import torch
 
-from cost_model import ALGORITHMS, COUNTS, PLANS
+from cost_model import ALGORITHMS, COUNTS, MAIN, PLANS
 from vllm_dsv4_indexer.bench.batches import Batch, make_batch
-from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.contract import GEOMETRIES, Extents
 from vllm_dsv4_indexer.ops import ascend
 
 LENGTHS = {  # by name, tokens
     name: (16, 128, 512) if "decode" in name else (128, 512, 2048, 8192)
-    for name in (*ALGORITHMS, *PLANS)
+    for name in (*ALGORITHMS, MAIN, *PLANS)
 }
 CORES = 48
 START = 1024  # of a request: what lies before it is in the state
 K_PAGE, STATE_PAGE = 128, 8  # vLLM Ascend's block size 128
+INT8 = {"k_format": "int8_hadamard", "scale_dtype": torch.float16}
+_, MAIN_4, _ = GEOMETRIES
+BF16 = {"geometry": MAIN_4, "k_format": "bf16"}
 
 
 def one_request(tokens: int) -> list[tuple[int, int]]:
@@ -34,15 +37,14 @@ def decode(tokens: int) -> list[tuple[int, int]]:
     return [(START + i, 1) for i in range(tokens)]
 
 
-def make(requests: list[tuple[int, int]]) -> Batch:
-    """In vLLM Ascend's layout for A2 and A3: pages of 128 entries with scales, or of 8 rows."""
+def make(requests: list[tuple[int, int]], options: dict = INT8) -> Batch:
+    """In vLLM Ascend's layout for A2 and A3: pages of 128 entries, or of 8 rows."""
     return make_batch(
         requests,
         page=STATE_PAGE,
         k_page=K_PAGE,
         layout="ascend",
-        k_format="int8_hadamard",
-        scale_dtype=torch.float16,
+        **options,
         max_pos=max(start + length for start, length in requests),
     )
 
@@ -52,6 +54,8 @@ def count(emulator, name: str, tokens: int) -> list[dict]:
     moved most (a plan: that read most scalars) did."""
     if name in ALGORITHMS:
         return count_layer(emulator, name, make(one_request(tokens)))
+    if name == MAIN:
+        return count_layer(emulator, "one_pass", make(one_request(tokens), BF16))
     requests = decode(tokens) if "decode" in name else one_request(tokens)
     return count_plan(emulator, name.removesuffix(", decode"), make(requests))
 

@@ -62,22 +62,24 @@ std::vector<Region> regions_of(const PlanArguments& a, bool by_requests) {
 
 std::vector<Region> regions_of(const RunArguments& a) {
   Regions regions;
-  const bool fp8 = a.k_format == kFp8Amax;
-  regions.add("kv_score", a.kv_score, ((a.tokens - 1) * a.kv_score_stride + kRowWidth) * 4);
+  const bool fp8 = a.k_format == kFp8Amax, bf16 = a.k_format == kBf16;
+  const int64_t kv_width = 2 * a.head_dim, row_width = 2 * kv_width;
+  regions.add("kv_score", a.kv_score, ((a.tokens - 1) * a.kv_score_stride + row_width) * 4);
   regions.add("plan", a.plan, plan_bytes(a.tokens));
-  regions.add("ape", a.ape, kRatio * kKvWidth * 4);
-  regions.add("norm_weight", a.norm_weight, kHeadDim * (a.norm_weight_is_bf16 ? 2 : 4));
+  regions.add("ape", a.ape, kRatio * kv_width * 4);
+  regions.add("norm_weight", a.norm_weight, a.head_dim * (a.norm_weight_is_bf16 ? 2 : 4));
   regions.add("cos_sin_cache", a.cos_sin, ((a.cos_sin_rows - 1) * a.cos_sin_stride + kRopeDim) * 4);
   regions.add("inner_state_cache", a.state,
               ((a.state_pages - 1) * a.state_page_stride + (a.state_page - 1) * a.state_row_stride +
-               kRowWidth) *
+               row_width) *
                   4,
               true);
   regions.add("k_cache", a.k_cache,
-              (a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + kHeadDim +
+              ((a.k_pages - 1) * a.k_page_stride + (a.k_page - 1) * a.k_entry_stride + a.head_dim) *
+                      (bf16 ? 2 : 1) +
                   (fp8 ? a.k_page * 4 : 0),
               true);
-  if (!fp8)
+  if (!fp8 && !bf16)
     regions.add(
         "k_scale_cache", a.k_scale,
         ((a.k_pages - 1) * a.k_scale_page_stride + (a.k_page - 1) * a.k_scale_entry_stride + 1) *
@@ -110,9 +112,11 @@ void launch_run(const RunArguments& a) {
   const Tiling tiling = cut(a.tokens, machine.cores);
   launch(tiling.cores, [&] {
     if (a.k_format == kFp8Amax)
-      run<kKernel, kFp8Amax>(a, tiling);
-    else
-      run<kKernel, kInt8Hadamard>(a, tiling);
+      run<kKernel, Indexer, kFp8Amax>(a, tiling);
+    else if (a.k_format == kInt8Hadamard)
+      run<kKernel, Indexer, kInt8Hadamard>(a, tiling);
+    else if constexpr (kKernel == kOnePass)
+      run<kOnePass, Main4, kBf16>(a, tiling);
   });
 }
 
@@ -187,9 +191,11 @@ int64_t dsv4_indexer_ascend_run(const char* algorithm, const RunArguments* argum
   if (unsupported(*arguments, machine.device(), message, size)) return kRefused;
   emulation::memory.regions = regions_of(*arguments);
   return reporting(message, size, [&] {
-    const bool known =
-        for_each_launch(algorithm, [&](auto kernel) { launch_run<kernel.kKernel>(*arguments); });
-    emulation::require(known, "no algorithm %s", algorithm);
+    const bool known = for_each_launch(algorithm, arguments->head_dim, [&](auto kernel) {
+      launch_run<kernel.kKernel>(*arguments);
+    });
+    emulation::require(known, "no algorithm %s for the head dimension %d", algorithm,
+                       (int)arguments->head_dim);
   });
 }
 

@@ -340,8 +340,9 @@ class Memory {
     const Region* region = nullptr;
     for (const Region& r : regions)
       if (begin >= r.begin && end <= r.end) region = &r;
-    require(region, "bounds: %s touches %llu bytes of global memory outside every tensor", what,
-            (unsigned long long)bytes);
+    if (!region)
+      refuse("bounds: %s touches %llu bytes of global memory outside every tensor", what,
+             (unsigned long long)bytes);
     require(region->writable || !write, "bounds: %s writes %s, an input", what, region->name);
     if (!region->writable) return;
     accesses_.push_back(core.access(begin, end, sequence_++, write));

@@ -137,6 +137,24 @@ def test_tiles_overlap_and_the_slowest_unit_decides():
     assert cycles(2, 6, 10) == 6 + 30 + 10 + 10 + 30
 
 
+def test_with_two_buffers_two_tiles_take_what_all_units_do_with_one():
+    """A tile is loaded, computed and stored in 10 cycles each."""
+    core = CORE | {
+        "read_bytes": 0,
+        "write_bytes": 0,
+        "reads": 6,
+        "writes": 6,
+        "scalar_local": 0,
+        "scalar_global": 0,
+        "tiles": 3,
+        "vector": {"Add/float": [3, 30, 0, 30]},
+        "after": {},
+    }
+    assumed = replace(ASSUMED, issue=0.75)
+    cycles = [cost_model.core_cycles(core, 48, assumed, buffers) for buffers in (3, 2)]
+    assert cycles == [33 + 2 * 10, 33 + 2 * 30 / 2]
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_documented_figures_are_the_models(tokens):
     before, after = (COUNTS[name][tokens] for name in ("scatter_pool", "one_pass"))
@@ -148,6 +166,14 @@ def test_the_documented_figures_are_the_models(tokens):
     assert row in DOCS.read_text()
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_documented_figures_of_the_main_compressor_are_the_models(tokens):
+    cycles, low, high = (f"{n:.0f}" for n in cost_model.main_cycles(COUNTS, tokens))
+    alone = cost_model.bytes_cycles(COUNTS[cost_model.MAIN][tokens], cost_model.Assumptions())
+    row = f"| {tokens} | {cycles} ({low} to {high}) | {alone:.0f} |"
+    assert row in DOCS.read_text()
+
+
 def test_the_yardstick_is_printed_before_the_result():
     printed = cost_model.report()
     places = [
@@ -156,7 +182,8 @@ def test_the_yardstick_is_printed_before_the_result():
             "45.6%",
             "Counts a token",
             "Modelled cycles",
-            "Counts and modelled",
+            "the main compressor",
+            "Counts and modelled cycles of a step",
             "A step of 21",
             "Hadamard",
             "Assumptions",

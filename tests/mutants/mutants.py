@@ -50,6 +50,8 @@ NPU_FAR = f"{KERNELS}::test_offsets_beyond_32_bits_change_no_byte"
 NPU_UNFIT = f"{KERNELS}::test_a_plan_for_other_caches_changes_nothing"
 NPU_ENTRIES = f"{KERNELS}::test_neighbouring_entries_in_two_pages_and_entry_0_are_as_good_as_others"
 NPU_ZEROS = f"{KERNELS}::test_large_gates_and_zeros_equal_the_reference"
+NPU_128 = f"{KERNELS}::test_the_ratio_128_is_refused_by_name_and_nothing_is_written"
+NPU_ROWS = f"{KERNELS}::test_rows_that_lie_in_each_other_are_refused"
 NPU_PAGE_0 = (
     f"{KERNELS}::test_page_0_is_not_written_"
     "and_a_window_without_a_page_is_pooled_from_its_other_rows"
@@ -67,6 +69,7 @@ PAGES, ENTRY, ENTRIES = "csrc/cpu/pages.h", "csrc/cpu/entry.h", "csrc/cpu/entrie
 FORMATS, VEC, KERNEL = "csrc/cpu/formats.h", "csrc/cpu/vec.h", "csrc/cpu/kernel.cpp"
 PLANNER, EXPORTS = "csrc/cpu/planner.cpp", "csrc/cpu/exports.cpp"
 TILE, TABLE, FINISH = "csrc/ascend/tile.h", "csrc/ascend/table.h", "csrc/ascend/finish.h"
+COMPRESS, POOL = "csrc/ascend/compress.h", "csrc/ascend/pool.h"
 PLANNED, NPU_PLANNER = "csrc/ascend/planned.h", "csrc/ascend/planner.h"
 
 STATE_PAGE = "slot / l.state_page * l.state_page_stride"
@@ -310,7 +313,7 @@ MUTANTS = [
     Mutant(TILE, "paging_.InPage(to) != 0", "true", NPU_RANDOM),
     Mutant(TABLE, "request * stride_ + column", "request * columns_ + column", NPU_RANDOM),
     Mutant(FINISH, "entry * args_.k_entry_stride;", "entry * kHeadDim;", NPU_RANDOM),
-    Mutant(FINISH, "args_.k_entry_stride - kHeadDim", "0", NPU_RANDOM),
+    Mutant(FINISH, "args_.k_entry_stride - G::kHeadDim", "0", NPU_RANDOM),
     Mutant(FINISH, "(stride - 1) * sizeof(T)", "(stride - stride) * sizeof(T)", NPU_RANDOM),
     Mutant(
         FINISH,
@@ -322,7 +325,7 @@ MUTANTS = [
     # Arithmetic on NPUs.
     Mutant(TILE, "kWeightless = -3e38f", "kWeightless = -1e4f", NPU_RANDOM),
     Mutant(TILE, "frames_[used_].raw |= raw << row;", "", NPU_BLOCKS),
-    Mutant("csrc/ascend/pool.h", "Max(sum_, sum_, sum_[row_], row_);", "", NPU_RANDOM),
+    Mutant(POOL, "Max(sum_, sum_, sum_[row_], row_);", "", NPU_RANDOM),
     Mutant(
         FINISH,
         "Adds(factor_, factor_, args_.eps, Windows())",
@@ -372,8 +375,29 @@ MUTANTS = [
         NPU_ZEROS,
     ),
     Mutant(FINISH, "windows_ > kBlockFloats ?", "windows_ > kBlockFloats + 1 ?", NPU_RANDOM),
+    Mutant(COMPRESS, "full_ = last - next_ + 1 == kRatio;", "full_ = true;", NPU_BLOCKS),
+    # The main compressor on NPUs.
+    Mutant(COMPRESS, "(full_ || fetched_) &&", "full_ &&", NPU_ZEROS),
+    Mutant(POOL, "kCarried ? G::kHeadDim :", "kCarried ? G::kKvWidth :", NPU_ZEROS),
+    Mutant(POOL, "part * (kByRow ? row :", "part * (kByRow ? row / 2 :", NPU_ZEROS),
+    Mutant(POOL, "(kByRow ? kLanes : row) / kBlock", "row / kBlock", NPU_ZEROS),
+    Mutant(FINISH, "kTurned<G> == 1 ? width : kBlockFloats", "width", NPU_ZEROS),
+    Mutant(FINISH, "y_ = kBoth ? x_[kPlanes * kPlane] : pooled_", "y_ = x_[0]", NPU_ZEROS),
+    Mutant(FINISH, "at * kElementBytes", "at", NPU_ZEROS),
+    Mutant(FINISH, "G::kHeadDim) * kElementBytes", "G::kHeadDim)", NPU_RANDOM),
     Mutant(
-        "csrc/ascend/compress.h", "full_ = last - next_ + 1 == kRatio;", "full_ = true;", NPU_BLOCKS
+        FINISH,
+        "Cast(out, y_, RoundMode::CAST_RINT",
+        "Cast(out, y_, RoundMode::CAST_ROUND",
+        NPU_TIES,
+    ),
+    Mutant("csrc/ascend/tiling.h", "a.ratio == kRatio", "a.ratio > 0", NPU_128),
+    Mutant("csrc/ascend/tiling.h", "main ? Main4::kRowWidth :", "main ? 0 :", NPU_ROWS),
+    Mutant(
+        "csrc/ascend/launch.h",
+        "compared = head_dim == Indexer::kHeadDim",
+        "compared = head_dim >= Indexer::kHeadDim",
+        f"{KERNELS}::test_the_algorithms_for_comparison_are_the_indexers_alone",
     ),
     # The NPU's plan, and the scalar unit's cache.
     Mutant(PLANNED, "sources_.GetValue(kMaxPosPlace) <= args_.cos_sin_rows", "true", NPU_UNFIT),

@@ -13,7 +13,7 @@ from on_device import (
 )
 from paged import PAGES, paged_batch
 
-from batches import assert_identical
+from batches import MAIN_4, assert_identical
 from steps import K_PAGE, SHARED, assert_same_plan, random_requests
 from vllm_dsv4_indexer.ops import ascend, reference
 from vllm_dsv4_indexer.ops.requests import step_of
@@ -41,6 +41,14 @@ def test_mixed_batches_with_padding_store_the_reference(seed, pages):
     assert_stores_the_reference(
         batch, f"paged_batch({requests}, {pages}, {K_FORMAT!r}, seed={seed})"
     )
+
+
+@pytest.mark.parametrize("pages", PAGES)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_main_compressor_of_the_ratio_4_stores_the_reference(seed, pages):
+    requests = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (62, 41)]
+    batch = paged_batch(requests, pages, "bf16", geometry=MAIN_4, seed=seed, padding=3)
+    assert_stores_the_reference(batch, (seed, pages))
 
 
 @pytest.mark.parametrize("pages", PAGES)

@@ -11,7 +11,7 @@ PAGES = ((8, 128), (4, 64), (2, 32))
 def paged_batch(
     requests: list[tuple[int, int]], pages: tuple[int, int], k_format: str, **options
 ) -> Batch:
-    """With pages as A2 and A3 have them (`int8_hadamard`), or A5 (`fp8_amax`)."""
+    """With pages as A2 and A3 have them (`int8_hadamard`, `bf16`), or A5 (`fp8_amax`)."""
     page, k_page = pages
     options = {"layout": "ascend", "scale_dtype": torch.float16} | options
     return make_batch(requests, page=page, k_page=k_page, k_format=k_format, **options)

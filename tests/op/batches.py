@@ -17,7 +17,6 @@ from vllm_dsv4_indexer.bench.batches import (
 from vllm_dsv4_indexer.contract import (
     GEOMETRIES,
     HEAD_DIM,
-    KV_WIDTH,
     ROPE_DIM,
 )
 
@@ -74,6 +73,7 @@ TIES = {
     "fp8_pow2": ("bf16", "codes"),
     "int8_hadamard": ("bf16", 508, 2793, 12679),
     "fp8_amax": ("bf16", 3072),
+    "bf16": ("bf16",),
 }
 
 
@@ -84,8 +84,8 @@ def on_ties(k_format: str, kind: str | int, **options) -> Batch:
     batch = make_batch([(0, 16), (0, 40)], k_format=k_format, norm_dtype=torch.float32, **options)
     batch.kv_score[:] = 1
     batch.kv_score[16:] = -1
-    batch.kv_score[:, KV_WIDTH:] = batch.ape[:] = 0
-    batch.norm_weight[:] = 2 * _tied(kind)
+    batch.kv_score[:, batch.geometry.kv_width :] = batch.ape[:] = 0
+    batch.norm_weight[:] = 2 * _tied(kind).repeat(batch.geometry.head_dim // HEAD_DIM)
     batch.cos_sin_cache[:] = 1
     batch.cos_sin_cache[:, ROPE_DIM // 2 :] = 0
     return replace(batch, eps=3.0)
@@ -117,11 +117,18 @@ def in_order(bits: torch.Tensor, sign: int) -> torch.Tensor:
 
 
 def assert_rotated_close(ours: torch.Tensor, theirs: torch.Tensor, case: object) -> None:
-    """At most one step of bf16 apart. Where the two products of a rotation cancel, no bits of the
-    difference are exact: there the error is measured by the pair, in fp32."""
-    x, y = (in_order(t.view(torch.int16).int() & 0xFFFF, 0x8000) for t in (ours, theirs))
+    """As `assert_bf16_close` has it. The two products of a rotation are as large as the pair."""
     pair = theirs.float().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
-    cancelled = (ours.float() - theirs.float()).abs() <= 2**-20 * pair
+    assert_bf16_close(ours, theirs, pair, case)
+
+
+def assert_bf16_close(
+    ours: torch.Tensor, theirs: torch.Tensor, size: torch.Tensor, case: object
+) -> None:
+    """At most one step of bf16 apart. Where terms of that size cancel, no bits of the difference
+    are exact: there the error is measured by `size`, in fp32."""
+    x, y = (in_order(t.view(torch.int16).int() & 0xFFFF, 0x8000) for t in (ours, theirs))
+    cancelled = (ours.float() - theirs.float()).abs() <= 2**-20 * size
     far = ((x - y).abs() > 1) & ~cancelled
     assert not far.any(), f"{ours[far]} is not {theirs[far]}: {case}"
 
@@ -130,16 +137,22 @@ def assert_close(
     actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0
 ) -> tuple[int, int]:
     """Values at most one code apart, rotated channels as `assert_rotated_close` has them, scales
-    within `scale_rtol`, every other byte of the storages equal.
+    within `scale_rtol`, every other byte of the storages equal. Channels of `bf16` are as
+    `assert_bf16_close` has them, by the size of the entry's largest: rows of a window may cancel.
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
     distance = (actual.ordered_codes() - expected.ordered_codes()).abs()
-    assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
+    if actual.k_format == "bf16":
+        largest = expected.k_cache.float().abs().amax(dim=-1, keepdim=True)
+        assert_bf16_close(actual.k_cache, expected.k_cache, largest, case)
+    else:
+        assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
     if actual.k_format == "fp8_ds_mla":
         assert_rotated_close(actual.rotated(), expected.rotated(), case)
+    if actual.k_format in GEOMETRIES[MAIN_4]:
         blended.rotated().copy_(expected.rotated())
     if scale_rtol:
         torch.testing.assert_close(

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.ops import cpu
 
 IMPLS = ("reference", "cpu")
+FORMATS = ("fp8_ds_mla", "bf16")
 CODES = 448  # of an entry, in front of its rotated channels
 every_main_compressor = pytest.mark.parametrize("geometry", (MAIN_4, MAIN_128), ids=str)
 every_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -204,10 +206,13 @@ def test_entries_are_those_of_the_transformers_compressor(geometry, impl, chunks
 @every_main_compressor
 @pytest.mark.parametrize("seed", range(40))
 def test_random_batches_equal_the_reference(geometry, seed):
-    """With gaps, padding, shared prefixes, rings, far gates and two eps."""
-    batch = make_batch(**random_case(random.Random(seed), geometry))
+    """With gaps, padding, shared prefixes, rings, far gates, two eps and either format."""
+    k_format = FORMATS[seed % 2]
+    batch = make_batch(**random_case(random.Random(seed), geometry), k_format=k_format)
     actual, expected = (batch.clone().compress(impl) for impl in ("cpu", "reference"))
-    different, total = assert_close(actual, expected, f"random_case(random.Random({seed}))")
+    different, total = assert_close(
+        actual, expected, f"random_case(random.Random({seed})), {k_format}"
+    )
     assert different <= max(2, 1e-3 * total)
 
 
@@ -216,14 +221,14 @@ def digest() -> str:
     from hashlib import sha256
 
     fingerprint = sha256()
-    for geometry in (MAIN_4, MAIN_128):
-        for kv_dtype in (torch.float32, torch.bfloat16):
-            batch = main_batch(geometry, REQUESTS, kv_dtype=kv_dtype)
-            batch.kv_score[20:24].mul_(300)  # weights that underflow
-            batch.kv_score[100] = torch.nan
-            batch.kv_score[101] = -torch.nan
-            for storage in batch.compress("cpu").storages:
-                fingerprint.update(storage.numpy().tobytes())
+    dtypes = (torch.float32, torch.bfloat16)
+    for geometry, kv_dtype, k_format in product((MAIN_4, MAIN_128), dtypes, FORMATS):
+        batch = main_batch(geometry, REQUESTS, kv_dtype=kv_dtype, k_format=k_format)
+        batch.kv_score[20:24].mul_(300)  # weights that underflow
+        batch.kv_score[100] = torch.nan
+        batch.kv_score[101] = -torch.nan
+        for storage in batch.compress("cpu").storages:
+            fingerprint.update(storage.numpy().tobytes())
     return fingerprint.hexdigest()
 
 
@@ -326,8 +331,9 @@ def test_the_reads_of_a_ring_come_before_its_writes(geometry, impl):
 
 @every_main_compressor
 @every_impl
-def test_only_the_bytes_of_rows_and_entries_are_written(geometry, impl):
-    batch = main_batch(geometry, [(5, 200), (0, 130)], layout="padded")
+@pytest.mark.parametrize("k_format", FORMATS)
+def test_only_the_bytes_of_rows_and_entries_are_written(geometry, impl, k_format):
+    batch = main_batch(geometry, [(5, 200), (0, 130)], layout="padded", k_format=k_format)
     before = batch.clone()
     batch.compress(impl)
     untouched = torch.ones(batch.k_cache.shape[:2], dtype=torch.bool)

@@ -18,7 +18,6 @@ from .. import contract, ops
 from ..contract import (
     DS_MLA_DATA_BYTES,
     DS_MLA_ENTRY_BYTES,
-    FP8_ENTRY_BYTES,
     FP8_PAGE_ENTRIES,
     GEOMETRIES,
     HEAD_DIM,
@@ -70,7 +69,7 @@ LAYOUTS = {
 _SHARED = ("engine", "ascend")
 # By format, where it is not what vLLM has in a page of fp8 or in a block of its KV cache.
 _K_PAGES = {"int8_hadamard": 16, "fp8_pow2": FP8_PAGE_ENTRIES, "fp8_amax": FP8_PAGE_ENTRIES}
-_ENTRY_BYTES = {"int8_hadamard": HEAD_DIM, "fp8_ds_mla": DS_MLA_ENTRY_BYTES}
+_MAIN = ("fp8_ds_mla", "bf16")  # formats that keep the rotated channels as they are
 DS_MLA_CODES = DS_MLA_DATA_BYTES - 2 * ROPE_DIM  # of an entry, in front of its rotated channels
 
 
@@ -166,21 +165,28 @@ class Batch:
         return replace(self, **tensors, storages=tuple(copies.values()))
 
     def codes(self) -> Tensor:
-        """[pages, entries, codes] view of the K values."""
+        """[pages, entries, codes] view of the K values, without the `rotated` ones."""
         if self.k_format == "int8_hadamard":
             return self.k_cache
+        if self.k_format == "bf16":
+            return self.k_cache[..., :-ROPE_DIM]
         if self.k_format == "fp8_ds_mla":
             return _in_pages(self.k_cache, DS_MLA_CODES, DS_MLA_DATA_BYTES)
         return _in_pages(self.k_cache, HEAD_DIM, HEAD_DIM)
 
     def rotated(self) -> Tensor:
-        """[pages, entries, 64] view of the channels that `fp8_ds_mla` keeps in bfloat16."""
+        """[pages, entries, 64] view of the channels that the main caches keep in bfloat16."""
+        if self.k_format == "bf16":
+            return self.k_cache[..., -ROPE_DIM:]
         width, stride = 2 * ROPE_DIM, DS_MLA_DATA_BYTES
         return _in_pages(self.k_cache, width, stride, DS_MLA_CODES).view(torch.bfloat16)
 
     def ordered_codes(self) -> Tensor:
         """The codes as integers in the order of the values that they stand for. A NaN has no
         neighbour."""
+        if self.k_format == "bf16":
+            bits = self.codes().view(torch.int16).int()
+            return torch.where(bits < 0, -0x8000 - bits, bits)
         codes = self.codes().int()
         if self.k_format == "int8_hadamard":
             return codes
@@ -189,10 +195,12 @@ class Batch:
 
     def scales(self) -> Tensor:
         """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales;
-        [pages, entries, 8] exponents of `fp8_ds_mla`."""
+        [pages, entries, 8] exponents of `fp8_ds_mla`; [pages, entries, 0] of `bf16`."""
         if self.k_scale_cache is not None:
             return self.k_scale_cache
         k_cache, per_page = self.k_cache, self.k_cache.shape[1]
+        if self.k_format == "bf16":
+            return k_cache[..., :0]
         if self.k_format == "fp8_ds_mla":
             width = DS_MLA_ENTRY_BYTES - DS_MLA_DATA_BYTES
             return _in_pages(k_cache, width, width, per_page * DS_MLA_DATA_BYTES)
@@ -207,7 +215,7 @@ class Batch:
     def entries(self) -> list[bytes]:
         """What each window-closing token stored, in the order of the tokens."""
         parts = [self.codes(), self.scales()]
-        if self.k_format == "fp8_ds_mla":
+        if self.k_format in _MAIN:
             parts.append(self.rotated())
         stored = [self.written(part) for part in parts]
         rows = torch.cat([part[..., None].flatten(1).view(torch.uint8) for part in stored], dim=1)
@@ -499,7 +507,9 @@ def _caches(
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The state, the K cache and its scales, as views, and every storage behind them."""
     int8 = k_format == "int8_hadamard"
-    entry = _ENTRY_BYTES.get(k_format, FP8_ENTRY_BYTES)
+    argument = contract.arguments_of_call(k_format, geometry)["k_cache"]
+    width, k_dtype = int(argument.sizes[-1]), argument.dtypes[0]
+    entry = width * k_dtype.itemsize
     state_stride, k_stride, offset = LAYOUTS[layout]
     if layout == "ascend":
         state_stride = k_stride = k_page * (HEAD_DIM + scale_dtype.itemsize if int8 else entry)
@@ -515,8 +525,10 @@ def _caches(
         (state_stride // 4, geometry.row_width, 1),
         offset // 4,
     )
-    k_cache = k_storage.view(torch.int8 if int8 else torch.uint8).as_strided(
-        (k_pages, k_page, entry), (k_stride, entry, 1), offset
+    k_cache = k_storage.view(k_dtype).as_strided(
+        (k_pages, k_page, width),
+        (k_stride // k_dtype.itemsize, width, 1),
+        offset // k_dtype.itemsize,
     )
     storages = (state_storage,) if shared else (state_storage, k_storage)
     if not int8:

@@ -83,9 +83,12 @@ def _scatter_pool() -> Functions:
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(
-        _cpu, ("fp8_pow2", "int8_hadamard", "fp8_ds_mla"), ("cpu",), tuple(contract.STATE_PAGES)
+        _cpu,
+        ("fp8_pow2", "int8_hadamard", "fp8_ds_mla", "bf16"),
+        ("cpu",),
+        tuple(contract.STATE_PAGES),
     ),
-    "ascend": Implementation(_ascend, ("int8_hadamard", "fp8_amax"), ("npu",)),
+    "ascend": Implementation(_ascend, ("int8_hadamard", "fp8_amax", "bf16"), ("npu",)),
     "reference": Implementation(
         _reference, tuple(contract.K_FORMATS), ratios=tuple(contract.STATE_PAGES)
     ),
@@ -357,10 +360,11 @@ def compress(
     | compressor | D | `ape` | a row: 2 W | `k_format` |
     |---|---|---|---|---|
     | the indexer's | 128 | [4, W = 256] | 512 | `fp8_pow2`, `int8_hadamard`, `fp8_amax` |
-    | main, ratio 4 | 512 | [4, W = 1024] | 2048 | `fp8_ds_mla` |
-    | main, ratio 128 | 512 | [128, W = 512] | 1024 | `fp8_ds_mla` |
+    | main, ratio 4 | 512 | [4, W = 1024] | 2048 | `fp8_ds_mla`, `bf16` |
+    | main, ratio 128 | 512 | [128, W = 512] | 1024 | `fp8_ds_mla`, `bf16` |
 
-    The main compressors' implementations are `cpu` and `reference`.
+    The main compressors' implementations are `cpu` and `reference`, and for the ratio 4 with `bf16`
+    also `ascend`.
 
     A window's row is the first of these that exists:
 
@@ -391,13 +395,13 @@ def compress(
             o's values at o * 128 and its fp32 scale at 8192 + 4 * o. `fp8_amax`: uint8 [pages, bs,
             132], the same with bs entries a page. `int8_hadamard`: int8 [pages, bs, 128].
             `fp8_ds_mla`: uint8 [pages, bs, 584], a page of `stride(0)` bytes with entry o's values
-            at o * 576, and at bs * 576 + 8 * o its scales.
-        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the fp8
-            formats.
+            at o * 576, and at bs * 576 + 8 * o its scales. `bf16`: bfloat16 [pages, bs, 512].
+        k_scale_cache: written. [pages, bs] fp32 or fp16 for `int8_hadamard`, None for the others.
         eps: RMSNorm epsilon.
         k_format: `fp8_pow2` (power-of-two scale, e4m3fn), `int8_hadamard` (Hadamard rotation, scale
-            amax / 127), `fp8_amax` (Hadamard rotation, scale amax / 448, e4m3fn) or `fp8_ds_mla`
-            (448 channels e4m3fn with a power-of-two scale for every 64, UE8M0; 64 bf16).
+            amax / 127), `fp8_amax` (Hadamard rotation, scale amax / 448, e4m3fn), `fp8_ds_mla`
+            (448 channels e4m3fn with a power-of-two scale for every 64, UE8M0; 64 bf16) or `bf16`
+            (as they are).
         impl: the name of an implementation; None for the default of the tensors' device.
 
     Raises:

@@ -7,7 +7,7 @@ not keep the tensors alive.
 
 import struct
 
-from torch import Tensor, bfloat16, float16
+from torch import Tensor, bfloat16, float16, uint8
 
 from ..contract import HEAD_DIM, Extents, Layer, Step
 
@@ -73,11 +73,12 @@ def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, 
     """The values of LAYER_FIELDS; `k_format` is the library's number for it."""
     ape, norm_weight, cos_sin, state, k_cache, k_scale = layer
     scale: tuple[int, ...]
-    if k_scale is None:  # the scales are in the fp8 page
-        k_entry_stride, scale = HEAD_DIM, (0, 0, 0, 0)
+    if k_scale is None:
+        scale = (0, 0, 0, 0)
     else:
-        k_entry_stride = k_cache.stride(1)
         scale = (k_scale.data_ptr(), *k_scale.stride(), k_scale.dtype is float16)
+    # A page of bytes holds its scales behind all entries, so its entries are closer together.
+    k_entry_stride = HEAD_DIM if k_cache.dtype is uint8 else k_cache.stride(1)
     return (
         ape.data_ptr(),
         norm_weight.data_ptr(),

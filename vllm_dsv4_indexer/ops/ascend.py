@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import Extents, Layer, Requests, Step
+from ..contract import Extents, Geometry, Layer, Requests, Step
 from .arguments import LAYER_FIELDS, STEP_FIELDS, PackedLayer, step_fields
 from .library import load_library
 
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_ascend.so"
-_K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2}
+_K_FORMATS = {"int8_hadamard": 1, "fp8_amax": 2, "bf16": 3}
 # csrc/ascend/abi.h: struct PlanArguments, struct RunArguments, enum Outcome.
 _OF_REQUESTS = (
     "query_start_loc",
@@ -35,7 +35,7 @@ _OF_REQUESTS = (
     "slot_mapping",
     "slot_mapping_stride",
 )
-_OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan")
+_OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan", *Geometry._fields)
 PLAN_FIELDS = (*STEP_FIELDS, "plan", "state_only", *_OF_REQUESTS)
 RUN_FIELDS = (*_OF_A_CALL, *LAYER_FIELDS)
 _PLAN = struct.Struct(f"{len(PLAN_FIELDS)}q")
@@ -89,6 +89,7 @@ class Bound:
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
         self._arguments = PackedLayer(layer, _K_FORMATS[k_format], eps, _LAYER)
+        self._geometry = contract.geometry_of(layer.ape, k_format)
         self._run = functools.partial(native().dsv4_indexer_ascend_run, algorithm.encode())
 
     def __call__(self, kv_score: Tensor, plan: Tensor) -> None:
@@ -98,7 +99,7 @@ class Bound:
                 f"kv_score has dtype {kv_score.dtype}; on NPUs the projection gives torch.float32"
             )
         tokens, stride = kv_score.shape[0], kv_score.stride(0)
-        call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr())
+        call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr(), *self._geometry)
         _launch(self._run, kv_score.device, call + self._arguments.packed())
 
 

@@ -39,7 +39,7 @@ FLOORS = ("floor", "floor_past_cache")  # csrc/cpu/comparison/floor.cpp
 _FUNCTIONS = [(name, geometry) for name in ("one_pass", *FLOORS) for geometry in GEOMETRIES] + [
     (name, INDEXER) for name in ALGORITHMS[1:]
 ]
-K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1, "fp8_ds_mla": 2}
+K_FORMATS = {"fp8_pow2": 0, "int8_hadamard": 1, "fp8_ds_mla": 2, "bf16": 3}
 _LIBRARY = "vllm_dsv4_indexer/libdsv4_indexer_cpu.so"
 # csrc/cpu/abi.h: struct StepArguments, LayerArguments, KvScore, enum Rule, enum Failure.
 STEP = struct.Struct(f"{len(STEP_FIELDS)}q")

@@ -175,6 +175,8 @@ def _run(
         _store_fp8_amax(entries[last], slots, layer.k_cache)
     elif k_format == "fp8_ds_mla":
         _store_fp8_ds_mla(entries[last], slots, layer.k_cache)
+    elif k_format == "bf16":
+        _store_bf16(entries[last], slots, layer.k_cache)
     else:
         assert layer.k_scale_cache is not None, "the contract has checked it"
         _store_int8_hadamard(entries[last], slots, layer.k_cache, layer.k_scale_cache)
@@ -248,6 +250,11 @@ def _store_fp8_ds_mla(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     rotated = x[:, -ROPE_DIM:].bfloat16().view(torch.uint8)
     scales = torch.nn.functional.pad(exponent + 127, (0, 1)).to(torch.uint8)
     _store_page(torch.cat([codes, rotated], dim=1), scales, slots, k_cache)
+
+
+def _store_bf16(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
+    """All channels as they are."""
+    k_cache[slots // k_cache.shape[1], slots % k_cache.shape[1]] = x.bfloat16()
 
 
 def _store_page(values: Tensor, scales: Tensor, slots: Tensor, k_cache: Tensor) -> None:

@@ -2,7 +2,8 @@
 // launches: one saves the rows, the other pools the windows.
 //
 // `scatter_pool`: SaveRows, then PoolRows<kFormat, false>. `overlay_scan`: PoolRows<kFormat, true>,
-// then SaveRows. In their plan all windows are early, and all sources rows of the state.
+// then SaveRows. In their plan all windows are early, and all sources rows of the state. They serve
+// the indexer alone.
 #pragma once
 
 #include "../device.h"
@@ -49,7 +50,7 @@ class SaveRows {
   Span span_;
   int64_t next_;  // the first token that is in no tile yet
   Planned plan_;
-  Tile tile_;
+  Tile<Indexer> tile_;
 };
 
 // Pools every window from the state; if it overlays, with the rows of this call that a scan over
@@ -123,9 +124,9 @@ class PoolRows {
   int64_t next_;  // the first token that is in no tile yet
   GlobalTensor<int64_t> plan_gm_;
   Planned plan_;
-  Tile tile_;
-  Pool pool_;
-  Finish<kFormat> finish_;
+  Tile<Indexer> tile_;
+  Pool<Indexer> pool_;
+  Finish<Indexer, kFormat> finish_;
 };
 
 }  // namespace dsv4
