@@ -20,9 +20,9 @@ def explain(model: str, flags: list[str]) -> int:
         device = current_platform.device_type
         raise UserError(f"explain reads vLLM's CPU engine; the platform is {device!r}")
     try:
-        config = _arguments(model, flags).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = read_flags(model, flags).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
-        print(f"refused        {_reason(error)}")
+        print(f"refused        {reason(error)}")
         return 1
     from vllm_dsv4_indexer.engines.vllm_cpu import explanation
 
@@ -31,7 +31,7 @@ def explain(model: str, flags: list[str]) -> int:
     return 0
 
 
-def _arguments(model: str, flags: list[str]) -> EngineArgs:
+def read_flags(model: str, flags: list[str]) -> EngineArgs:
     """As `vllm serve` reads them, with our backend unless they name one."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
     parser.error = _refuse
@@ -45,6 +45,6 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message} (see `vllm serve --help`)")
 
 
-def _reason(error: ValidationError) -> str:
+def reason(error: ValidationError) -> str:
     first = error.errors()[0]
     return " ".join(str(first.get("ctx", {}).get("error", first["msg"])).split())
