@@ -252,6 +252,7 @@ def test_another_worker_class_is_refused(checkpoint: Path):
         (dict(dtype="float16"), "dtype is 'float16'"),
         (dict(dtype="float32"), "dtype is 'float32'"),
         (dict(enable_prompt_embeds=True), "prompt embeddings are on"),
+        (dict(model_impl="transformers"), "model_impl is 'transformers'"),
         (
             dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")),
             "a KV connector is configured",

@@ -76,14 +76,17 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def _refuse_unsupported_model(model: ModelConfig) -> None:
-    """What vLLM 0.32's CPU engine dies of later: it computes in bfloat16 alone, and DeepSeek-V4's
-    first layers choose their experts by the token."""
+    """What vLLM 0.32's CPU engine dies of later: it computes in bfloat16 alone, DeepSeek-V4's first
+    layers choose their experts by the token, and its loader of transformers' models fails."""
     if model.dtype is not torch.bfloat16:
         name = str(model.dtype).removeprefix("torch.")
         refuse(f"dtype is {name!r}", "'bfloat16' on vLLM's CPU engine", "pass --dtype bfloat16")
     if model.enable_prompt_embeds:
         remedy = "leave --enable-prompt-embeds out"
         refuse("prompt embeddings are on", "prompts of tokens for this model", remedy)
+    if model.model_impl not in ("auto", "vllm"):
+        found = f"model_impl is {model.model_impl!r}"
+        refuse(found, "vLLM's own model, whose compressors we replace", "leave --model-impl out")
     ratios, layers = len(compress_ratios(model.hf_config)), model.hf_config.num_hidden_layers
     if ratios < layers:
         found = f"the model has {layers} layers, and compress_ratios for {ratios}"
