@@ -12,7 +12,7 @@ RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" 
 # Debian has it with and without a version in its name.
 AARCH64_CXX ?= $(or $(firstword $(wildcard /usr/bin/aarch64-linux-gnu-g++*)),aarch64-linux-gnu-g++)
 
-.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize mutants fuzz compat test-aarch64 wheel ascend-cost ascend-test long-context lock clean
+.PHONY: help venv demo serve test check lint coverage docs accuracy sanitize mutants fuzz compat soak test-aarch64 wheel ascend-cost ascend-test long-context lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ sanitize: venv ## run random calls of the native op under sanitizers (10 minutes
 
 mutants: venv ## plant small faults, each of which a test must catch (two hours; ARGS="csrc/cpu" or "engines")
 	@$(RUN) python tests/mutants/run.py $(ARGS)
+
+soak: deepseek-v4 ## serve random traffic, ill-treated, and check every answer (10 minutes; ARGS="--minutes 60")
+	@$(RUN) python tests/engine/soak.py deepseek-v4 $(ARGS)
 
 # The targets below want tools that the set-up does not install, and so are not in `make test`.
 

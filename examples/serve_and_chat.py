@@ -88,7 +88,8 @@ def server(model: str, options: tuple[str, ...] = SMALL, log: Path = LOG) -> Ite
 
 
 def wait_until_up(process: subprocess.Popen, url: str, log: Path) -> None:
-    deadline, next_word = time.monotonic() + START_SECONDS, 10
+    begin = time.monotonic()
+    deadline, next_word = begin + START_SECONDS, begin + 10
     while time.monotonic() < deadline:
         if process.poll() is not None:
             sys.exit(
@@ -99,7 +100,7 @@ def wait_until_up(process: subprocess.Popen, url: str, log: Path) -> None:
             return say("the server is up")
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-        if time.monotonic() - START > next_word:
+        if time.monotonic() > next_word:
             say("waiting for the server to load the model")
             next_word += 10
     sys.exit(f"the server did not answer within {START_SECONDS} s: see {log}")

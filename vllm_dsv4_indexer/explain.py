@@ -36,15 +36,15 @@ def explanation_of(model: str, flags: list[str]) -> list[tuple[str, str]]:
         device = current_platform.device_type
         raise UserError(f"explain reads vLLM's CPU engine; the platform is {device!r}")
     try:
-        config = _arguments(model, flags).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = read_flags(model, flags).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
-        raise Refused(_reason(error)) from error
+        raise Refused(reason(error)) from error
     from vllm_dsv4_indexer.engines.vllm_cpu import explanation
 
     return list(explanation.explain(config))
 
 
-def _arguments(model: str, flags: list[str]) -> EngineArgs:
+def read_flags(model: str, flags: list[str]) -> EngineArgs:
     """As `vllm serve` reads them, with our backend unless they name one."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
     parser.error = _refuse
@@ -58,6 +58,6 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message} (see `vllm serve --help`)")
 
 
-def _reason(error: ValidationError) -> str:
+def reason(error: ValidationError) -> str:
     first = error.errors()[0]
     return " ".join(str(first.get("ctx", {}).get("error", first["msg"])).split())

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -156,6 +157,24 @@ def test_a_result_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match="result cannot be written: .*No space left"):
         output.write(tmp_path, {"result": "second"})
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result", "first")]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from vllm_dsv4_indexer import output
+
+pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+output.write(pathlib.Path(sys.argv[1]), {"result": "second"})
+"""
+
+
+def test_a_command_that_is_killed_as_it_writes_leaves_the_earlier_result(tmp_path):
+    output.write(tmp_path, {"result": "first"})
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path])
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "result").read_text() == "first"
+    output.write(tmp_path, {"result": "third"})  # and what the killed one left is gone
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result", "third")]
 
 
 def test_a_package_that_is_missing_is_named_with_what_to_install(monkeypatch):

@@ -22,10 +22,10 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def python(*arguments: str) -> tuple[int, str, str]:
+def python(*arguments: str, level: str = "ERROR") -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        env=os.environ | {"VLLM_LOGGING_LEVEL": level},
         capture_output=True,
         text=True,
     )
@@ -56,11 +56,14 @@ def test_prefixes_do_not_hit_where_the_cache_is_off(model):
 
 
 LEAST = """
+from unittest import mock
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_kv_cache_groups
+from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_dsv4_indexer import explain
 from vllm_dsv4_indexer.engines.vllm_cpu import explanation
+from vllm_dsv4_indexer.engines.vllm_cpu.worker import Worker
 
-config = explain._arguments({model!r}, ["--max-model-len", "4096"]).create_engine_config()
+config = explain.read_flags({model!r}, ["--max-model-len", "4096"]).create_engine_config()
 specs = explanation.specs_of(config)
 told = explanation.Explanation.of(config, get_kv_cache_groups(config, dict(specs)))
 (cache,) = get_kv_cache_configs(config, [specs], [told.least_bytes])
@@ -69,14 +72,32 @@ try:
     get_kv_cache_configs(config, [specs], [told.least_bytes - 1])
 except ValueError as error:
     print("and with a byte less:", error)
+
+worker = Worker.__new__(Worker)
+worker.vllm_config, worker.get_kv_cache_spec = config, lambda: specs
+for available in (told.least_bytes, told.least_bytes - 1):
+    with mock.patch.object(CPUWorker, "determine_available_memory", lambda _: available):
+        print("a worker has", worker.determine_available_memory())
 """
 
 
-def test_vllm_takes_the_least_memory_that_it_names_and_not_a_byte_less(model):
-    status, printed, log = python("-c", LEAST.format(model=str(model)))
+@pytest.fixture(scope="module")
+def least(model) -> str:
+    status, printed, log = python("-c", LEAST.format(model=str(model)), level="WARNING")
     assert status == 0, log
-    assert "starts with 0 bytes to spare" in printed
-    assert "and with a byte less: To serve at least one request" in printed
+    return printed
+
+
+def test_vllm_takes_the_least_memory_that_it_names_and_not_a_byte_less(least):
+    assert "starts with 0 bytes to spare" in least
+    assert "and with a byte less: To serve at least one request" in least
+
+
+def test_a_worker_with_a_byte_less_names_the_remedy_that_vllm_does_not(least):
+    with_enough, with_a_byte_less = least.split("a worker has ")[:2]
+    assert "too few" not in with_enough
+    assert "too few for the KV cache" in with_a_byte_less
+    assert "or fewer --max-num-batched-tokens" in with_a_byte_less
 
 
 def test_what_is_refused_is_told_with_the_reason(model):

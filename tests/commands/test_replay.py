@@ -5,6 +5,9 @@ import errno
 import itertools
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -224,6 +227,24 @@ def test_a_capture_is_written_whole_or_not_at_all(file, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: .*No space left"):
         captured(make_batch(REQUESTS), file)
     assert not list(file.parent.iterdir())
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from vllm_dsv4_indexer.capture import Capture
+
+file = pathlib.Path(sys.argv[1])
+capture = Capture.load(file)
+pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+capture.save(file.with_name("second.safetensors"))
+"""
+
+
+def test_a_worker_that_is_killed_as_it_captures_leaves_no_capture_that_is_not_whole(file):
+    captured(make_batch(REQUESTS), file)
+    done = subprocess.run([sys.executable, "-c", KILLED, file])
+    assert done.returncode == -signal.SIGKILL
+    assert list(file.parent.glob("*.safetensors")) == [file]
 
 
 def test_a_capture_that_would_be_too_large_is_not_written(file, monkeypatch):

@@ -15,6 +15,9 @@ VOCABULARY = 120_000  # ordinary tokens; the special ones come after
 LENGTHS = (*range(1, 10), 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2050, 4097)
 # Engine core and workers in processes of their own.
 SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+# Of log-probabilities. Another batch shape goes through another kernel of the engine's last matrix
+# product, whose bfloat16 logits have steps of 1/16 here: 0.12 is the largest difference seen.
+SHAPE_TOLERANCE = 0.25
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
 
 

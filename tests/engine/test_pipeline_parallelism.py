@@ -1,7 +1,6 @@
 """Two pipeline stages, each in a worker of its own, against one worker that has all layers."""
 
-from engine import MIXED_LENGTHS, largest_difference
-from test_generation import SHAPE_TOLERANCE
+from engine import MIXED_LENGTHS, SHAPE_TOLERANCE, largest_difference
 
 ROUNDS = 2  # each prompt alone, all together
 TOKENS = ROUNDS * sum(length + 7 for length in MIXED_LENGTHS)

@@ -8,12 +8,12 @@ import pytest
 from engine import (
     MORE_LENGTHS,
     MORE_MIXTURES,
+    SHAPE_TOLERANCE,
     SHORT_LENGTHS,
     SHORT_MIXTURES,
     Result,
     largest_difference,
 )
-from test_generation import SHAPE_TOLERANCE
 
 
 @pytest.mark.parametrize("index", range(len(MORE_MIXTURES)), ids=map(str, MORE_MIXTURES))

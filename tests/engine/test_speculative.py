@@ -3,8 +3,8 @@ notices."""
 
 import pytest
 from drafts import WRONG
-from engine import DRAFTED_LENGTHS, DRAFTED_TOKENS, largest_difference
-from test_generation import SHAPE_TOLERANCE, assert_same
+from engine import DRAFTED_LENGTHS, DRAFTED_TOKENS, SHAPE_TOLERANCE, largest_difference
+from test_generation import assert_same
 
 
 def test_drafts_are_made_accepted_and_rejected(drafted):

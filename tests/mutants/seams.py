@@ -39,10 +39,10 @@ OTHER_PROJECTION = f"{SELECTION}::test_a_projection_that_vllm_builds_otherwise_i
 BUILT_AS_BEFORE = (
     f"{SELECTION}::test_attention_is_built_as_before_once_a_model_is_loaded_or_could_not_be"
 )
-OWN_MANAGER = (
-    f"{SELECTION}::test_without_vllm_s_own_cache_manager_"
-    "all_rows_are_saved_and_no_other_way_is_accepted"
+OWN_SCHEDULER = (
+    f"{SELECTION}::test_with_another_scheduler_all_rows_are_saved_and_no_other_way_is_accepted"
 )
+REFUSED = f"{SELECTION}::test_what_the_engine_cannot_do_is_refused"
 RESTORED = f"{SELECTION}::test_selecting_the_backend_runs_our_worker_with_what_the_user_asked_for"
 OF_PROMPT = f"{PAGES}::test_of_a_prompt_the_open_groups_and_what_stands_before_a_hit_get_pages"
 ENOUGH = (
@@ -173,8 +173,8 @@ SEAMS = [
         BUILT_AS_BEFORE,
     ),
     Mutant(PROJECTION, "        or linear.bias is not None\n", "", OTHER_PROJECTION),
-    Mutant(CONFIGURED, "if scheduler.scheduler_cls is not None:", "if False:", OWN_MANAGER),
-    Mutant(CONFIGURED, "if scheduler.disable_hybrid_kv_cache_manager:", "if False:", OWN_MANAGER),
+    Mutant(CONFIGURED, "if vllm_config.scheduler_config.scheduler_cls", "if None", OWN_SCHEDULER),
+    Mutant(CONFIGURED, "        if asked:\n", "        if False:\n", REFUSED),
     Mutant(CONFIGURED, "    scheduler.max_num_batched_tokens = tokens\n", "", RESTORED),
     Mutant(VERIFIED, ".abs() > 1)", ".abs() > 999)", NEIGHBOURS),
     Mutant(VERIFIED, "TIES = 1e-4", "TIES = 1e-3", NEIGHBOURS),

@@ -72,18 +72,21 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     if vllm_config.speculative_config is not None:
         _refuse_unsupported_drafts(vllm_config.speculative_config)
     _refuse_unsupported_parallelism(vllm_config.parallel_config)
-    _refuse_connectors(vllm_config)
+    _refuse_unsupported_memory(vllm_config)
 
 
 def _refuse_unsupported_model(model: ModelConfig) -> None:
-    """What vLLM 0.32's CPU engine dies of later: it computes in bfloat16 alone, and DeepSeek-V4's
-    first layers choose their experts by the token."""
+    """What vLLM 0.32's CPU engine dies of later: it computes in bfloat16 alone, DeepSeek-V4's first
+    layers choose their experts by the token, and its loader of transformers' models fails."""
     if model.dtype is not torch.bfloat16:
         name = str(model.dtype).removeprefix("torch.")
         refuse(f"dtype is {name!r}", "'bfloat16' on vLLM's CPU engine", "pass --dtype bfloat16")
     if model.enable_prompt_embeds:
         remedy = "leave --enable-prompt-embeds out"
         refuse("prompt embeddings are on", "prompts of tokens for this model", remedy)
+    if model.model_impl not in ("auto", "vllm"):
+        found = f"model_impl is {model.model_impl!r}"
+        refuse(found, "vLLM's own model, whose compressors we replace", "leave --model-impl out")
     ratios, layers = len(compress_ratios(model.hf_config)), model.hf_config.num_hidden_layers
     if ratios < layers:
         found = f"the model has {layers} layers, and compress_ratios for {ratios}"
@@ -106,16 +109,21 @@ def _refuse_unsupported_parallelism(parallel: ParallelConfig) -> None:
         )
 
 
-def _refuse_connectors(vllm_config: VllmConfig) -> None:
-    """What dies at start-up of vLLM 0.32's CPU engine: its ExampleConnector asks for a single kind
-    of cache, and its two that offload ask for CUDA. No other was tried."""
+def _refuse_unsupported_memory(vllm_config: VllmConfig) -> None:
+    """What vLLM 0.32's CPU engine dies of, at the start or in its first step: its ExampleConnector
+    asks for a single kind of cache, and its two that offload ask for CUDA (no other was tried); of
+    this model's caches it cannot make one group; prefetched weights must not lie in a CPU's memory;
+    and what Mamba caches align is looked for in layers that this model does not have."""
+    cache = vllm_config.cache_config
+    one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    prefetched = vllm_config.offload_config.prefetch.offload_group_size
+    aligned = cache.mamba_cache_mode != "none"
     for asked, found, option in (
-        (vllm_config.cache_config.kv_offloading_size, "KV offloading is on", "kv-offloading-size"),
-        (
-            vllm_config.kv_transfer_config,
-            "a KV connector is configured",
-            "kv-transfer-config",
-        ),
+        (cache.kv_offloading_size, "KV offloading is on", "kv-offloading-size"),
+        (vllm_config.kv_transfer_config, "a KV connector is configured", "kv-transfer-config"),
+        (one_group, "all caches are to be one group", "disable-hybrid-kv-cache-manager"),
+        (prefetched, "weights are to be prefetched", "offload-group-size"),
+        (aligned, f"mamba_cache_mode is {cache.mamba_cache_mode!r}", "mamba-cache-mode"),
     ):
         if asked:
             refuse(found, "no such thing on vLLM's CPU engine", f"leave --{option} out")
@@ -152,10 +160,7 @@ def resolve_state_save(settings: Settings, vllm_config: VllmConfig) -> Settings:
 
 
 def _reasons_for_full(settings: Settings, vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
-    scheduler = vllm_config.scheduler_config
     if settings.impl == "stock":
         yield "impl is 'stock', which reads every row back from the state", "leave one of them out"
-    if scheduler.scheduler_cls is not None:
+    if vllm_config.scheduler_config.scheduler_cls is not None:
         yield "a scheduler is configured", "leave --scheduler-cls out"
-    if scheduler.disable_hybrid_kv_cache_manager:
-        yield "all groups of caches are one", "leave --disable-hybrid-kv-cache-manager out"

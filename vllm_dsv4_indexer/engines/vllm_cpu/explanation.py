@@ -102,6 +102,14 @@ class Explanation(NamedTuple):
             f"of KV cache; {hits}; fingerprint {self.fingerprint}"
         )
 
+    def too_little(self, available: int) -> str:
+        """What to do with so few bytes."""
+        return (
+            f"{available} bytes are too few for the KV cache: a request of {self.context} tokens "
+            f"needs {self.least_bytes} in steps of {self.step}. Pass --kv-cache-memory-bytes "
+            f"{self.least_bytes}, or fewer --max-num-batched-tokens: smaller steps need less"
+        )
+
     def blocks(self, tokens: int) -> int:
         """That a step of these tokens fills."""
         return sum(group.blocks(tokens, self.hits) for group in self.groups)

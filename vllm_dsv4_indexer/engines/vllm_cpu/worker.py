@@ -5,11 +5,12 @@ supplies each step with metadata, and logs what the op did.
 """
 
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -26,6 +27,9 @@ from vllm_dsv4_indexer.engines.vllm_cpu.projection import exact_projections
 from vllm_dsv4_indexer.engines.vllm_cpu.signatures import check_signatures
 from vllm_dsv4_indexer.engines.vllm_cpu.verification import verify
 from vllm_dsv4_indexer.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm_dsv4_indexer.engines.vllm_cpu.explanation import Explanation
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -69,16 +73,27 @@ class Worker(Accountable, CPUWorker):
             captures=None if folder is None else Captures(folder, when, self.rank),
         )
 
+    def determine_available_memory(self) -> int:
+        """vLLM's error about too little of it does not name the size of a step as a remedy."""
+        available: int = super().determine_available_memory()
+        told = self._explain(get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec()))
+        if told and available < told.least_bytes:
+            logger.warning("DSV4_INDEXER: %s", told.too_little(available))
+        return available
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        if told := self._explain(kv_cache_config.kv_cache_groups):
+            logger.info("DSV4_INDEXER: %s", told)
+
+    def _explain(self, groups: list[KVCacheGroupSpec]) -> "Explanation | None":
         try:
             from vllm_dsv4_indexer.engines.vllm_cpu.explanation import Explanation
 
-            told = Explanation.of(self.vllm_config, kv_cache_config.kv_cache_groups)
+            return Explanation.of(self.vllm_config, groups)
         except (ImportError, AttributeError, TypeError) as error:  # in a version nobody has tested
-            logger.warning("DSV4_INDEXER: the caches cannot be explained: %s", error)
-        else:
-            logger.info("DSV4_INDEXER: %s", told)
+            logger.warning_once("DSV4_INDEXER: the caches cannot be explained: %s", error)
+            return None
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: vLLM 0.32 packs its CPU experts a second time, and they answer otherwise."""
