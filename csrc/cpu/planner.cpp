@@ -218,9 +218,9 @@ class Planner {
   void write_sections() {
     const int64_t layout = rule_ == kRowRule ? kPlanLayout : kStateOnlyLayout;
     std::fill_n(plan_, kPlanHeader, 0);
-    *reinterpret_cast<PlanHeader*>(plan_) = {
-        layout,  a_.tokens,      entries_,      early_,       unique_,  saved_,
-        shared_, a_.state_pages, a_.state_page, a_.k_entries, a_.max_pos};
+    *reinterpret_cast<PlanHeader*>(plan_) = {layout,        a_.tokens,    entries_,  early_,
+                                             unique_,       saved_,       shared_,   a_.state_pages,
+                                             a_.state_page, a_.k_entries, a_.max_pos};
     std::copy_n(a_.positions, a_.tokens, plan_ + plan_positions(a_.tokens));
     std::copy_n(a_.token_to_req, a_.tokens, plan_ + plan_requests(a_.tokens));
     int64_t* const state_slots = plan_ + plan_state_slots(a_.tokens);

@@ -113,6 +113,7 @@ MUTANTS = [
         "other = torch.where(same, -1, -1).amax(dim=1)",
         ROW_RULE,
     ),
+    Mutant(REFERENCE, "slots < extents.state_page", "slots < 0", UNSAVED),
     # Places and strides on the CPU.
     Mutant(PAGES, STATE_PAGE, "slot / l.state_page * l.state_page * l.state_row_stride", MIXED),
     Mutant(PAGES, STATE_PAGE, f"static_cast<int32_t>({STATE_PAGE})", FAR),
@@ -213,6 +214,9 @@ MUTANTS = [
     Mutant(KERNEL, "if (!call.unique) {", "if (false) {", TWICE),
     Mutant(KERNEL, "call.early == 0 ||", "call.early != 0 ||", MIXED),
     # The CPU's plan.
+    Mutant(
+        PLANNER, "a_.state_slots[token] >= a_.state_page", "a_.state_slots[token] >= 0", UNSAVED
+    ),
     Mutant(
         PLANNER, "in_range(slot, -1, state_rows())", "in_range(slot, -1, state_rows() + 1)", VALUE
     ),

@@ -138,12 +138,6 @@ SEAMS = [
     Mutant(
         COMPRESSOR, "            state.slot_mapping,\n", "            entries.slot_mapping,\n", ROWS
     ),
-    Mutant(
-        COMPRESSOR,
-        'self.settings.state_save == "readable"',
-        'self.settings.state_save != "readable"',
-        ROWS,
-    ),
     Mutant(COMPRESSOR, "eps=self.rms_norm_eps", "eps=1e-6", OWN_LAYER),
     Mutant(COMPRESSOR, "            self.ape,", "            self.ape.roll(1, 0),", OWN_LAYER),
     Mutant(COMPRESSOR, "any(new is not old for", "any(False for", BOUND_AGAIN),
