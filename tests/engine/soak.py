@@ -1,6 +1,6 @@
 """A server with too small a KV cache under random traffic, for minutes: `make soak`.
 
-    python tests/engine/soak.py MODEL [--minutes 5] [--seed N] [--impl stock]
+    python tests/engine/soak.py MODEL [--minutes 5] [--seed N]
 
 Clients come in bursts and share prefixes. Some go away in the middle, some are killed, and some
 send what is no request. Whoever waits must get the answer that the question gets alone. Then the
@@ -192,21 +192,18 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=random.randrange(1000))
-    parser.add_argument("--impl", default="auto")
     asked = parser.parse_args()
     print(f"seed {asked.seed}")
     questions = make_questions(asked.seed, QUESTIONS, LONGEST)
     with tempfile.TemporaryDirectory() as folder:
         expected = lone_answers(Path(folder), asked.model, questions)
         first, second = Path(folder) / "first", Path(folder) / "second"
-        settings = json.dumps({"dsv4_indexer": {"impl": asked.impl}})
-        options = (*SERVER, "--additional-config", settings)
-        with serve_and_chat.server(str(asked.model), options, first) as url:
+        with serve_and_chat.server(str(asked.model), SERVER, first) as url:
             soak = Soak(url, questions, expected, asked.seed)
             asyncio.run(soak.run(asked.minutes))
             soak.faults += OURS.findall(first.read_text())
             kill_worker()
-        with serve_and_chat.server(str(asked.model), options, second) as url:
+        with serve_and_chat.server(str(asked.model), SERVER, second) as url:
             again = Soak(url, questions, expected)
             asyncio.run(again.ask_each())
     report(soak, again)
@@ -231,7 +228,7 @@ def report(soak: Soak, again: Soak) -> None:
     print(f"all of it: {dict(soak.counts)}; by the second server: {dict(again.counts)}")
     print(f"the worker grew by {soak.growth():.1f} MiB a minute in the second half")
     print(*faults[:20], sep="\n")
-    sys.exit(f"{len(faults)} faults; again: ARGS='--seed {soak.seed}' make soak" if faults else 0)
+    sys.exit(f"{len(faults)} faults; again: make soak ARGS='--seed {soak.seed}'" if faults else 0)
 
 
 if __name__ == "__main__":
