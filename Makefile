@@ -49,7 +49,7 @@ lint: venv .venv/tools.done ## check format, style, types, spelling and scripts,
 	@$(TOOLS)/shellcheck .ci/run $(shell find requirements tests -name '*.sh')
 	@$(TOOLS)/codespell
 
-coverage: venv .venv/beside.done ## run the tests, then show which lines of the package none of them has run
+coverage: venv .venv/beside.done .venv/tools.done ## run the tests, then show which lines of the package none of them has run
 	@$(RUN) pytest -q --cov --cov-report=term-missing $(or $(ARGS),tests $(IN_TWO_PROCESSES))
 
 docs: .venv/tools.done ## serve the documentation on port 8000, until Ctrl-C

@@ -42,7 +42,7 @@ OPTIONS: Options = {
     "model": dict(
         nargs="?",
         metavar="MODEL",
-        help="say what its caches take too; only config.json is read. `explain` takes flags",
+        help="say what its caches take too; only config.json is read (with flags: `explain`)",
     ),
     "--url": dict(
         metavar="URL",
@@ -63,10 +63,11 @@ OPTIONS: Options = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints everything; returns 0 if the backend would start, else 1."""
+    """Prints everything; returns 0, or 1 if something is to be mended."""
     findings = []
     for finding in examine(arguments):
-        finding = finding._replace(found=" ".join(finding.found.split()))
+        found = "".join(filter(str.isprintable, " ".join(finding.found.split())))
+        finding = finding._replace(found=found)
         findings.append(finding)
         if not arguments.json:
             mark = "!" if finding.problem else " "
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1 if problems else 0
     print()
     if problems:
-        print(f"The backend would not start. What to mend is marked with !: {problems}.")
+        print(f"What to mend is marked with !: {problems}.")
         return 1
     print(f"The backend would start: --attention-backend {NAMESPACE}")
     return 0
@@ -264,12 +265,16 @@ def _model(model: str) -> Iterator[Finding]:
     """What the caches of a model take, or why it is refused."""
     try:
         packages.need("vllm", "doctor MODEL")
-        from .explain import explanation_of
-
-        for what, found in explanation_of(model, []):
-            yield Finding(what, found)
     except UserError as error:
         yield Finding("model", str(error), problem=True)
+        return
+    from .explain import Refused, explanation_of
+
+    try:
+        for what, found in explanation_of(model, []):
+            yield Finding(what, found)
+    except UserError as error:  # or there is nothing that explains it on this device
+        yield Finding("model", str(error), problem=isinstance(error, Refused))
 
 
 def _server(url: str) -> Iterator[Finding]:

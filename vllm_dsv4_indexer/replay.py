@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .bench.batches import ordered_fp8
 from .capture import K_FORMAT, Capture
 from .contract import (
     FP8_PAGE_ENTRIES,
@@ -77,9 +78,7 @@ def _entries(call: Call, slots: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.arange(len(slots))
     codes = pages[:, :FP8_SCALE_OFFSET].unflatten(1, (FP8_PAGE_ENTRIES, HEAD_DIM))[token, entry]
     scales = pages[:, FP8_SCALE_OFFSET:].contiguous().view(torch.float32)[token, entry]
-    codes = codes.int()
-    ordered = torch.where(codes < 128, codes, 128 - codes)
-    return scales[:, None], torch.where(codes & 0x7F == 0x7F, 255, ordered)  # a NaN: no neighbour
+    return scales[:, None], ordered_fp8(codes)
 
 
 def _compare_refusals(reference: str, other: str, impl: str) -> int:

@@ -3,8 +3,8 @@
 import json
 import os
 import re
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 from .errors import UserError
@@ -22,14 +22,14 @@ class Server:
         self._url = url.rstrip("/").removesuffix("/v1")
 
     def version(self) -> str:
-        return str(json.loads(self._ask("/version"))["version"])
+        return self._answer("/version", None, "version")
 
     def model(self) -> str:
-        return str(json.loads(self._ask("/v1/models"))["data"][0]["id"])
+        return self._answer("/v1/models", None, "data", 0, "id")
 
     def complete(self, model: str) -> str:
         asked = dict(model=model, prompt=PROMPT, max_tokens=4, temperature=0)
-        return str(json.loads(self._ask("/v1/completions", asked))["choices"][0]["text"])
+        return self._answer("/v1/completions", asked, "choices", 0, "text")
 
     def account(self) -> dict[str, float]:
         """Its workers' numbers together, by name (engines/metrics.py); none if it publishes
@@ -38,6 +38,19 @@ class Server:
         for name, value in COUNTER.findall(self._ask("/metrics")):
             sums[name] = sums.get(name, 0) + float(value)
         return sums
+
+    def _answer(self, path: str, body: dict[str, Any] | None, *place: str | int) -> str:
+        """What is in that place of a JSON answer."""
+        said = self._ask(path, body)
+        try:
+            value = json.loads(said)
+            for key in place:
+                value = value[key]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self._url}{path} answers {said[:80]!r}: is this a server of vLLM's?"
+            ) from error
+        return str(value)
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> str:
         key = os.environ.get("VLLM_API_KEY")
@@ -49,5 +62,8 @@ class Server:
             request = urllib.request.Request(self._url + path, data, headers)
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return str(answer.read().decode())
-        except (OSError, ValueError) as error:  # ValueError: what is no URL
-            raise UserError(f"{self._url}{path} does not answer: {error}") from error
+        except (OSError, ValueError, HTTPException) as error:  # ValueError: what is no URL
+            raise UserError(
+                f"{self._url}{path} does not answer: {error}. Give http://HOST:PORT, and a key, if "
+                "the server wants one, in VLLM_API_KEY"
+            ) from error

@@ -106,8 +106,8 @@ inline bool unsupported(const RunArguments& a, const Device& device, char* messa
   const bool fp8 = a.k_format == kFp8Amax, main = a.head_dim == Main4::kHeadDim;
   const int64_t width = main ? Main4::kRowWidth : Indexer::kRowWidth;
   const char* const widths = main ? "2048 to 2^20" : "512 to 2^20";
-  const auto row_stride = [](int64_t stride, int64_t rows, int64_t width) {
-    return rows <= 1 || (stride >= width && stride <= 1 << 20);
+  const auto row_stride = [](int64_t stride, int64_t rows, int64_t least) {
+    return rows <= 1 || (stride >= least && stride <= 1 << 20);
   };
   const Line lines[] = {
       {a.ratio == kRatio, "a ratio of", a.ratio,

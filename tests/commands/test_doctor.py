@@ -155,11 +155,12 @@ class Server(BaseHTTPRequestHandler):
 
     metrics: list[str]
     keys: set[str | None]
+    models = '{"data": [{"id": "deepseek"}]}'
 
     def do_GET(self):
         answers = {
             "/version": '{"version": "0.32.0"}',
-            "/v1/models": '{"data": [{"id": "deepseek"}]}',
+            "/v1/models": self.models,
             "/v1/completions": '{"choices": [{"text": "five"}]}',
         }
         if self.path == "/metrics":
@@ -219,7 +220,15 @@ def test_a_server_with_a_key_is_asked_with_it(server, monkeypatch):
     assert fake.keys == {"Bearer secret"}
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nowhere"])
+@pytest.mark.parametrize("models", ["<html>", "[]", '{"data": []}'])
+def test_a_server_of_something_else_is_a_problem(server, models):
+    url, fake = server
+    fake.models = models
+    (finding,) = doctor._server(url)
+    assert finding.problem and "is this a server of vLLM's?" in finding.found
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost:8000", "http://host:abc"])
 def test_a_server_that_does_not_answer_is_a_problem(url):
     (finding,) = doctor._server(url)
     assert finding.problem and f"{url}/v1/models does not answer: " in finding.found

@@ -176,7 +176,7 @@ OPTIONS = {
 }
 
 
-WORKS, OURS, VLLMS = "works", "refused by us", "refused by vLLM"
+WORKS, OURS, VLLMS = "works", "refused by us", "vLLM does not start"
 
 
 class Outcome(NamedTuple):
@@ -271,11 +271,11 @@ def answer(model: Path, result: Path, option: str) -> None:
         ]
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        said["died" if engine else "refused"] = words(error)
+        said["died" if engine else "refused"] = said_by(error)
     result.write_text(json.dumps(said))
 
 
-def words(error: Exception) -> str:
+def said_by(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         return explain.reason(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -32,7 +32,7 @@ import serve_and_chat
 TICK = 0.05  # seconds
 QUESTIONS, LONGEST, CONTEXT, STEP = 30, 1800, 2048, 512  # all but the first in tokens
 CLIENTS = 24  # at most, at a time
-RARELY = 0.03  # of the clients are no clients
+NONSENSICAL, KILLED = 0.03, 0.006  # of the clients
 SERVER = (
     *("--max-model-len", str(CONTEXT), "--max-num-batched-tokens", str(STEP)),
     *("--kv-cache-memory-bytes", "9M", "--no-scheduler-reserve-full-isl"),
@@ -93,9 +93,9 @@ class Soak:
         return (time.monotonic() - self.begin) / 60
 
     async def client(self, visit: Visit, kind: float, which: float) -> None:
-        if kind < RARELY:
+        if kind < NONSENSICAL:
             await self.talk_nonsense([*NONSENSE][int(which * len(NONSENSE))])
-        elif kind < 1.2 * RARELY:
+        elif kind < NONSENSICAL + KILLED:
             await self.be_killed(self.questions[visit.question])
         else:
             await self.ask(visit)
@@ -107,6 +107,8 @@ class Soak:
             status, said = await asyncio.wait_for(self.post(asked), patience)
         except TimeoutError:
             self.counts["left"] += 1  # and closed the connection
+            if patience is None:
+                self.faults.append(f"question {visit.question}: no answer")
             return
         self.counts["answered"] += 1
         if status != 200:
@@ -170,7 +172,7 @@ class Soak:
     def growth(self) -> float:
         """MiB a minute, in the second half."""
         half = self.memory[len(self.memory) // 2 :]
-        return linear_regression(*zip(*half)).slope
+        return linear_regression(*zip(*half)).slope if len(half) > 1 else float("nan")
 
 
 def answer(said: dict) -> dict:

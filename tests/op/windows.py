@@ -9,7 +9,7 @@ import random
 import time
 
 from batches import assert_close, make_batch, random_case
-from vllm_dsv4_indexer.contract import GEOMETRIES, window_of
+from vllm_dsv4_indexer.contract import GEOMETRIES
 
 GEOMETRY = {f"{geometry.head_dim}/{geometry.ratio}": geometry for geometry in GEOMETRIES}
 LONGEST = 400  # windows of a request
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first batch (default: 0)")
     options = parser.parse_args()
     geometry = GEOMETRY[options.geometry]
-    longest = LONGEST * window_of(geometry.ratio) // 2
+    longest = LONGEST * geometry.ratio
     windows = values = neighbours = 0
     start, seed = time.monotonic(), options.seed
     while windows < options.windows:

@@ -98,6 +98,13 @@ def view_like(tensor: Tensor, storage: Tensor) -> Tensor:
     )
 
 
+def ordered_fp8(codes: Tensor) -> Tensor:
+    """Codes e4m3fn as integers in the order of their values. A NaN has no neighbour."""
+    codes = codes.int()
+    ordered = torch.where(codes < 128, codes, 128 - codes)
+    return torch.where(codes & 0x7F == 0x7F, 255, ordered)
+
+
 @dataclass(frozen=True)
 class Batch:
     kv_score: Tensor
@@ -182,16 +189,13 @@ class Batch:
         return _in_pages(self.k_cache, width, stride, DS_MLA_CODES).view(torch.bfloat16)
 
     def ordered_codes(self) -> Tensor:
-        """The codes as integers in the order of the values that they stand for. A NaN has no
-        neighbour."""
+        """The codes as integers in the order of the values that they stand for."""
         if self.k_format == "bf16":
             bits = self.codes().view(torch.int16).int()
             return torch.where(bits < 0, -0x8000 - bits, bits)
-        codes = self.codes().int()
         if self.k_format == "int8_hadamard":
-            return codes
-        ordered = torch.where(codes < 128, codes, 128 - codes)
-        return torch.where(codes & 0x7F == 0x7F, 255, ordered)
+            return self.codes().int()
+        return ordered_fp8(self.codes())
 
     def scales(self) -> Tensor:
         """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales;

@@ -20,10 +20,6 @@ class Checks:
         Raises ContractError; else notes what the step saves."""
         if self._ledger is None or self._ledger.extents != extents:
             self._ledger = Ledger(extents)
-        if not all_saved:  # slots in page 0, the null page, are none
-            slots = step.inner_state_slot_mapping
-            saved = slots.masked_fill(slots < extents.state_page, -1)
-            step = step._replace(inner_state_slot_mapping=saved)
         check_step(_scheduled(step, entries, all_saved), self._ledger)
         self._ledger.save(step.inner_state_slot_mapping, step.positions)
 

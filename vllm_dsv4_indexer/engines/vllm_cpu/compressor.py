@@ -11,7 +11,7 @@ from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseBackend
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import HEAD_DIM, ContractError, Extents, Layer, Step
+from vllm_dsv4_indexer.contract import HEAD_DIM, ContractError, Extents, Layer, Plan, Step
 from vllm_dsv4_indexer.engines.captures import Captures
 from vllm_dsv4_indexer.engines.plans import once_a_step
 from vllm_dsv4_indexer.engines.versions import VLLM_CPU
@@ -91,6 +91,8 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
             *step, **extents._asdict(), ratio=self.compress_ratio, impl=self.settings.impl
         )
         if self.checks is not None:
+            saved = Plan.of(plan, self.compress_ratio).state_slots
+            step = step._replace(inner_state_slot_mapping=saved)
             all_saved = self.settings.state_save == "full"
             self.checks.step(step, entries, extents, all_saved)
         return plan

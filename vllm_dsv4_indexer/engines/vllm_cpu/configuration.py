@@ -117,16 +117,31 @@ def _refuse_unsupported_memory(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
     one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     prefetched = vllm_config.offload_config.prefetch.offload_group_size
-    aligned = cache.mamba_cache_mode != "none"
-    for asked, found, option in (
-        (cache.kv_offloading_size, "KV offloading is on", "kv-offloading-size"),
-        (vllm_config.kv_transfer_config, "a KV connector is configured", "kv-transfer-config"),
-        (one_group, "all caches are to be one group", "disable-hybrid-kv-cache-manager"),
-        (prefetched, "weights are to be prefetched", "offload-group-size"),
-        (aligned, f"mamba_cache_mode is {cache.mamba_cache_mode!r}", "mamba-cache-mode"),
+    mamba, here = cache.mamba_cache_mode, "caches in the memory of vLLM's CPU engine"
+    for asked, found, supported, option in (
+        (cache.kv_offloading_size, "KV offloading is on", here, "kv-offloading-size"),
+        (
+            vllm_config.kv_transfer_config,
+            "a KV connector is configured",
+            here,
+            "kv-transfer-config",
+        ),
+        (
+            one_group,
+            "all caches are to be one group",
+            "a group for each kind of cache",
+            "disable-hybrid-kv-cache-manager",
+        ),
+        (
+            prefetched,
+            "weights are to be prefetched",
+            "all weights in memory on vLLM's CPU engine",
+            "offload-group-size",
+        ),
+        (mamba != "none", f"mamba_cache_mode is {mamba!r}", "'none'", "mamba-cache-mode"),
     ):
         if asked:
-            refuse(found, "no such thing on vLLM's CPU engine", f"leave --{option} out")
+            refuse(found, supported, f"leave --{option} out")
 
 
 def _refuse_unsupported_drafts(speculative: SpeculativeConfig) -> None:

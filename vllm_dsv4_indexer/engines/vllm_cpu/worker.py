@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -76,8 +75,15 @@ class Worker(Accountable, CPUWorker):
     def determine_available_memory(self) -> int:
         """vLLM's error about too little of it does not name the size of a step as a remedy."""
         available: int = super().determine_available_memory()
-        told = self._explain(get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec()))
-        if told and available < told.least_bytes:
+        config = self.vllm_config
+        told = self._explain()
+        if (
+            told
+            and available < told.least_bytes
+            # Else vLLM takes another number of bytes, or a context that fits.
+            and config.cache_config.num_gpu_blocks_override is None
+            and config.model_config.original_max_model_len != -1
+        ):
             logger.warning("DSV4_INDEXER: %s", told.too_little(available))
         return available
 
@@ -86,10 +92,15 @@ class Worker(Accountable, CPUWorker):
         if told := self._explain(kv_cache_config.kv_cache_groups):
             logger.info("DSV4_INDEXER: %s", told)
 
-    def _explain(self, groups: list[KVCacheGroupSpec]) -> "Explanation | None":
+    def _explain(self, groups: list[KVCacheGroupSpec] | None = None) -> "Explanation | None":
+        """groups: of the caches; None: those that vLLM will make of their specs."""
         try:
+            from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
             from vllm_dsv4_indexer.engines.vllm_cpu.explanation import Explanation
 
+            specs = dict(self.get_kv_cache_spec())
+            groups = groups or get_kv_cache_groups(self.vllm_config, specs)
             return Explanation.of(self.vllm_config, groups)
         except (ImportError, AttributeError, TypeError) as error:  # in a version nobody has tested
             logger.warning_once("DSV4_INDEXER: the caches cannot be explained: %s", error)
