@@ -119,8 +119,8 @@ def replace_compressors(
     **watching: Any,
 ) -> list[DeepseekV4CPUAttention]:
     """Put ours in the place of every compressor of `model`, whose indexers must be as many as
-    `indexers`. Returns the layers that have one. `watching`: what the indexers' compressors have
-    beside the others.
+    `indexers`. Returns the layers that have one. `request_ids`: of a step's requests by their rows,
+    for errors. `watching`: what the indexers' compressors have in addition.
 
     Raises UserError where the model does not look as vLLM 0.32.0 builds it.
     """

@@ -99,8 +99,8 @@ class Worker(Accountable, CPUWorker):
 
             from vllm_dsv4_indexer.engines.vllm_cpu.explanation import Explanation
 
-            specs = dict(self.get_kv_cache_spec())
-            groups = groups or get_kv_cache_groups(self.vllm_config, specs)
+            if groups is None:
+                groups = get_kv_cache_groups(self.vllm_config, dict(self.get_kv_cache_spec()))
             return Explanation.of(self.vllm_config, groups)
         except (ImportError, AttributeError, TypeError) as error:  # in a version nobody has tested
             logger.warning_once("DSV4_INDEXER: the caches cannot be explained: %s", error)
