@@ -1,14 +1,18 @@
 """What the options of `vllm serve` do with our backend: the lists of docs/options.md.
 
     python tests/engine/options.py [WORD...]    of those alone that have one of the words in them
+    python tests/engine/options.py --together 60 [--seed 0]    some at a time, of those that work
 
 Each option gets an engine in a process of its own, so that a crash is a row as well. It works if
 the answers are those without the option.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
+import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -87,6 +91,7 @@ CACHES = """
 SCHEDULING = """
 --max-num-batched-tokens 2048
 --max-num-batched-tokens 37 --max-num-seqs 5
+--max-num-batched-tokens 1 --max-num-seqs 1
 --max-num-scheduled-tokens 301
 --max-num-seqs 1
 --max-num-active-seqs 2
@@ -174,7 +179,16 @@ OPTIONS = {
     "Parallelism": PARALLELISM,
     "Speculative decoding": DRAFTS,
 }
-
+# Of ours, which options are tried with.
+SETTINGS = (
+    {"check": "on"},
+    {"state_save": "full"},
+    {"state_save": "full", "check": "on"},
+    {"projection": "engine"},
+    {"untested": "verify"},
+)
+AT_A_TIME = 5
+PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 
 WORKS, OURS, VLLMS = "works", "refused by us", "vLLM does not start"
 
@@ -185,14 +199,18 @@ class Outcome(NamedTuple):
     message: str = ""
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--together", type=int, metavar="N", help="how many random combinations")
+    parser.add_argument("--seed", type=int, default=0, help="of the combinations (default: 0)")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         # By another process: what has used torch's threads cannot be forked.
         subprocess.run(["vllm-dsv4-indexer", "make-checkpoint", model], check=True)
         expected = run(model, "")["rounds"]
-        for section, lines in OPTIONS.items():
-            options = [one for one in lines.split("\n") if one and chosen(one, words)]
+        for section, options in chosen(asked).items():
             show(section, [tried(model, one, expected) for one in options])
 
 
@@ -202,8 +220,32 @@ def tried(model: Path, option: str, expected: list[list[dict]]) -> Outcome:
     return seen
 
 
-def chosen(option: str, words: list[str]) -> bool:
-    return not words or any(word in option for word in words)
+def chosen(asked: argparse.Namespace) -> dict[str, list[str]]:
+    """The options to try, by section."""
+    if asked.together:
+        draw = random.Random(asked.seed)
+        return {"Together": [together(draw) for _ in range(asked.together)]}
+    return {
+        section: [
+            one
+            for one in lines.split("\n")
+            if one and (not asked.words or any(word in one for word in asked.words))
+        ]
+        for section, lines in OPTIONS.items()
+    }
+
+
+def together(draw: random.Random) -> str:
+    """Some options that work alone, none of them twice, and a setting of ours."""
+    combined, names = [], set()
+    works = [line for line in PAGE.read_text().split("\n") if line.startswith("These work:")]
+    options = re.findall("`([^`]+)`", "".join(works))
+    for option in draw.sample(options, len(options)):
+        flags = {word for word in option.split() if word.startswith("--")}
+        if len(combined) < AT_A_TIME and not flags & names:
+            combined, names = [*combined, option], names | flags
+    settings = json.dumps({"dsv4_indexer": draw.choice(SETTINGS)}, separators=(",", ":"))
+    return " ".join([*combined, "--additional-config", settings])
 
 
 def run(model: Path, option: str) -> dict:
@@ -282,4 +324,4 @@ def said_by(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

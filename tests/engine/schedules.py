@@ -37,10 +37,10 @@ def forks() -> dict:
     return _schedule("forks", [*first, *later])
 
 
-def random_schedule(seed: int, requests: int = 8) -> dict:
+def random_schedule(name: str, draw: random.Random, requests: int = 8) -> dict:
     """Arrivals that nobody wrote by hand: some share blocks with an earlier request, which may
     itself share them, and some are forks of one that runs."""
-    draw = random.Random(f"schedule {seed}")
+    seed = draw.randint(0, 1 << 20)
     first = prompt(BLOCK * draw.randint(1, 3) - draw.randint(1, 20), seed=seed)
     second = prompt(BLOCK + 1, seed=seed)
     chosen = [_request(first, max_tokens=24), _request(second, max_tokens=8)]
@@ -59,7 +59,7 @@ def random_schedule(seed: int, requests: int = 8) -> dict:
             tokens = [*shared, *prompt(tail, seed=len(chosen))]
             chosen.append(_request(tokens, step, draw.randint(1, 12)))
     budget, restart = draw.choice([WHOLE, MIXED, 509, 131]), draw.randint(2, 12)
-    return _schedule(f"seed {seed}", chosen, budget, restart)
+    return _schedule(name, chosen, budget, restart)
 
 
 def _schedule(name: str, requests: list[dict], budget: int = WHOLE, restart: int = 0) -> dict:

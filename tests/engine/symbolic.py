@@ -198,9 +198,8 @@ class Case:
     caching: bool  # of prefixes
 
 
-def random_case(core: EngineCore, seed: int) -> Case:
-    draw = random.Random(f"case {seed}")
-    schedule = random_schedule(seed, requests=draw.randint(3, 12))
+def random_case(core: EngineCore, draw: random.Random) -> Case:
+    schedule = random_schedule("random", draw, requests=draw.randint(3, 12))
     forked = {one.get("of") for one in schedule["requests"]}
     free = [number for number in range(len(schedule["requests"])) if number not in forked]
     drafts = core.use_spec_decode

@@ -8,6 +8,7 @@ schedules, or one again: SCHEDULE_SEEDS=7,8 pytest tests/engine/test_shared_pref
 
 import os
 import pickle
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from vllm_dsv4_indexer.bench.batches import DS_MLA_CODES
 from vllm_dsv4_indexer.contract import DS_MLA_DATA_BYTES, HEAD_DIM, RATIO
 
 SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1").split(",")]
-RANDOM = [random_schedule(seed) for seed in SEEDS]
+RANDOM = [random_schedule(f"seed {seed}", random.Random(seed)) for seed in SEEDS]
 AGAIN = [schedule | dict(name=f"{schedule['name']} again") for schedule in RANDOM]
 WRITTEN = [
     burst(256, 0, 0, 1, 3, 4, 60, 60, 130),
