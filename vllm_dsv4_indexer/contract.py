@@ -36,8 +36,9 @@ INT8_MAX = 127.0
 # vLLM 0.32, csrc/cpu/sgl-kernels/compressor.cpp: an entry of the main cache has 448 codes in blocks
 # with a scale each, and 64 rotated channels in bf16. Its scales lie behind the page's last entry.
 DS_MLA_BLOCK = 64
-DS_MLA_DATA_BYTES = 448 + 2 * ROPE_DIM
-DS_MLA_ENTRY_BYTES = DS_MLA_DATA_BYTES + 448 // DS_MLA_BLOCK + 1  # the last byte is zero
+DS_MLA_CODES = 448
+DS_MLA_DATA_BYTES = DS_MLA_CODES + 2 * ROPE_DIM
+DS_MLA_ENTRY_BYTES = DS_MLA_DATA_BYTES + DS_MLA_CODES // DS_MLA_BLOCK + 1  # the last byte is zero
 DS_MLA_SCALE_FLOOR = 1e-4
 
 
@@ -146,6 +147,11 @@ class Step(NamedTuple):
     k_slot_mapping: Annotated[
         Tensor, Argument(("T",), _INT64, "entry, at a window's end; -1: none")
     ]
+
+    def closing(self, ratio: int) -> Tensor:
+        """The tokens that write an entry."""
+        closes = self.positions % ratio == ratio - 1
+        return (closes & (self.k_slot_mapping >= 0)).nonzero()[:, 0]
 
 
 class Layer(NamedTuple):

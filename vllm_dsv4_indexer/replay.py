@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .bench.batches import ordered_fp8
-from .capture import K_FORMAT, Capture
-from .contract import (
-    FP8_PAGE_ENTRIES,
-    FP8_SCALE_OFFSET,
-    HEAD_DIM,
-    RATIO,
-    ROW_WIDTH,
-    Call,
-    ContractError,
-)
+from .capture import Capture
+from .contract import Call, ContractError, geometry_of
+from .entries import Entries, in_order, rotated_differ
 
 # Codes that may be the neighbours of the reference's, where a value lies between two of them: so
 # many, or such a share.
@@ -30,9 +22,11 @@ class Stored(NamedTuple):
 
     refused: str
     call: Call
-    rows: Tensor  # fp32 [N, 512], those of the state pages that are compared
-    scales: Tensor  # fp32 [E, 1], of each token that closes a window
-    codes: Tensor  # [E, 128], in the order of the values that they stand for
+    rows: Tensor  # fp32 [N, row width], those of the state pages that are compared
+    closing: Tensor  # [E], the tokens that close a window
+    scales: Tensor  # [E, 1] fp32 or [E, 8] exponents, of these tokens
+    codes: Tensor  # [E, codes], in the order of the values that they stand for
+    rotated: Tensor  # bf16 [E, 64] or [E, 0]
 
 
 def replay(file: Path, impl: str) -> int:
@@ -41,11 +35,13 @@ def replay(file: Path, impl: str) -> int:
     capture = Capture.load(file)
     call = capture.call()
     print(f"captured: {len(call.positions)} tokens, {len(call.inner_state_block_table)} requests")
+    print(f"compressor: {capture.geometry}, {capture.k_format}")
     for name, note in sorted(capture.notes.items()):
         print(f"{name}: {''.join(filter(str.isprintable, ' '.join(note.split())))}")
     pages = capture.tensors["kept_pages"]
-    reference = store(capture.call(), capture.eps, "reference", pages)
-    other = store(capture.call(), capture.eps, impl, pages)
+    options = capture.eps, capture.k_format
+    reference = store(capture.call(), *options, "reference", pages)
+    other = store(capture.call(), *options, impl, pages)
     if reference.refused or other.refused:
         return _compare_refusals(reference.refused, other.refused, impl)
     if difference := first_difference(reference, other, pages):
@@ -56,29 +52,21 @@ def replay(file: Path, impl: str) -> int:
     return 0
 
 
-def store(call: Call, eps: float, impl: str, pages: Tensor) -> Stored:
+def store(call: Call, eps: float, k_format: str, impl: str, pages: Tensor) -> Stored:
     """pages: those of the state that are compared."""
     refused = ""
     try:
-        ops.compress(*call, eps=eps, k_format=K_FORMAT, impl=impl)
+        ops.compress(*call, eps=eps, k_format=k_format, impl=impl)
     except ContractError as error:
         refused = str(error)
-    rows = call.inner_state_cache[pages].view(-1, ROW_WIDTH)
-    return Stored(refused, call, rows, *_entries(call, call.k_slot_mapping[_closing(call)]))
-
-
-def _closing(call: Call) -> Tensor:
-    return ((call.k_slot_mapping >= 0) & (call.positions % RATIO == RATIO - 1)).nonzero()[:, 0]
-
-
-def _entries(call: Call, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and codes in these slots; of slots that the cache lacks, of none."""
-    slots = slots[slots < call.k_cache.shape[0] * FP8_PAGE_ENTRIES]
-    pages, entry = call.k_cache.flatten(1)[slots // FP8_PAGE_ENTRIES], slots % FP8_PAGE_ENTRIES
-    token = torch.arange(len(slots))
-    codes = pages[:, :FP8_SCALE_OFFSET].unflatten(1, (FP8_PAGE_ENTRIES, HEAD_DIM))[token, entry]
-    scales = pages[:, FP8_SCALE_OFFSET:].contiguous().view(torch.float32)[token, entry]
-    return scales[:, None], ordered_fp8(codes)
+    rows = call.inner_state_cache[pages].flatten(0, 1)
+    closing = call.step.closing(geometry_of(call.ape, k_format).ratio)
+    slots = call.k_slot_mapping[closing]
+    k_cache = call.k_cache
+    inside = slots < k_cache.shape[0] * k_cache.shape[1]  # else it was refused
+    codes, rotated, scales = Entries.of(k_cache, k_format).at(slots[inside])
+    scales = scales[..., None].flatten(1, -1)
+    return Stored(refused, call, rows, closing[inside], scales, in_order(codes), rotated)
 
 
 def _compare_refusals(reference: str, other: str, impl: str) -> int:
@@ -92,8 +80,8 @@ def _compare_refusals(reference: str, other: str, impl: str) -> int:
 
 def first_difference(reference: Stored, other: Stored, pages: Tensor) -> str:
     """The first number that differs, empty if none does. State and scales must be equal bit by bit,
-    codes but for a few neighbours."""
-    call, closing = reference.call, _closing(reference.call).tolist()
+    codes but for a few neighbours, rotated channels to the last step of bf16."""
+    call, closing = reference.call, reference.closing.tolist()
     distance = (reference.codes - other.codes).abs()
     ties = max(MOST_TIES, int(SHARE_OF_TIES * distance.numel()))
     allowed = 1 if int((distance == 1).sum()) <= ties else 0
@@ -101,6 +89,12 @@ def first_difference(reference: Stored, other: Stored, pages: Tensor) -> str:
         ("state", reference.rows, other.rows, _bits(reference.rows) != _bits(other.rows)),
         ("scale", reference.scales, other.scales, _bits(reference.scales) != _bits(other.scales)),
         ("code", reference.codes, other.codes, distance > allowed),
+        (
+            "rotated channel",
+            reference.rotated,
+            other.rotated,
+            rotated_differ(other.rotated, reference.rotated),
+        ),
     ):
         for row, column in differs.nonzero()[:1].tolist():
             token = _saver(call, pages, row) if what == "state" else closing[row]
@@ -111,7 +105,7 @@ def first_difference(reference: Stored, other: Stored, pages: Tensor) -> str:
 
 
 def _bits(numbers: Tensor) -> Tensor:
-    return numbers.contiguous().view(torch.int32)
+    return numbers.contiguous().view(torch.uint8 if numbers.dtype is torch.uint8 else torch.int32)
 
 
 def _saver(call: Call, pages: Tensor, row: int) -> int:

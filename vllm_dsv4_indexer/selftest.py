@@ -21,7 +21,8 @@ def compare(impl: str, cases: int, seed: int) -> Result:
         slots, page = batch.inner_state_slot_mapping, batch.inner_state_cache.shape[1]
         pages = (slots[slots >= 0] // page).unique()
         reference, other = (
-            store(batch.clone().call, batch.eps, name, pages) for name in ("reference", impl)
+            store(batch.clone().call, batch.eps, batch.k_format, name, pages)
+            for name in ("reference", impl)
         )
         entries += len(reference.codes)
         neighbours += int((reference.codes != other.codes).sum())

@@ -10,7 +10,7 @@ import torch
 
 from vllm_dsv4_indexer import cli, ops, output
 from vllm_dsv4_indexer.bench import cases, contestants, measure, plot, report
-from vllm_dsv4_indexer.contract import ContractError, check_call
+from vllm_dsv4_indexer.contract import GEOMETRIES, ContractError, check_call
 from vllm_dsv4_indexer.ops.cpu import FLOORS
 
 NAMES = contestants.available()
@@ -163,7 +163,7 @@ def test_a_main_compressor_is_measured_beside_vllm_s(tmp_path, geometry):
     assert {c["case"] for c in result["cells"]} == {f"one, T={n}, {geometry}" for n in (8, 130)}
     names = {*contestants.EVERY_COMPRESSOR, *FLOORS} & {*NAMES, *FLOORS}
     for cell in result["cells"]:
-        assert cell["nanoseconds"].keys() == names - {"reference"}
+        assert cell["nanoseconds"].keys() == names - IF_ASKED
 
 
 def test_a_projection_that_is_not_exact_is_not_timed(monkeypatch):
@@ -205,8 +205,9 @@ def test_the_preset_step_measures_whole_steps(tmp_path, monkeypatch):
         assert cell["nanoseconds"].keys() == {*contestants.WHOLE, *FLOORS} & {*NAMES, *FLOORS}
 
 
-def test_checked_mode_checks_a_step_and_each_of_its_layers():
-    case = cases.replace(cases.mix("mixed", 60), layers=2)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_checked_mode_checks_a_step_and_each_of_its_layers(geometry):
+    case = cases.of_compressor(cases.replace(cases.mix("mixed", 60), layers=2), geometry)
     calls = cases.make_layers(case, torch.float32)
     run = contestants.contestants(["checked"], calls)["checked"]
     run()

@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -15,21 +16,33 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from batches import Batch, make_batch
+from batches import MAIN_4, MAIN_128, Batch, make_batch
 from steps import PAGES, SHARED, shared_batch
 from vllm_dsv4_indexer import capture as captures
 from vllm_dsv4_indexer import cli, ops
 from vllm_dsv4_indexer.capture import Capture
+from vllm_dsv4_indexer.contract import INDEXER, Extents, Geometry, Step
+from vllm_dsv4_indexer.entries import Entries
 from vllm_dsv4_indexer.errors import UserError
 
 REQUESTS = [(71, 9), (0, 40), (6, 1)]
+# By ratio: of request 1 tokens 12 and 137 close a window.
+OF_RATIO = {4: REQUESTS, 128: [(255, 10), (0, 140), (6, 1)]}
+FIRST_ENTRY = {4: 12, 128: 137}
 NUMBERS = itertools.count()
+INTEGERS = (*Step._fields, "kept_pages", "kept_positions")
+every_compressor = pytest.mark.parametrize("geometry", (INDEXER, MAIN_4, MAIN_128), ids=str)
+
+
+def batch_of(geometry: Geometry = INDEXER, **options) -> Batch:
+    page = 8 if geometry == MAIN_128 else 4
+    return make_batch(OF_RATIO[geometry.ratio], geometry=geometry, page=page, **options)
 
 
 def captured(batch: Batch, file, **notes) -> Capture:
     """Saved to the file."""
     layer, step = batch.call.layer, batch.call.step
-    capture = Capture.of(layer, step, batch.kv_score, batch.eps, notes)
+    capture = Capture.of(layer, batch.k_format, step, batch.kv_score, batch.eps, notes)
     capture.save(file)
     return capture
 
@@ -46,10 +59,13 @@ def file(tmp_path):
     return tmp_path / "capture.safetensors"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "geometry, page", [*((INDEXER, page) for page in PAGES), (MAIN_4, 4), (MAIN_128, 8)], ids=str
+)
 @pytest.mark.parametrize("name", SHARED)
-def test_a_capture_stores_what_the_step_stores(file, name, page):
-    batch = shared_batch(name, page=page, layout="padded", padding=2, kv_dtype=torch.bfloat16)
+def test_a_capture_stores_what_the_step_stores(file, name, geometry, page):
+    options = dict(layout="padded", padding=2, kv_dtype=torch.bfloat16)
+    batch = shared_batch(name, geometry=geometry, page=page, **options)
     captured(batch, file)
     again = replace(batch, **Capture.load(file).call()._asdict())
     rows, entries = stored(batch.compress("cpu"))
@@ -70,20 +86,38 @@ def replayed(capsys, file, *options: str) -> tuple[int, str]:
     return status, printed.out + printed.err
 
 
-def test_an_implementation_that_stores_the_same_has_status_0(file, capsys):
-    captured(make_batch(REQUESTS), file, layer="layers.1", why="step 7")
-    for impl in ("cpu", "overlay_scan", "reference"):
+@every_compressor
+def test_a_capture_of_a_decode_step_has_the_pages_of_its_open_windows(file, geometry):
+    batch = make_batch([(250, 1), (130, 1)], geometry=geometry, page=4)
+    capture = captured(batch, file)
+    needed = batch.inner_state_block_table.flatten()
+    kept = capture.tensors["kept_pages"]
+    rows = geometry.window - 1 + batch.inner_state_cache.shape[1] * 2
+    assert {*kept.tolist()} <= {*needed.tolist()} and len(kept) <= 2 * rows // 4 + 2
+
+
+@every_compressor
+def test_an_implementation_that_stores_the_same_has_status_0(file, capsys, geometry):
+    batch = batch_of(geometry)
+    captured(batch, file, layer="layers.1", why="step 7")
+    others = ("overlay_scan",) if geometry == INDEXER else ()
+    for impl in ("cpu", *others, "reference"):
         status, printed = replayed(capsys, file, "--impl", impl)
         assert status == 0, printed
-        assert "captured: 50 tokens, 3 requests\nlayer: layers.1\n" in printed
+        tokens = len(batch.positions)
+        assert f"captured: {tokens} tokens, 3 requests\ncompressor: {geometry}, " in printed
+        assert f"{batch.k_format}\nlayer: layers.1\n" in printed
         assert f"\nwhy: step 7\nthe same: {impl} stores what the reference stores" in printed
 
 
-def test_values_that_are_not_finite_are_compared_too(file, capsys):
-    batch = make_batch(REQUESTS)
-    batch.kv_score[20, 7] = torch.nan
+@every_compressor
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_values_that_are_not_finite_are_compared_too(file, capsys, geometry, value):
+    batch = batch_of(geometry)
+    batch.kv_score[20, 7] = value
     captured(batch, file)
-    assert replayed(capsys, file)[0] == 0
+    status, printed = replayed(capsys, file)
+    assert status == 0, printed
 
 
 def faulty(monkeypatch, spoil) -> str:
@@ -101,36 +135,48 @@ def faulty(monkeypatch, spoil) -> str:
         return spoiled
 
     functions = ops.Functions(reference.plan, bind)
-    made = ops.Implementation(lambda: functions, ("fp8_pow2",))
+    made = ops.Implementation(lambda: functions, captures.K_FORMATS, ratios=(4, 128))
     name = f"faulty{next(NUMBERS)}"  # ops keeps what it has loaded, by name
     monkeypatch.setitem(ops.IMPLEMENTATIONS, name, made)
     return name
 
 
+@every_compressor
 def test_the_first_number_that_differs_is_told_with_its_token_and_has_status_1(
-    file, capsys, monkeypatch
+    file, capsys, monkeypatch, geometry
 ):
-    batch = make_batch(REQUESTS)
+    batch, token = batch_of(geometry), FIRST_ENTRY[geometry.ratio]
     captured(batch, file)
-    slot, entry = int(batch.inner_state_slot_mapping[30]), int(batch.k_slot_mapping[12])
+    slot, page = int(batch.inner_state_slot_mapping[30]), batch.inner_state_cache.shape[1]
+    entry = divmod(int(batch.k_slot_mapping[token]), batch.k_cache.shape[1])
+
+    def stored_in(layer) -> Entries:
+        return Entries.of(layer.k_cache, batch.k_format)
 
     def a_row(layer):
-        layer.inner_state_cache[slot // 4, slot % 4, 5] += 1
+        layer.inner_state_cache[slot // page, slot % page, 5] += 1
 
     def a_code(layer):
-        layer.k_cache.flatten(1)[entry // 64, entry % 64 * 128 + 9] ^= 0x40
+        stored_in(layer).codes[entry][9] ^= 0x40
 
     def a_scale(layer):
-        layer.k_cache.flatten(1)[entry // 64, 8192 + entry % 64 * 4 + 3] ^= 1
+        scale = stored_in(layer).scales[entry]
+        (scale if scale.dim() else scale[None])[0] *= 2
+
+    def a_rotated_channel(layer):
+        stored_in(layer).rotated[entry][63] *= 1.02
 
     def nobodys_row(layer):
-        page = int(batch.inner_state_block_table[0, 16])  # history of request 0
-        layer.inner_state_cache[page, 0, 5] += 1
+        before = int(batch.positions[0]) - 1  # history of request 0
+        layer.inner_state_cache[batch.inner_state_block_table[0, before // page], 0, 5] += 1
 
+    who = f"token {token} (request 1, position {int(batch.positions[token])})"
+    rotated = [(a_rotated_channel, f"{who}, rotated channel 63 is ")] if geometry != INDEXER else []
     for spoil, says in (
-        (a_row, "token 30 (request 1, position 21), state 5 is "),
-        (a_code, "token 12 (request 1, position 3), code 9 is "),
-        (a_scale, "token 12 (request 1, position 3), scale 0 is "),
+        (a_row, f"token 30 (request 1, position {int(batch.positions[30])}), state 5 is "),
+        (a_code, f"{who}, code 9 is "),
+        (a_scale, f"{who}, scale 0 is "),
+        *rotated,
         (nobodys_row, "in a row that no token of the step saves, state 5 is "),
     ):
         name = faulty(monkeypatch, spoil)
@@ -138,17 +184,38 @@ def test_the_first_number_that_differs_is_told_with_its_token_and_has_status_1(
         assert status == 1 and f"differs: {says}" in printed and f"by {name}" in printed, printed
 
 
-def test_a_few_codes_beside_the_references_are_ties_and_more_are_not(file, capsys, monkeypatch):
-    batch = make_batch(REQUESTS)
+@every_compressor
+def test_a_few_codes_beside_the_references_are_ties_and_more_are_not(
+    file, capsys, monkeypatch, geometry
+):
+    batch = batch_of(geometry)
     captured(batch, file)
-    entry = int(batch.k_slot_mapping[12])
+    slot = int(batch.k_slot_mapping[FIRST_ENTRY[geometry.ratio]])
+    entry = divmod(slot, batch.k_cache.shape[1])
     for codes, expected in ((4, 0), (5, 1)):
 
         def next_codes(layer):
-            some = layer.k_cache.flatten(1)[entry // 64, entry % 64 * 128 :][:codes]
+            some = Entries.of(layer.k_cache, batch.k_format).codes[entry][:codes]
             some += torch.where((some & 0x7F) > 0, 255, 1).to(torch.uint8)
 
         name = faulty(monkeypatch, next_codes)
+        assert replayed(capsys, file, "--impl", name)[0] == expected
+
+
+@pytest.mark.parametrize("geometry", (MAIN_4, MAIN_128), ids=str)
+def test_a_rotated_channel_one_step_of_bf16_beside_the_references_is_a_tie(
+    file, capsys, monkeypatch, geometry
+):
+    batch = batch_of(geometry)
+    captured(batch, file)
+    for steps, expected in ((1, 0), (2, 1)):
+
+        def next_numbers(layer):
+            rotated = Entries.of(layer.k_cache, batch.k_format).rotated.view(torch.int16)
+            slots, k_page = batch.k_slot_mapping[batch.k_slot_mapping >= 0], rotated.shape[1]
+            rotated[slots // k_page, slots % k_page] += steps
+
+        name = faulty(monkeypatch, next_numbers)
         assert replayed(capsys, file, "--impl", name)[0] == expected
 
 
@@ -182,7 +249,20 @@ def changed(file, tensors=(), header=()) -> None:
         ({}, {"k_entries": "-64"}, "a cache of the shape"),
         ({}, {"state_page": "3"}, "is damaged"),
         ({}, {"max_pos": "many"}, "its header lacks a number"),
-        ({}, {"dsv4_indexer_capture": "0"}, "is a capture of format 0; this version reads 1"),
+        ({}, {"dsv4_indexer_capture": "1"}, "is a capture of format 1; this version reads 2"),
+        ({}, {"k_format": "bf16"}, "no compressor has head dimension 128 and ratio 4 and "),
+        ({}, {"k_format": "fp8_ds_mla"}, "entries of 'fp8_ds_mla'"),
+        ({}, {"k_format": "\x1b[2J"}, "no compressor has"),
+        ({}, {"head_dim": "512"}, "no compressor has head dimension 512 and ratio 4 and "),
+        ({}, {"head_dim": "512", "k_format": "fp8_ds_mla"}, "is damaged"),
+        ({}, {"ratio": "0"}, "no compressor has head dimension 128 and ratio 0"),
+        ({}, {"ratio": "128"}, "no compressor has head dimension 128 and ratio 128"),
+        ({}, {"k_page": "0"}, "pages of 0 entries"),
+        ({}, {"k_page": "-64"}, "pages of -64 entries"),
+        ({}, {"k_page": "32"}, "k_cache has shape"),
+        ({}, {"k_page": str(1 << 60), "k_entries": str(1 << 60)}, "a cache of the shape"),
+        ({"ape": torch.zeros(4, 1024)}, {}, "ape has shape [4, 1024]"),
+        ({"ape": torch.zeros(4)}, {}, "ape has shape [4]"),
     ],
 )
 def test_a_capture_that_was_changed_is_one_line_and_status_2(file, capsys, tensors, header, says):
@@ -190,6 +270,58 @@ def test_a_capture_that_was_changed_is_one_line_and_status_2(file, capsys, tenso
     changed(file, tensors, header)
     status, printed = replayed(capsys, file)
     assert status == 2 and says in printed and len(printed.splitlines()) == 1, printed
+
+
+NUMBERS_OF_HEADER = (*Geometry._fields, *Extents._fields, "k_page", "eps")
+HOSTILE = (
+    "0",
+    "-1",
+    "3",
+    "4",
+    "7",
+    "64",
+    "128",
+    "512",
+    str(1 << 31),
+    str(1 << 62),
+    "1" + "0" * 400,
+)
+
+
+@every_compressor
+@pytest.mark.parametrize("seed", range(3))
+def test_a_capture_with_any_numbers_is_replayed_or_refused_and_nothing_else(
+    file, capsys, geometry, seed
+):
+    """None is believed: neither those of the header nor slots, positions, requests or tables."""
+    pick = random.Random(seed)
+    captured(batch_of(geometry), file)
+    tensors = safetensors.torch.load_file(file)
+    for _ in range(12):
+        header = {name: pick.choice(HOSTILE) for name in pick.sample(NUMBERS_OF_HEADER, 1)}
+        values = {}
+        for name in pick.sample(INTEGERS, pick.randrange(3)):
+            old = values[name] = tensors[name].clone()
+            number = min(int(pick.choice(HOSTILE)), torch.iinfo(old.dtype).max)
+            old.view(-1)[pick.randrange(old.numel())] = number
+        captured(batch_of(geometry), file)
+        changed(file, values, header if pick.random() < 0.7 else {})
+        assert replayed(capsys, file)[0] in (0, 1, 2)
+
+
+def test_a_capture_with_more_windows_than_its_tokens_can_close_is_refused(
+    file, capsys, monkeypatch
+):
+    """Each takes 128 rows, though the file has none of them."""
+    monkeypatch.setattr(captures, "_MOST_WINDOW_BYTES", 50 * 128 * 4096)
+    batch = batch_of(MAIN_128)
+    captured(batch, file)
+    assert replayed(capsys, file)[0] == 0
+    tokens = len(batch.positions)
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    changed(file, {"positions": torch.full((tokens,), 127), "k_slot_mapping": slots})
+    status, printed = replayed(capsys, file)
+    assert status == 2 and "more windows than its tokens can close" in printed
 
 
 def test_another_file_is_no_capture_and_is_not_unpickled(file, capsys):

@@ -33,7 +33,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request
 
 from vllm_dsv4_indexer.checkpoint.config import make_config
-from vllm_dsv4_indexer.contract import Extents
+from vllm_dsv4_indexer.contract import Extents, Geometry
+from vllm_dsv4_indexer.engines.vllm_cpu.checks import Checks
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor
 from vllm_dsv4_indexer.engines.vllm_cpu.worker import Worker
 from vllm_dsv4_indexer.settings import Settings
@@ -117,12 +118,15 @@ class Model(torch.nn.Module):
             if name in groups_of
         ]
         self.memory, self.starts = Memory(made), {}
+        checks = Checks() if settings.check == "on" else None
         for name, compressor in self.compressors.items():
             state, keys = (self.memory.caches[n] for n in (name, compressor.k_cache_prefix))
             extents = Extents(*state.rows.shape, keys.rows.size, self.runner.max_model_len)
             compressor.__class__ = Compressor
             compressor.settings = replace(settings, state_save=compressor.settings.state_save)
-            compressor.symbolic = SymbolicLayer(self.memory, state, keys, extents)
+            geometry = Geometry(compressor.head_dim, compressor.compress_ratio)
+            compressor.symbolic = SymbolicLayer(self.memory, state, keys, extents, geometry)
+            compressor.checks = checks
         return [compressor.symbolic for compressor in self.compressors.values()]
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -6,12 +6,21 @@ right if it finds what the request's own tokens give, whoever wrote it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_dsv4_indexer.contract import LATE, MASKED, NO_WINDOW, Extents, Plan, row_source, window_of
+from vllm_dsv4_indexer.contract import (
+    LATE,
+    MASKED,
+    NO_WINDOW,
+    Extents,
+    Geometry,
+    Plan,
+    row_source,
+)
 
 NOTHING = 0  # in a row that nobody wrote, or that another cache has overwritten
 
@@ -134,13 +143,18 @@ class SymbolicLayer:
     state: Cache
     keys: Cache
     extents: Extents
+    geometry: Geometry
     batch: Batch | None = None
     of_other_requests: int = 0  # rows that windows took from tokens of other requests
+
+    @property
+    def layer(self) -> Any:
+        return SimpleNamespace(k_cache=self.keys.rows)
 
     def run(self, symbols: torch.Tensor, plan: torch.Tensor) -> None:
         step, rows = Plan.of(plan, self.keys.ratio), symbols.numpy()
         token = (step.windows != NO_WINDOW).nonzero()[:, 0]
-        own = token[:, None] - torch.arange(window_of(self.keys.ratio) - 1, -1, -1)
+        own = token[:, None] - torch.arange(self.geometry.window - 1, -1, -1)
         late = step.windows[token, None] == LATE
         sources = torch.where(late, own, step.sources[token]).numpy()
         self.of_other_requests += int(((sources >= 0) & (sources != own.numpy())).sum())

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.bench.batches import Batch, make_batch
 from vllm_dsv4_indexer.capture import Capture
-from vllm_dsv4_indexer.contract import ContractError
+from vllm_dsv4_indexer.contract import GEOMETRIES, ContractError
 from vllm_dsv4_indexer.engines import captures
 from vllm_dsv4_indexer.engines.captures import MOST_FILES, Captures
 
@@ -14,12 +15,15 @@ LAYERS = ("layers.1", "layers.3")
 
 def run(watching: Captures, batch: Batch, error: Exception | None = None) -> None:
     """A step of two layers, of which the second raises the error."""
-    step = batch.call.step
     for name in LAYERS:
-        with watching.around(name, batch.call.layer, step, batch.kv_score, batch.eps):
+        with watching.around(name, bound(batch), batch.call.step, batch.kv_score):
             if error is not None and name == LAYERS[-1]:
                 raise error
             batch.compress("cpu")
+
+
+def bound(batch: Batch) -> ops.BoundLayer:
+    return ops.BoundLayer(batch.call.layer, eps=batch.eps, k_format=batch.k_format)
 
 
 def captured(folder) -> list[dict]:
@@ -35,6 +39,20 @@ def test_an_error_of_the_op_is_captured_with_its_layer_step_and_rank(tmp_path):
     (notes,) = captured(tmp_path)
     assert notes.pop("version")
     assert notes == dict(layer="layers.3", why="token 7 is wrong", step="2", rank="3")
+
+
+def test_of_the_step_of_a_number_the_first_layer_of_each_kind_is_captured(tmp_path):
+    watching = Captures(str(tmp_path), 2, rank=0)
+    for _ in range(3):
+        for number, geometry in enumerate([*GEOMETRIES] * 2):
+            batch = make_batch([(0, 9)], geometry=geometry)
+            with watching.around(str(number), bound(batch), batch.call.step, batch.kv_score):
+                batch.compress("cpu")
+    files = [*tmp_path.iterdir()]
+    assert {Capture.load(file).geometry for file in files} == {*GEOMETRIES}
+    assert [(notes["layer"], notes["step"]) for notes in captured(tmp_path)] == [
+        (name, "2") for name in "012"
+    ]
 
 
 def test_the_step_of_a_number_is_captured_once_as_its_first_layer_met_it(tmp_path):
@@ -56,6 +74,21 @@ def test_a_step_with_an_entry_that_is_not_a_number_is_captured_and_goes_on(tmp_p
     run(watching, batch)
     assert [notes["layer"] for notes in captured(tmp_path)] == list(LAYERS)
     assert captured(tmp_path)[0]["why"] == "token 7 has an entry that is not finite"
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("channel", (3, -1), ids=["a code", "a rotated channel"])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is_in_the_entry(
+    tmp_path, geometry, channel
+):
+    """An infinite kv gives a NaN in its own channel alone: all others are divided by it."""
+    watching = Captures(str(tmp_path), "not_finite", rank=0)
+    batch = make_batch([(0, geometry.ratio)], geometry=geometry)
+    kv = batch.kv_score[-1, : geometry.kv_width]
+    kv[-geometry.head_dim :][channel] = torch.inf
+    run(watching, batch)
+    last = geometry.ratio - 1
+    assert captured(tmp_path)[0]["why"] == f"token {last} has an entry that is not finite"
 
 
 def test_what_is_not_asked_for_is_not_captured(tmp_path):

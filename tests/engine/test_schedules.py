@@ -1,5 +1,5 @@
 """Whatever vLLM's scheduler does: every row that a window takes is what its request's own tokens
-give, and so is every row and entry that a token reads.
+give, so is every row and entry that a token reads, and checked mode refuses no step.
 
 Hypothesis draws the cases, the same in every run, and shrinks one that fails. So many others:
 CASES=2000 pytest tests/engine/test_schedules.py
@@ -30,7 +30,7 @@ from vllm_dsv4_indexer.settings import Settings
 CASES = int(os.environ.get("CASES", 0))
 SEEDS = range(8)  # of cases in which a planted fault is found
 DRAFTS = dict(method="custom_class", model="symbolic.Drafts", num_speculative_tokens=6)
-CPU, REFERENCE = Settings(impl="cpu"), Settings(impl="reference")
+CPU, REFERENCE = Settings(impl="cpu", check="on"), Settings(impl="reference")
 
 
 @pytest.fixture(scope="module", params=[None, DRAFTS], ids=["no drafts", "drafts"])

@@ -18,8 +18,7 @@ from engine import complete, launch, two_processes
 from schedules import MIXED, burst, forks, random_schedule, written
 from stored import Stored
 
-from vllm_dsv4_indexer.bench.batches import DS_MLA_CODES
-from vllm_dsv4_indexer.contract import DS_MLA_DATA_BYTES, HEAD_DIM, RATIO
+from vllm_dsv4_indexer.contract import DS_MLA_CODES, DS_MLA_DATA_BYTES, HEAD_DIM, RATIO
 
 SEEDS = [int(seed) for seed in os.environ.get("SCHEDULE_SEEDS", "0,1").split(",")]
 RANDOM = [random_schedule(f"seed {seed}", random.Random(seed)) for seed in SEEDS]

@@ -19,6 +19,7 @@ from vllm_dsv4_indexer.contract import (
     HEAD_DIM,
     ROPE_DIM,
 )
+from vllm_dsv4_indexer.entries import bf16_differ, rotated_differ
 
 # For the tests to import from here.
 __all__ = ["MAX_POSITION", "Batch", "Prefixes", "make_batch", "random_case"]
@@ -110,48 +111,28 @@ def assert_identical(a: Batch, b: Batch, case: object = "") -> None:
         assert torch.equal(x, y), f"{(x != y).sum()} bytes differ: {case}"
 
 
-def in_order(bits: torch.Tensor, sign: int) -> torch.Tensor:
-    """Sign-magnitude numbers as integers in the order of the values that they stand for."""
-    bits = bits.int()
-    return torch.where(bits >= sign, sign - bits, bits)
-
-
-def assert_rotated_close(ours: torch.Tensor, theirs: torch.Tensor, case: object) -> None:
-    """As `assert_bf16_close` has it. The two products of a rotation are as large as the pair."""
-    pair = theirs.float().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
-    assert_bf16_close(ours, theirs, pair, case)
-
-
-def assert_bf16_close(
-    ours: torch.Tensor, theirs: torch.Tensor, size: torch.Tensor, case: object
-) -> None:
-    """At most one step of bf16 apart. Where terms of that size cancel, no bits of the difference
-    are exact: there the error is measured by `size`, in fp32."""
-    x, y = (in_order(t.view(torch.int16).int() & 0xFFFF, 0x8000) for t in (ours, theirs))
-    cancelled = (ours.float() - theirs.float()).abs() <= 2**-20 * size
-    far = ((x - y).abs() > 1) & ~cancelled
-    assert not far.any(), f"{ours[far]} is not {theirs[far]}: {case}"
-
-
 def assert_close(
     actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0
 ) -> tuple[int, int]:
-    """Values at most one code apart, rotated channels as `assert_rotated_close` has them, scales
-    within `scale_rtol`, every other byte of the storages equal. Channels of `bf16` are as
-    `assert_bf16_close` has them, by the size of the entry's largest: rows of a window may cancel.
+    """Values at most one code apart, rotated channels as `rotated_differ` has them, scales within
+    `scale_rtol`, every other byte of the storages equal. Channels of `bf16` are as `bf16_differ`
+    has them, by the size of the entry's largest: rows of a window may cancel.
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
     distance = (actual.ordered_codes() - expected.ordered_codes()).abs()
     if actual.k_format == "bf16":
         largest = expected.k_cache.float().abs().amax(dim=-1, keepdim=True)
-        assert_bf16_close(actual.k_cache, expected.k_cache, largest, case)
+        far = bf16_differ(actual.k_cache, expected.k_cache, largest)
+        assert not far.any(), f"{actual.k_cache[far]} is not {expected.k_cache[far]}: {case}"
     else:
         assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
     blended = actual.clone()
     blended.codes().copy_(expected.codes())
     if actual.k_format == "fp8_ds_mla":
-        assert_rotated_close(actual.rotated(), expected.rotated(), case)
+        ours, theirs = actual.rotated(), expected.rotated()
+        far = rotated_differ(ours, theirs)
+        assert not far.any(), f"{ours[far]} is not {theirs[far]}: {case}"
     if actual.k_format in GEOMETRIES[MAIN_4]:
         blended.rotated().copy_(expected.rotated())
     if scale_rtol:

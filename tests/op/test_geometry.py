@@ -23,7 +23,6 @@ from batches import (
     Batch,
     assert_close,
     assert_identical,
-    in_order,
     make_batch,
     one_after_the_other,
     random_case,
@@ -38,6 +37,7 @@ from vllm_dsv4_indexer.contract import (
     Geometry,
     Plan,
 )
+from vllm_dsv4_indexer.entries import in_order
 from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.ops import cpu
 
@@ -195,7 +195,7 @@ def test_entries_are_those_of_the_transformers_compressor(geometry, impl, chunks
     codes, rotated, scales = quantised(theirs)
     our_codes, our_rotated, our_scales = stored(batch)
     assert torch.equal(our_scales[:, :-1], scales)
-    apart = (in_order(our_codes, 0x80) - in_order(codes, 0x80)).abs()
+    apart = (in_order(our_codes) - in_order(codes)).abs()
     assert apart.max() <= 1 and apart.count_nonzero() <= 1e-3 * codes.numel()
     torch.testing.assert_close(our_rotated.float(), rotated.float(), rtol=2**-7, atol=1e-5)
 

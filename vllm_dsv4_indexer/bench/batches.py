@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .. import contract, ops
 from ..contract import (
-    DS_MLA_DATA_BYTES,
-    DS_MLA_ENTRY_BYTES,
     FP8_PAGE_ENTRIES,
     GEOMETRIES,
     HEAD_DIM,
@@ -29,6 +27,7 @@ from ..contract import (
     Geometry,
     Requests,
 )
+from ..entries import Entries, in_order
 
 MAX_POSITION = 512
 _KV_BLOCK = 256  # tokens of a block of vLLM's KV cache
@@ -70,7 +69,6 @@ _SHARED = ("engine", "ascend")
 # By format, where it is not what vLLM has in a page of fp8 or in a block of its KV cache.
 _K_PAGES = {"int8_hadamard": 16, "fp8_pow2": FP8_PAGE_ENTRIES, "fp8_amax": FP8_PAGE_ENTRIES}
 _MAIN = ("fp8_ds_mla", "bf16")  # formats that keep the rotated channels as they are
-DS_MLA_CODES = DS_MLA_DATA_BYTES - 2 * ROPE_DIM  # of an entry, in front of its rotated channels
 
 
 # A request's computed prefix, which another request of the batch fills: {request: (the other, its
@@ -96,13 +94,6 @@ def view_like(tensor: Tensor, storage: Tensor) -> Tensor:
     return storage.view(tensor.dtype).as_strided(
         tensor.shape, tensor.stride(), tensor.storage_offset()
     )
-
-
-def ordered_fp8(codes: Tensor) -> Tensor:
-    """Codes e4m3fn as integers in the order of their values. A NaN has no neighbour."""
-    codes = codes.int()
-    ordered = torch.where(codes < 128, codes, 128 - codes)
-    return torch.where(codes & 0x7F == 0x7F, 255, ordered)
 
 
 @dataclass(frozen=True)
@@ -171,44 +162,26 @@ class Batch:
         }
         return replace(self, **tensors, storages=tuple(copies.values()))
 
+    @property
+    def _stored(self) -> Entries:
+        return Entries.of(self.k_cache, self.k_format, self.k_scale_cache)
+
     def codes(self) -> Tensor:
         """[pages, entries, codes] view of the K values, without the `rotated` ones."""
-        if self.k_format == "int8_hadamard":
-            return self.k_cache
-        if self.k_format == "bf16":
-            return self.k_cache[..., :-ROPE_DIM]
-        if self.k_format == "fp8_ds_mla":
-            return _in_pages(self.k_cache, DS_MLA_CODES, DS_MLA_DATA_BYTES)
-        return _in_pages(self.k_cache, HEAD_DIM, HEAD_DIM)
+        return self._stored.codes
 
     def rotated(self) -> Tensor:
         """[pages, entries, 64] view of the channels that the main caches keep in bfloat16."""
-        if self.k_format == "bf16":
-            return self.k_cache[..., -ROPE_DIM:]
-        width, stride = 2 * ROPE_DIM, DS_MLA_DATA_BYTES
-        return _in_pages(self.k_cache, width, stride, DS_MLA_CODES).view(torch.bfloat16)
+        return self._stored.rotated
 
     def ordered_codes(self) -> Tensor:
         """The codes as integers in the order of the values that they stand for."""
-        if self.k_format == "bf16":
-            bits = self.codes().view(torch.int16).int()
-            return torch.where(bits < 0, -0x8000 - bits, bits)
-        if self.k_format == "int8_hadamard":
-            return self.codes().int()
-        return ordered_fp8(self.codes())
+        return in_order(self.codes())
 
     def scales(self) -> Tensor:
-        """[pages, entries] view of the fp32 scales inside the K pages, or the tensor of scales;
-        [pages, entries, 8] exponents of `fp8_ds_mla`; [pages, entries, 0] of `bf16`."""
-        if self.k_scale_cache is not None:
-            return self.k_scale_cache
-        k_cache, per_page = self.k_cache, self.k_cache.shape[1]
-        if self.k_format == "bf16":
-            return k_cache[..., :0]
-        if self.k_format == "fp8_ds_mla":
-            width = DS_MLA_ENTRY_BYTES - DS_MLA_DATA_BYTES
-            return _in_pages(k_cache, width, width, per_page * DS_MLA_DATA_BYTES)
-        return _in_pages(k_cache, 4, 4, per_page * HEAD_DIM).view(torch.float32)[..., 0]
+        """[pages, entries] view of the scales; [pages, entries, 8] exponents of `fp8_ds_mla`;
+        [pages, entries, 0] of `bf16`."""
+        return self._stored.scales
 
     def written(self, part: Tensor) -> Tensor:
         """[E, ...]: of such a view, what each window-closing token stored, in the order of the
@@ -224,15 +197,6 @@ class Batch:
         stored = [self.written(part) for part in parts]
         rows = torch.cat([part[..., None].flatten(1).view(torch.uint8) for part in stored], dim=1)
         return [bytes(row.tolist()) for row in rows]
-
-
-def _in_pages(k_cache: Tensor, width: int, stride: int, offset: int = 0) -> Tensor:
-    """[pages, entries, width] view of bytes, so far from the beginning of each page."""
-    return k_cache.as_strided(
-        (*k_cache.shape[:2], width),
-        (k_cache.stride(0), stride, 1),
-        k_cache.storage_offset() + offset,
-    )
 
 
 def make_batch(

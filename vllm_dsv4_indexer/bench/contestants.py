@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..contract import FP8_PAGE_ENTRIES, GEOMETRIES, INDEXER, RATIO, Call, Extents, Geometry
+from ..contract import GEOMETRIES, INDEXER, Call, Extents, Geometry
 from ..engines.versions import VLLM_CPU
 from ..ops import baselines, cpu, projection
 from ..ops.arguments import kv_score_fields, layer_fields
@@ -44,7 +44,7 @@ VLLM = ("vllm", "vllm_ops")
 WHOLE = ("ours", "vllm")  # who can project first, and run a step of several layers
 STEPS = (*WHOLE, "checked")  # who can do the latter
 # Who is there for the main compressors too.
-EVERY_COMPRESSOR = ("ours", "reference", "layer", "plan", "one_pass", *VLLM)
+EVERY_COMPRESSOR = ("ours", "reference", "layer", "plan", "checked", "one_pass", *VLLM)
 _EPS = 1e-6
 Contestant = Callable[[], object]
 
@@ -155,13 +155,13 @@ def _checked(layers: Sequence[Call]) -> Contestant:
 
 def _scheduled(call: Call) -> Scheduled:
     """With the block table of the K cache that the call's slots come from."""
+    ratio, k_page = geometry_of(call).ratio, call.k_cache.shape[1]
     closing = call.k_slot_mapping >= 0
-    page = (call.positions // RATIO // FP8_PAGE_ENTRIES)[closing]
-    shape = len(call.inner_state_block_table), int(call.positions.max()) // RATIO + 1
-    table = torch.zeros(shape, dtype=torch.int32)
-    slots = call.k_slot_mapping[closing] // FP8_PAGE_ENTRIES
-    table[call.token_to_req[closing].long(), page] = slots.int()
-    return Scheduled(call.step, len(call.positions), table, FP8_PAGE_ENTRIES)
+    column = call.positions // ratio // k_page
+    table = torch.zeros(len(call.inner_state_block_table), int(column.max()) + 1, dtype=torch.int32)
+    pages = call.k_slot_mapping[closing] // k_page
+    table[call.token_to_req[closing].long(), column[closing]] = pages.int()
+    return Scheduled(call.step, len(call.positions), table, k_page, ratio)
 
 
 def _filled(call: Call) -> Ledger:

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from vllm_dsv4_indexer import ops
 from vllm_dsv4_indexer.capture import Capture
-from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, HEAD_DIM, ContractError, Layer, Step
+from vllm_dsv4_indexer.contract import ContractError, Geometry, Step
+from vllm_dsv4_indexer.entries import NOT_A_NUMBER, Entries
 
 MOST_FILES = 8  # in a folder, of all its workers
-NOT_A_NUMBER = 0x7F  # the code in e4m3fn, but for its sign
 
 logger = init_logger("vllm.dsv4_indexer")
 
@@ -24,19 +24,19 @@ class Captures:
 
     def __init__(self, folder: str, when: str | int, rank: int):
         self._folder, self._when, self._rank = Path(folder), when, rank
-        self._steps, self._first = 0, ""
+        self._steps: dict[str, int] = {}  # by layer, how many it was in
+        self._first: dict[Geometry, str] = {}  # the first layer of each kind
 
     @contextmanager
     def around(
-        self, name: str, layer: Layer, step: Step, kv_score: Tensor, eps: float
+        self, name: str, bound: ops.BoundLayer, step: Step, kv_score: Tensor
     ) -> Iterator[None]:
         """Of what happens meanwhile: a step of the layer of that name."""
-        self._first = self._first or name
-        first = name == self._first
-        self._steps += first
-        inputs = layer, step, kv_score, eps
-        if first and self._steps == self._when:
-            self._save(name, f"step {self._steps}", *inputs)
+        number = self._steps[name] = self._steps.get(name, 0) + 1
+        first = self._first.setdefault(bound.geometry, name) == name
+        inputs = bound, step, kv_score
+        if first and number == self._when:
+            self._save(name, f"step {number}", *inputs)
         try:
             yield
         except ContractError as error:
@@ -44,30 +44,29 @@ class Captures:
                 self._save(name, str(error), *inputs)
             raise
         # What the step has saved by now, it does not read: its own rows come first.
-        if self._when == "not_finite" and len(tokens := _not_finite(layer, step)):
+        if self._when == "not_finite" and len(tokens := _not_finite(bound, step)):
             self._save(name, f"token {int(tokens[0])} has an entry that is not finite", *inputs)
 
     def _save(
-        self, name: str, why: str, layer: Layer, step: Step, kv_score: Tensor, eps: float
+        self, name: str, why: str, bound: ops.BoundLayer, step: Step, kv_score: Tensor
     ) -> None:
         if len(list(self._folder.glob("*.safetensors"))) >= MOST_FILES:
             return logger.warning_once("DSV4_INDEXER: %s is full of captures", self._folder)
-        about = dict(layer=name, why=why, step=str(self._steps), rank=str(self._rank))
+        number = self._steps[name]
+        about = dict(layer=name, why=why, step=str(number), rank=str(self._rank))
         when = time.strftime("%Y%m%d-%H%M%S")
-        file = self._folder / f"{when}-rank{self._rank}-step{self._steps}-{name}.safetensors"
+        file = self._folder / f"{when}-rank{self._rank}-step{number}-{name}.safetensors"
         try:
-            Capture.of(layer, step, kv_score, eps, about).save(file)
+            Capture.of(bound.layer, bound.k_format, step, kv_score, bound.eps, about).save(file)
             logger.warning("DSV4_INDEXER: captured %s: %s", file, why)
         except Exception as error:
             logger.warning("DSV4_INDEXER: no capture in %s: %s", file, error)
 
 
-def _not_finite(layer: Layer, step: Step) -> Tensor:
-    """The tokens whose entries have a code that is not a number. An infinite value gives none
-    other."""
-    tokens = (step.k_slot_mapping >= 0).nonzero()[:, 0]
-    slots = step.k_slot_mapping[tokens]
-    first = slots % FP8_PAGE_ENTRIES * HEAD_DIM
-    channels = first[:, None] + torch.arange(HEAD_DIM)
-    codes = layer.k_cache.flatten(1)[slots[:, None] // FP8_PAGE_ENTRIES, channels]
-    return tokens[(codes & NOT_A_NUMBER == NOT_A_NUMBER).any(dim=1)]
+def _not_finite(bound: ops.BoundLayer, step: Step) -> Tensor:
+    """The tokens whose entries have a number that is not finite. Among codes only a NaN is none."""
+    tokens = step.closing(bound.geometry.ratio)
+    entries = Entries.of(bound.layer.k_cache, bound.k_format)
+    codes, rotated, _ = entries.at(step.k_slot_mapping[tokens])
+    wrong = (codes & NOT_A_NUMBER == NOT_A_NUMBER).any(dim=1)
+    return tokens[wrong | ~rotated.isfinite().all(dim=1)]

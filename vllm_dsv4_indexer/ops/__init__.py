@@ -281,9 +281,10 @@ class BoundLayer:
         k_format: str = "fp8_pow2",
         impl: str | None = None,
     ):
-        self._geometry = contract.check_layer(layer, k_format)
-        self._row_width, self._ratio = self._geometry.row_width, self._geometry.ratio
+        self.geometry = contract.check_layer(layer, k_format)
+        self._row_width, self._ratio = self.geometry.row_width, self.geometry.ratio
         self.layer, self.extents = layer, Extents.of(layer)
+        self.k_format, self.eps = k_format, eps
         self._options = {"eps": eps, "k_format": k_format, "impl": impl}
         self._device = layer.ape.device
         self._run = _functions(impl, self._device.type, k_format, self._ratio).bind(
@@ -315,7 +316,7 @@ class BoundLayer:
             and kv_score.stride(1) == 1
             and kv_score.device == self._device
         ):
-            contract.check_kv_score(kv_score, self._device, self._geometry)
+            contract.check_kv_score(kv_score, self._device, self.geometry)
         if not (
             plan.device == self._device
             and plan.dtype is torch.int64

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import KV_WIDTH, RATIO, WINDOW, ContractError, Extents, Step
+from ..contract import RATIO, ContractError, Extents, Step, window_of
 
 _REMEDY = (
     "The step's metadata are wrong: leave out plugins of vLLM that change its scheduler or its "
@@ -47,6 +47,7 @@ class Scheduled(NamedTuple):
     tokens: int  # the rows behind them are padding
     k_block_table: Tensor  # [R, K] int32: the K pages of each request
     k_page: int  # entries of a K page
+    ratio: int = RATIO
     all_saved: bool = True  # else a row whose page is the null page is not
 
 
@@ -64,6 +65,10 @@ class Ledger:
         """Notes the rows that a step saves. A token with slot -1 saves none."""
         saves = slots >= 0
         self.positions[slots[saves]] = positions[saves]
+
+    def forget(self, pages: Tensor) -> None:
+        """Notes that other caches have been given these pages."""
+        self.positions.view(-1, self.extents.state_page)[pages] = -1
 
 
 class _Invariant(NamedTuple):
@@ -85,13 +90,14 @@ def check_step(scheduled: Scheduled, ledger: Ledger) -> None:
 
 
 def check_values(scheduled: Scheduled, kv_score: Tensor) -> None:
-    """Raises ContractError for the first value of a layer's projection [T, 512] that is not
+    """Raises ContractError for the first value of a layer's projection [T, row width] that is not
     finite."""
     rows = kv_score[: scheduled.tokens]
     if rows.sum().isfinite():  # as it never is if one of them is not
         return
     for token, column in (~rows.isfinite()).nonzero()[:1].tolist():
-        part, channel = ("kv", "gate")[column // KV_WIDTH], column % KV_WIDTH
+        kv_width = rows.shape[1] // 2
+        part, channel = ("kv", "gate")[column // kv_width], column % kv_width
         value = rows[token, column].item()
         raise _error(scheduled, token, _NOT_FINITE, part=part, channel=channel, value=value)
 
@@ -104,7 +110,7 @@ def _error(scheduled: Scheduled, token: int, message: str, **values: object) -> 
 
 def _invariants(scheduled: Scheduled, ledger: Ledger) -> Iterator[_Invariant]:
     """In an order in which each may rely on those before it."""
-    step, tokens, k_table, k_page, all_saved = scheduled
+    step, tokens, k_table, k_page, ratio, all_saved = scheduled
     slots = torch.maximum(step.inner_state_slot_mapping, step.k_slot_mapping)
     behind = torch.arange(len(slots)) >= tokens
     yield _Invariant(_PADDING, behind & (slots >= 0), {"value": slots})
@@ -113,7 +119,7 @@ def _invariants(scheduled: Scheduled, ledger: Ledger) -> Iterator[_Invariant]:
     positions, requests, state_slots, k_slots = (
         per_token[:tokens] for per_token in (*step[:3], step.k_slot_mapping)
     )
-    closes = positions % RATIO == RATIO - 1
+    closes = positions % ratio == ratio - 1
     has_page = _slots(table, requests, positions, page) >= 0
     unsaved = (state_slots < 0) & (all_saved | has_page)
     yield _Invariant(_UNSAVED, unsaved, {"value": state_slots})
@@ -124,10 +130,10 @@ def _invariants(scheduled: Scheduled, ledger: Ledger) -> Iterator[_Invariant]:
     before = positions.roll(1)
     yield _Invariant(_GAP, ~begins & (positions != before + 1), {"value": before})
     yield _Invariant(_SPLIT, begins & (_earlier(requests, begins) >= 0), {"value": requests})
-    saves, entries = state_slots >= 0, positions // RATIO
+    saves, entries = state_slots >= 0, positions // ratio
     yield from _pages("state", saves, state_slots, table, requests, positions, page)
     yield from _pages("K", closes, k_slots, k_table, requests, entries, k_page)
-    yield _history(begins, positions, requests, state_slots, table, ledger)
+    yield _history(begins, positions, requests, state_slots, table, ledger, ratio)
 
 
 def _pages(
@@ -157,13 +163,16 @@ def _history(
     state_slots: Tensor,
     table: Tensor,
     ledger: Ledger,
+    ratio: int,
 ) -> _Invariant:
-    """That the rows before a request's first token, of its group and the one before, are in the
-    state, or written in this step."""
+    """That the rows before a request's first token which belong to a window that is still open are
+    in the state, or written in this step. They are those of its group and, where windows overlap,
+    of the group before it."""
     first = begins.nonzero()
     start, page = positions[first], ledger.extents.state_page
-    needed = start - torch.arange(WINDOW - 1, 0, -1)
-    exists = needed >= (start - start % RATIO - RATIO).clamp(min=0)
+    window = window_of(ratio)
+    needed = start - torch.arange(window - 1, 0, -1)
+    exists = needed >= (start - start % ratio - (window - ratio)).clamp(min=0)
     slots = _slots(table, requests[first], needed.clamp(min=0), page)
     slots = slots.clamp(min=0, max=len(ledger.positions) - 1)  # in page 0 there is no row
     found = ledger.positions[slots]

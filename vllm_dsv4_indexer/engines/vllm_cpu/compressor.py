@@ -11,7 +11,7 @@ from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseBackend
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.contract import HEAD_DIM, ContractError, Extents, Layer, Plan, Step
+from vllm_dsv4_indexer.contract import HEAD_DIM, ContractError, Layer, Plan, Step
 from vllm_dsv4_indexer.engines.captures import Captures
 from vllm_dsv4_indexer.engines.plans import once_a_step
 from vllm_dsv4_indexer.engines.versions import VLLM_CPU
@@ -36,7 +36,7 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
 
     Never constructed: takes the place of the engine's own by assignment to `__class__`, as the
     engine's CPU layer does with the class of the GPU layer. `settings` and `request_ids` are set at
-    the same time, and for indexers what watches over their steps.
+    the same time, and what watches over the steps.
     """
 
     settings: Settings
@@ -65,10 +65,10 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
                 plan = once_a_step(
                     (state, entries),
                     bound.extents,
-                    lambda: self._plan(step, entries, bound.extents),
+                    lambda: self._plan(step, entries, bound),
                 )
                 if self.checks is not None:
-                    self.checks.layer(step, entries, kv_score)
+                    self.checks.layer(step, entries, bound, kv_score)
                 bound.run(kv_score, plan)
         except ContractError as error:
             raise self._named(error) from error
@@ -86,15 +86,12 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
             self.bound = ops.BoundLayer(tensors, **options)
         return self.bound
 
-    def _plan(self, step: Step, entries: Any, extents: Extents) -> torch.Tensor:
-        plan = ops.plan(
-            *step, **extents._asdict(), ratio=self.compress_ratio, impl=self.settings.impl
-        )
+    def _plan(self, step: Step, entries: Any, bound: ops.BoundLayer) -> torch.Tensor:
+        extents, ratio = bound.extents._asdict(), self.compress_ratio
+        plan = ops.plan(*step, **extents, ratio=ratio, impl=self.settings.impl)
         if self.checks is not None:
-            saved = Plan.of(plan, self.compress_ratio).state_slots
-            step = step._replace(inner_state_slot_mapping=saved)
-            all_saved = self.settings.state_save == "full"
-            self.checks.step(step, entries, extents, all_saved)
+            step = step._replace(inner_state_slot_mapping=Plan.of(plan, ratio).state_slots)
+            self.checks.step(step, entries, bound, all_saved=self.settings.state_save == "full")
         return plan
 
     def _captured(
@@ -102,7 +99,7 @@ class OnePassCompressor(DeepseekV4CPUCompressor):
     ) -> AbstractContextManager[None]:
         if self.captures is None:
             return nullcontext()
-        return self.captures.around(self.prefix, bound.layer, step, kv_score, self.rms_norm_eps)
+        return self.captures.around(self.prefix, bound, step, kv_score)
 
     def _named(self, error: ContractError) -> ContractError:
         message, request, ids = f"{self.prefix}: {error}", error.request, self.request_ids()
@@ -120,7 +117,7 @@ def replace_compressors(
 ) -> list[DeepseekV4CPUAttention]:
     """Put ours in the place of every compressor of `model`, whose indexers must be as many as
     `indexers`. Returns the layers that have one. `request_ids`: of a step's requests by their rows,
-    for errors. `watching`: what the indexers' compressors have in addition.
+    for errors. `watching`: what the compressors have in addition.
 
     Raises UserError where the model does not look as vLLM 0.32.0 builds it.
     """
@@ -145,8 +142,7 @@ def replace_compressors(
                 )
             if settings.impl != "stock":
                 _replace(compressor, settings, request_ids)
-                if compressor.head_dim == HEAD_DIM:
-                    vars(compressor).update(watching)
+                vars(compressor).update(watching)
     return [layer for layer in attention if any(compressors_of(layer))]
 
 

@@ -65,7 +65,7 @@ class Worker(Accountable, CPUWorker):
             logger.info("DSV4_INDEXER: checked: a step that breaks an invariant is refused")
 
     def _watch(self, settings: Settings) -> dict[str, Any]:
-        """What the indexers' compressors share, to look at a step with."""
+        """What the compressors share, to look at a step with."""
         when, folder = settings.capture_when, settings.capture
         return dict(
             checks=Checks() if settings.check == "on" else None,
