@@ -37,8 +37,8 @@ class Settings:
     check: `on` holds every step against the invariants (ops/invariants.py) before it is written.
 
     capture: a folder. A worker saves the inputs of a layer's step there (capture.py), at most eight
-    in all. capture_when: `error`, when the op refuses a step; `not_finite`, when an entry is not a
-    number; or N, in the first indexer of the N-th step.
+    in all. capture_when: `error`, when the op refuses a step; `not_finite`, when an entry is not
+    finite; or N, in the first layer of each kind of compressor in the N-th step.
 
     account: a file. Every worker adds a line of JSON to it, every ten seconds of work and when it
     stops: its `rank`, and the numbers of `ops.Work` since it started.

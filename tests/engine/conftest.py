@@ -7,6 +7,7 @@ import pytest
 from engine import (
     ALONE,
     BATCHED,
+    CHECKED,
     DRAFTED,
     FEW,
     GREEDY,
@@ -28,7 +29,7 @@ from engine import (
 )
 
 STOCK = {"dsv4_indexer": {"impl": "stock"}}
-FULL = {"dsv4_indexer": {"state_save": "full"}}
+FULL_CHECKED = {"dsv4_indexer": {"state_save": "full", "check": "on"}}
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +79,7 @@ def preempted(engine) -> Result:
         kv_cache_memory_bytes=6 << 20,
     )
     options |= dict(scheduler_reserve_full_isl=False, enable_prefix_caching=False)
-    return engine("preempted", rounds, **options)
+    return engine("preempted", rounds, additional_config=CHECKED, **options)
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +145,7 @@ def two_stages(engine, six_layers) -> Result:
     """Pipeline parallelism over two workers, in chunks. Rounds: some prompts, each alone; all of
     them together."""
     options = dict(pipeline_parallel_size=2, environment=two_processes())
+    options |= dict(additional_config=CHECKED)
     return engine("two_stages", STAGED, six_layers, **options, **staged_options())
 
 
@@ -174,8 +176,8 @@ def readable(engine) -> Result:
 
 @pytest.fixture(scope="session")
 def full(engine) -> Result:
-    """The same, where every state row is saved."""
-    options = recorded_chunks() | dict(additional_config=FULL)
+    """The same, where every state row is saved, and every step is checked."""
+    options = recorded_chunks() | dict(additional_config=FULL_CHECKED)
     return engine("full", [MIXED, REPEATED, REPEATED], **options)
 
 
@@ -183,7 +185,7 @@ def full(engine) -> Result:
 def drafted(engine) -> Result:
     """Rounds: DRAFTED, and again with drafts, of which some are wrong. Prompts of unlike lengths
     decode together."""
-    return engine("drafted", [DRAFTED, DRAFTED], **with_drafts())
+    return engine("drafted", [DRAFTED, DRAFTED], additional_config=CHECKED, **with_drafts())
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 # product, whose bfloat16 logits have steps of 1/16 here: 0.12 is the largest difference seen.
 SHAPE_TOLERANCE = 0.25
 GREEDY = dict(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
+CHECKED = {"dsv4_indexer": {"check": "on"}}  # an engine that refuses a step dies
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

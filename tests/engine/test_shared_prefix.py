@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from engine import complete, launch, two_processes
+from engine import CHECKED, complete, launch, two_processes
 from schedules import MIXED, burst, forks, random_schedule, written
 from stored import Stored
 
@@ -34,7 +34,6 @@ WRITTEN = [
 ]
 ONE_WORKER = [*WRITTEN, *RANDOM]
 TWO_WORKERS = [WRITTEN[0], WRITTEN[-1], *RANDOM, *AGAIN]
-CHECKED = {"dsv4_indexer": {"check": "on"}}  # and none of these steps is refused
 CLOSE = 0.99  # cosine of two keys; of a wrong and a right one it is below 0.9
 
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from engine import SHAPE_TOLERANCE, complete, largest_difference, launch
+from engine import CHECKED, SHAPE_TOLERANCE, complete, largest_difference, launch
 
 SEED = int(os.environ.get("TRAFFIC_SEED", "0"))
 VISITS = 20
@@ -31,7 +31,7 @@ def served(checkpoint, tmp_path_factory) -> Served:
     cannot be sure to finish."""
     options = dict(skip_tokenizer_init=True, max_model_len=640, max_num_batched_tokens=127)
     options |= dict(max_num_seqs=16, kv_cache_memory_bytes=5 << 20)
-    options |= dict(scheduler_reserve_full_isl=False)
+    options |= dict(scheduler_reserve_full_isl=False, additional_config=CHECKED)
     job = dict(
         options=complete(checkpoint, options), seed=SEED, questions=10, longest=600, visits=VISITS
     )

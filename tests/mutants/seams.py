@@ -55,6 +55,18 @@ NEIGHBOURS = (
 )
 STRAY = "engine/test_verification.py::test_a_write_where_no_token_is_is_told"
 
+INVARIANTS, CHECKED = "op/test_invariants.py", "engine/test_checked.py"
+TOLD = f"{INVARIANTS}::test_a_fault_is_told_with_its_token_and_value_and_nothing_is_written"
+FREED = f"{INVARIANTS}::test_of_the_ratio_128_the_group_before_a_request_s_own_may_be_freed"
+GIVEN_AWAY = f"{CHECKED}::test_rows_in_a_page_that_other_caches_have_got_are_no_more"
+LEFT_OUT = f"{CHECKED}::test_a_row_of_the_null_page_may_be_left_out_and_no_other"
+NOT_FINITE = (
+    "engine/test_captures.py::test_a_number_that_is_not_finite_is_found_wherever_it_is_in_the_entry"
+)
+OF_EACH_KIND = (
+    "engine/test_captures.py::test_of_the_step_of_a_number_the_first_layer_of_each_kind_is_captured"
+)
+
 STEP, LAYER = f"{CONTRACT}/check_step.py", f"{CONTRACT}/check_layer.py"
 PREFIX, LOADED = f"{CONTRACT}/check_prefix.py", f"{CONTRACT}/check_selection.py"
 SECOND = f"{CONTRACT}/check_second_family.py"
@@ -92,6 +104,8 @@ KEYS, PARTED = f"{ASCEND}/indexer.py", f"{ASCEND}/step.py"
 FIRST, SECOND_FAMILY, LOADING = (
     f"{ASCEND}/{name}.py" for name in ("family1", "family2", "loading")
 )
+HELD, CHECKS = "vllm_dsv4_indexer/ops/invariants.py", f"{ENGINES}/vllm_cpu/checks.py"
+CAPTURES = f"{ENGINES}/captures.py"
 STATE, LISTED = f"{ENGINES}/vllm_cpu/state.py", "vllm_dsv4_indexer/ops/requests.py"
 
 SEAMS = [
@@ -195,6 +209,16 @@ SEAMS = [
     Mutant(STATE, "if kv_cache_spec.read_at_hit:", "if True:", ANY_HIT),
     Mutant(STATE, "if not blocks[place].is_null]", "if place == first]", ENOUGH),
     Mutant(STATE, "return min(hits + left, all_rows)", "return 3", ENOUGH),
+    # What checked mode and captures see.
+    Mutant(HELD, "start % ratio - (window - ratio))", "start % ratio)", TOLD),
+    Mutant(HELD, "start % ratio - (window - ratio))", "start % ratio - ratio)", FREED),
+    Mutant(HELD, "closes = positions % ratio == ratio - 1", "closes = k_slots >= 0", TOLD),
+    Mutant(CHECKS, "            ledger.forget(keys)\n", "", GIVEN_AWAY),
+    Mutant(CHECKS, "if geometry.ratio != written.ratio:", "if False:", GIVEN_AWAY),
+    Mutant(CHECKS, "if geometry.ratio != written.ratio:", "if True:", GIVEN_AWAY),
+    Mutant(COMPRESSOR, 'all_saved=self.settings.state_save == "full"', "all_saved=True", LEFT_OUT),
+    Mutant(CAPTURES, "wrong | ~rotated.isfinite().all(dim=1)", "wrong", NOT_FINITE),
+    Mutant(CAPTURES, ".setdefault(bound.geometry, name)", ".setdefault(0, name)", OF_EACH_KIND),
     # The tokens of vllm-ascend's requests.
     Mutant(LISTED, "right=True, out_int32=True", "out_int32=True", SLOTS),
     Mutant(LISTED, "    real &= position >= 0\n", "", TOO_EARLY),
