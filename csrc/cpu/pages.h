@@ -24,22 +24,31 @@ static inline Fp8Place fp8_place(const LayerArguments& l, int64_t slot) {
   return {page + entry * kHeadDim, page + kFp8ScaleOffset + entry * sizeof(float)};
 }
 
+// Where another format's cache, whose pages may have any size, has the entry of a slot.
+struct KSlot {
+  int64_t page, entry;
+};
+
+static inline KSlot k_slot(const LayerArguments& l, int64_t slot) {
+  return {slot / l.k_page, slot % l.k_page};
+}
+
 // An fp8_ds_mla page: the codes and rotated channels of all its entries, then their exponents.
 struct DsMlaPlace {
   uint8_t *codes, *rotated, *exponents;
 };
 
 static inline DsMlaPlace ds_mla_place(const LayerArguments& l, int64_t slot) {
-  uint8_t* page = static_cast<uint8_t*>(l.k_cache) + slot / l.k_page * l.k_page_stride;
-  const int64_t entry = slot % l.k_page;
-  uint8_t* codes = page + entry * kDsMlaDataBytes;
-  return {codes, codes + kDsMlaCodes, page + l.k_page * kDsMlaDataBytes + entry * kDsMlaScaleBytes};
+  const KSlot at = k_slot(l, slot);
+  uint8_t* page = static_cast<uint8_t*>(l.k_cache) + at.page * l.k_page_stride;
+  uint8_t* codes = page + at.entry * kDsMlaDataBytes;
+  return {codes, codes + kDsMlaCodes,
+          page + l.k_page * kDsMlaDataBytes + at.entry * kDsMlaScaleBytes};
 }
 
 // int8 and bf16: an entry in a tensor of them, in elements.
-static inline int64_t k_entry(const LayerArguments& l, int64_t slot) {
-  const int64_t page = slot / l.k_page, entry = slot % l.k_page;
-  return page * l.k_page_stride + entry * l.k_entry_stride;
+static inline int64_t k_entry(const LayerArguments& l, KSlot at) {
+  return at.page * l.k_page_stride + at.entry * l.k_entry_stride;
 }
 
 // int8: the codes in one tensor, the scales in another.
@@ -49,13 +58,13 @@ struct Int8Place {
 };
 
 static inline Int8Place int8_place(const LayerArguments& l, int64_t slot) {
-  const int64_t page = slot / l.k_page, entry = slot % l.k_page;
-  return {static_cast<int8_t*>(l.k_cache) + k_entry(l, slot),
-          page * l.k_scale_page_stride + entry * l.k_scale_entry_stride};
+  const KSlot at = k_slot(l, slot);
+  return {static_cast<int8_t*>(l.k_cache) + k_entry(l, at),
+          at.page * l.k_scale_page_stride + at.entry * l.k_scale_entry_stride};
 }
 
 static inline uint16_t* bf16_place(const LayerArguments& l, int64_t slot) {
-  return static_cast<uint16_t*>(l.k_cache) + k_entry(l, slot);
+  return static_cast<uint16_t*>(l.k_cache) + k_entry(l, k_slot(l, slot));
 }
 
 }  // namespace dsv4

@@ -148,8 +148,8 @@ MUTANTS = [
     Mutant(ENTRIES, "- G::kRatio + 1;", "- G::kRatio + 2;", MIXED),
     Mutant(
         PAGES,
-        "slot / l.k_page * l.k_page_stride",
-        "slot / l.k_page * l.k_page * (kDsMlaDataBytes + kDsMlaScaleBytes)",
+        "at.page * l.k_page_stride;",
+        "at.page * l.k_page * (kDsMlaDataBytes + kDsMlaScaleBytes);",
         MAIN_RANDOM,
     ),
     Mutant(PLANNER, "* a_.block_table_stride + q", "* a_.table_columns + q", STRIDES),

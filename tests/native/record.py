@@ -27,10 +27,12 @@ def arbitrary_batch(seed: int, geometry: Geometry = INDEXER) -> Batch:
     pick = random.Random(seed)
     native = [k_format for k_format in GEOMETRIES[geometry] if k_format in cpu.K_FORMATS]
     batch = make_batch(
-        **random_case(pick, geometry),
-        norm_dtype=pick.choice((torch.float32, torch.bfloat16)),
-        k_format=pick.choice(native),
-        scale_dtype=pick.choice((torch.float32, torch.float16)),
+        **random_case(pick, geometry)
+        | {
+            "norm_dtype": pick.choice((torch.float32, torch.bfloat16)),
+            "k_format": pick.choice(native),
+            "scale_dtype": pick.choice((torch.float32, torch.float16)),
+        }
     )
     tokens = int((batch.inner_state_slot_mapping >= 0).sum())  # the rest is padding
 

@@ -287,7 +287,8 @@ def make_batch(
 def random_case(
     pick: random.Random, geometry: Geometry = INDEXER, longest: int | None = None
 ) -> dict[str, Any]:
-    """Arguments of `make_batch`. longest: tokens of a request."""
+    """Arguments of `make_batch`, but for the indexer's other formats, whose scales implementations
+    round differently. longest: tokens of a request."""
     pages, window = STATE_PAGES[geometry.ratio], geometry.window
     longest = longest or max(40, 2 * window)
     requests = [
@@ -318,6 +319,7 @@ def random_case(
         "eps": pick.choice((1e-6, 0.3)),
         "extreme": pick.random() < 0.3,
         "gaps": pick.random() < 0.5,
+        "k_format": pick.choice(("fp8_pow2",) if geometry == INDEXER else GEOMETRIES[geometry]),
     }
 
 

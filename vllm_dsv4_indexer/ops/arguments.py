@@ -100,10 +100,18 @@ def layer_fields(layer: Layer, k_format: int, eps: float) -> tuple[int | float, 
 
 
 class PackedLayer:
-    """A layer's LAYER_FIELDS as bytes: packed once, and again if a tensor has moved."""
+    """A layer's LAYER_FIELDS as bytes, behind its geometry where the library asks for that: packed
+    once, and again if a tensor has moved."""
 
-    def __init__(self, layer: Layer, k_format: int, eps: float, packing: struct.Struct):
-        self._fields, self._packing = (layer, k_format, eps), packing
+    def __init__(
+        self,
+        layer: Layer,
+        k_format: int,
+        eps: float,
+        packing: struct.Struct,
+        geometry: tuple[int, ...] = (),
+    ):
+        self._fields, self._packing, self._geometry = (layer, k_format, eps), packing, geometry
         self._tensors = [tensor for tensor in layer if tensor is not None]
         self._addresses: list[int] = []
         self._packed = b""
@@ -112,7 +120,7 @@ class PackedLayer:
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
             self._addresses = addresses
-            self._packed = self._packing.pack(*layer_fields(*self._fields))
+            self._packed = self._packing.pack(*self._geometry, *layer_fields(*self._fields))
         return self._packed
 
 

@@ -35,12 +35,13 @@ _OF_REQUESTS = (
     "slot_mapping",
     "slot_mapping_stride",
 )
-_OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan", *Geometry._fields)
+_OF_A_CALL = ("tokens", "kv_score", "kv_score_stride", "plan")
+_OF_A_LAYER = (*Geometry._fields, *LAYER_FIELDS)
 PLAN_FIELDS = (*STEP_FIELDS, "plan", "state_only", *_OF_REQUESTS)
-RUN_FIELDS = (*_OF_A_CALL, *LAYER_FIELDS)
+RUN_FIELDS = (*_OF_A_CALL, *_OF_A_LAYER)
 _PLAN = struct.Struct(f"{len(PLAN_FIELDS)}q")
 _CALL = struct.Struct(f"{len(_OF_A_CALL)}q")
-_LAYER = struct.Struct(f"{len(LAYER_FIELDS) - 1}qf0q")  # 0q pads it as C does
+_LAYER = struct.Struct(f"{len(_OF_A_LAYER) - 1}qf0q")  # 0q pads it as C does
 _REFUSED = 1
 
 
@@ -88,8 +89,8 @@ class Bound:
     """A layer's tensors, ready for the library."""
 
     def __init__(self, layer: Layer, *, eps: float, k_format: str, algorithm: str = "one_pass"):
-        self._arguments = PackedLayer(layer, _K_FORMATS[k_format], eps, _LAYER)
-        self._geometry = contract.geometry_of(layer.ape, k_format)
+        geometry = contract.geometry_of(layer.ape, k_format)
+        self._arguments = PackedLayer(layer, _K_FORMATS[k_format], eps, _LAYER, geometry)
         self._run = functools.partial(native().dsv4_indexer_ascend_run, algorithm.encode())
 
     def __call__(self, kv_score: Tensor, plan: Tensor) -> None:
@@ -99,7 +100,7 @@ class Bound:
                 f"kv_score has dtype {kv_score.dtype}; on NPUs the projection gives torch.float32"
             )
         tokens, stride = kv_score.shape[0], kv_score.stride(0)
-        call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr(), *self._geometry)
+        call = _CALL.pack(tokens, kv_score.data_ptr(), stride, plan.data_ptr())
         _launch(self._run, kv_score.device, call + self._arguments.packed())
 
 
