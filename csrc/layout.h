@@ -35,8 +35,8 @@ constexpr int kRowWidth = Indexer::kRowWidth;
 constexpr int kRopeDim = 64;         // the last channels, rotated in 32 interleaved pairs
 constexpr int kFp8PageEntries = 64;  // an fp8 page: 64 x 128 values, then 64 fp32 scales
 constexpr int kFp8ScaleOffset = kFp8PageEntries * kHeadDim;
-constexpr float kAmaxFloor = 1e-4f;  // keeps the scale of an all-zero entry finite
-constexpr float kFp8Max = 448.0f;    // largest e4m3fn
+constexpr float kAmaxMin = 1e-4f;  // keeps the scale of an all-zero entry finite
+constexpr float kFp8Max = 448.0f;  // largest e4m3fn
 constexpr float kInt8Max = 127.0f;
 // An fp8_ds_mla page: of each entry codes and rotated channels, then the exponents of all entries.
 constexpr int kDsMlaBlock = 64;  // codes with one scale
@@ -44,6 +44,6 @@ constexpr int kDsMlaCodes = Main4::kHeadDim - kRopeDim;
 constexpr int kDsMlaBlocks = kDsMlaCodes / kDsMlaBlock;
 constexpr int kDsMlaDataBytes = kDsMlaCodes + 2 * kRopeDim;
 constexpr int kDsMlaScaleBytes = kDsMlaBlocks + 1;  // the last is zero
-constexpr float kDsMlaScaleFloor = 1e-4f;
+constexpr float kDsMlaScaleMin = 1e-4f;
 
 }  // namespace dsv4

@@ -19,7 +19,7 @@ constexpr int kPlanHeader = 16;   // numbers, of which PlanHeader names the firs
 constexpr int kPlanSections = 5;  // with one number per token, before the sources
 constexpr int64_t kNoWindow = 0;
 constexpr int64_t kEarly = 1;    // pooled before any row is saved
-constexpr int64_t kLate = 2;     // its rows are this call's, of one run of tokens
+constexpr int64_t kLate = 2;     // its rows are consecutive tokens of this call
 constexpr int64_t kMasked = -1;  // a source that does not exist
 
 constexpr int64_t row_source(int64_t slot) { return -2 - slot; }  // the state row `slot`, and back

@@ -30,7 +30,7 @@ STATE_PAGES = {4: (2, 4, 8), 128: (4, 8, 16, 32)}
 FP8_PAGE_ENTRIES = 64
 FP8_SCALE_OFFSET = FP8_PAGE_ENTRIES * HEAD_DIM  # 64 x 128 values of a page, then 64 fp32 scales
 FP8_ENTRY_BYTES = HEAD_DIM + 4
-AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero entry finite
+AMAX_MIN = 1e-4  # keeps the scale of an all-zero entry finite
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 # vLLM 0.32, csrc/cpu/sgl-kernels/compressor.cpp: an entry of the main cache has 448 codes in blocks
@@ -39,7 +39,7 @@ DS_MLA_BLOCK = 64
 DS_MLA_CODES = 448
 DS_MLA_DATA_BYTES = DS_MLA_CODES + 2 * ROPE_DIM
 DS_MLA_ENTRY_BYTES = DS_MLA_DATA_BYTES + DS_MLA_CODES // DS_MLA_BLOCK + 1  # the last byte is zero
-DS_MLA_SCALE_FLOOR = 1e-4
+DS_MLA_SCALE_MIN = 1e-4
 
 
 class ContractError(UserError):
@@ -295,6 +295,9 @@ NO_WINDOW, EARLY, LATE = 0, 1, 2
 MASKED = -1
 
 
+_Planned = Annotated[int, "of the Extents that the step was planned for"]
+
+
 class PlanHeader(NamedTuple):
     """The first numbers of a plan. csrc/plan.h repeats them."""
 
@@ -305,10 +308,10 @@ class PlanHeader(NamedTuple):
     unique: Annotated[int, "1 if no slot occurs twice: tokens may be written in any order"]
     saved: Annotated[int, "tokens whose row is saved; -1 if only the device knows"]
     shared: Annotated[int, "rows of windows that another request's token holds; -1 likewise"]
-    state_pages: Annotated[int, "the extents that the step was planned for"]
-    state_page: int
-    k_entries: int
-    max_pos: int
+    state_pages: _Planned
+    state_page: _Planned
+    k_entries: _Planned
+    max_pos: _Planned
 
     @staticmethod
     def of(plan: Tensor) -> "PlanHeader":

@@ -56,15 +56,15 @@ class Compress {
   __aicore__ inline void TakeGroups() {
     plan_.Hold(next_, span_.end);
     while (next_ < span_.end && tile_.Room() > 0) {
-      const int64_t last = plan_.LastOfGroup(next_), entry = plan_.KSlot(last);
+      const int64_t last = plan_.LastOfGroup(next_), slot = plan_.KSlot(last);
       // A late window's first four rows are the group before it, which this core has, unless it has
       // just begun. What is fetched is in the group's own tile, if a tile can have both.
-      const bool fetches = entry >= 0 && !fetched_ && !(full_ && plan_.IsLate(last));
+      const bool fetches = slot >= 0 && !fetched_ && !(full_ && plan_.IsLate(last));
       if (fetches && tile_.Room() == 1 && !Previous<G>::kCarried) break;
       if (fetches) tile_.AddPreviousHalves(last);
       fetched_ = fetches && tile_.Room() == 0;
       if (fetched_) break;  // the group is the next tile's
-      tile_.AddGroup(next_, last, entry);
+      tile_.AddGroup(next_, last, slot);
       full_ = last - next_ + 1 == kRatio;
       next_ = last + 1;
     }
@@ -74,10 +74,10 @@ class Compress {
     LocalTensor<float> previous = carry_;
     for (int f = 0; f < tile_.Frames(); ++f) {
       const LocalTensor<float> rows = tile_.Complete(f);
-      if (tile_.Entry(f) >= 0) pool_.Take(previous, rows);
+      if (tile_.KSlot(f) >= 0) pool_.Take(previous, rows);
       previous = rows;
     }
-    pool_.Run(finish_.Pooled());
+    pool_.PoolTo(finish_.Pooled());
     if ((full_ || fetched_) && next_ < span_.end) Carry(previous);
     finish_.Take(tile_);
   }

@@ -88,7 +88,7 @@ class Finish {
          static_cast<uint8_t>(tile.Windows()),
          {1, 1, kCosSinRow / kBlockFloats, kRopeDim / kBlockFloats});
     for (int f = 0; f < tile.Frames(); ++f)
-      if (tile.Entry(f) >= 0) slots_[windows_++] = tile.Entry(f);
+      if (tile.KSlot(f) >= 0) slots_[windows_++] = tile.KSlot(f);
     if (windows_ + Budget<G>::kFrames > kBatch) Flush();
   }
 
@@ -289,7 +289,7 @@ class Finish {
   __aicore__ inline void Quantise(const LocalTensor<int8_t>& out) {
     Amax();
     if constexpr (kFormat == kInt8Hadamard) {
-      Maxs(factor_, factor_, kAmaxFloor, Windows());
+      Maxs(factor_, factor_, kAmaxMin, Windows());
       Duplicate(constant_, kInt8Max, Windows());
       Div(scale_, factor_, constant_, Windows());
       Div(factor_, constant_, factor_, Windows());

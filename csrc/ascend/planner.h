@@ -1,5 +1,5 @@
 // The kernel of one vector core that plans: for each of its tokens, what is to be written where;
-// for each window whose rows are not all its own run's, where they come from (the row rule).
+// for each window that is not of consecutive tokens, where its rows come from (the row rule).
 //
 // `Tokens` tells the step's tokens: ListedTokens reads them, RequestTokens computes them. What the
 // tokens themselves do not settle, a row that is not the request's own token of the call, is taken
@@ -74,25 +74,27 @@ class Planner {
   __aicore__ inline void Decide() {
     early_ = 0;
     low_ = args_.max_pos, high_ = -1;
-    int64_t run = 0, before = 0, request = 0;  // tokens of one request and rising positions so far
+    int64_t before = 0, request = 0;
+    int64_t consecutive = 0;  // positions of one request, up to this token
     for (int64_t token = piece_.Earliest(); token < piece_.End(); ++token) {
       const int64_t position = piece_.Get(kPositions, token), its = piece_.Get(kRequests, token);
-      const bool follows = run > 0 && its == request && position > 0 && position - 1 == before;
-      run = follows ? run + 1 : 1;
+      const bool follows =
+          consecutive > 0 && its == request && position > 0 && position - 1 == before;
+      consecutive = follows ? consecutive + 1 : 1;
       before = position, request = its;
-      if (token >= piece_.First()) DecideToken(token, position, request, run);
+      if (token >= piece_.First()) DecideToken(token, position, request, consecutive);
     }
   }
 
   __aicore__ inline void DecideToken(int64_t token, int64_t position, int64_t request,
-                                     int64_t run) {
+                                     int64_t consecutive) {
     const int64_t row = piece_.Get(kStateSlots, token);
     if (row < args_.state_page || row >= args_.state_pages * args_.state_page)
       piece_.Set(kStateSlots, token, -1);  // page 0 is nobody's
     const bool closes = position % kRatio == kRatio - 1 && position < args_.max_pos;
     const int64_t slot = closes ? piece_.Get(kKSlots, token) : -1;
     const bool stores = slot >= 0 && slot < args_.k_entries;
-    const bool late = run >= kWindow && !args_.state_only;
+    const bool late = consecutive >= kWindow && !args_.state_only;
     piece_.Set(kKSlots, token, stores ? slot : -1);
     piece_.Set(kWindows, token, !stores ? kNoWindow : late ? kLate : kEarly);
     if (stores && !late) Trace(token, position, request);

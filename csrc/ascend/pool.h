@@ -53,7 +53,7 @@ class Pool {
   }
 
   // Pools the windows that were taken, to [windows][kPooledRow].
-  __aicore__ inline void Run(const LocalTensor<float>& pooled) {
+  __aicore__ inline void PoolTo(const LocalTensor<float>& pooled) {
     if (windows_ == 0) return;
     row_ = windows_ * G::kHeadDim;
     FindMost();

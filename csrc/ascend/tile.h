@@ -58,27 +58,27 @@ class Tile {
   __aicore__ inline int Frames() const { return used_; }
   __aicore__ inline int Room() const { return Budget<G>::kFrames - used_; }
 
-  // Adds the group of tokens [first, last], whole. If `entry` is one, it is that of the window that
-  // `last` closes, and the positions of the group before `first` are added for it.
-  __aicore__ inline void AddGroup(int64_t first, int64_t last, int64_t entry) {
+  // Adds the group of tokens [first, last], whole. `slot`: of the entry of the window that `last`
+  // closes, or -1. If there is one, the positions of the group before `first` are added for it.
+  __aicore__ inline void AddGroup(int64_t first, int64_t last, int64_t slot) {
     const int64_t position = plan_->Position(first);
     const int row = static_cast<int>(position & (kRatio - 1));
     const int rows = static_cast<int>(last - first + 1);
-    frames_[used_] = {first, row, rows, G::kHeadDim, ((1 << rows) - 1) << row, 0, entry};
-    if (entry >= 0) Fetch(last, kRatio, row);
-    if (entry >= 0) starts_[windows_++] = position - row;
+    frames_[used_] = {first, row, rows, G::kHeadDim, ((1 << rows) - 1) << row, 0, slot};
+    if (slot >= 0) Fetch(last, kRatio, row);
+    if (slot >= 0) starts_[windows_++] = position - row;
     ++used_;
   }
 
   // Adds the halves of four rows of the window that `last` closes: of the group before its own, or
-  // of its own, which ends at `entry`.
+  // of its own, whose entry has that slot.
   __aicore__ inline void AddPreviousHalves(int64_t last) {
     frames_[used_] = {last, 0, 0, 0, 0, 0, -1};
     Fetch(last, 0, kRatio);
     ++used_;
   }
-  __aicore__ inline void AddOwnHalves(int64_t last, int64_t entry) {
-    frames_[used_] = {last, 0, 0, G::kHeadDim, 0, 0, entry};
+  __aicore__ inline void AddOwnHalves(int64_t last, int64_t slot) {
+    frames_[used_] = {last, 0, 0, G::kHeadDim, 0, 0, slot};
     Fetch(last, kRatio, kRatio);
     starts_[windows_++] = plan_->Position(last) - kRatio + 1;
     ++used_;
@@ -110,8 +110,8 @@ class Tile {
     return rows;
   }
 
-  // The entry of the window that ends with frame f, or -1.
-  __aicore__ inline int64_t Entry(int f) const { return frames_[f].entry; }
+  // The slot of the entry of the window that ends with frame f, or -1.
+  __aicore__ inline int64_t KSlot(int f) const { return frames_[f].k_slot; }
 
   // How many windows end here, and the cosines and sines of window w.
   __aicore__ inline int Windows() const { return windows_; }
@@ -132,11 +132,11 @@ class Tile {
           ++rows;
           continue;
         }
-        if (rows > 0) SaveRun(slot, row, rows);
+        if (rows > 0) SaveStretch(slot, row, rows);
         slot = to, row = from, rows = to >= 0;
       }
     }
-    if (rows > 0) SaveRun(slot, row, rows);
+    if (rows > 0) SaveStretch(slot, row, rows);
   }
 
  private:
@@ -144,12 +144,12 @@ class Tile {
   static constexpr float kWeightless = -3e38f;  // a gate whose weight is 0 beside any other
 
   struct Frame {
-    int64_t token;  // of the first row that is a token's
-    int row, rows;  // rows [row, row + rows) are whole, of tokens of this core
-    int half;       // where the channels of the other rows begin
-    int raw;        // bits: rows that came from kv_score and lack the bias
-    int absent;     // bits: rows that do not exist
-    int64_t entry;  // the entry of the window that ends here, or -1
+    int64_t token;   // of the first row that is a token's
+    int row, rows;   // rows [row, row + rows) are whole, of tokens of this core
+    int half;        // where the channels of the other rows begin
+    int raw;         // bits: rows that came from kv_score and lack the bias
+    int absent;      // bits: rows that do not exist
+    int64_t k_slot;  // of the entry of the window that ends here, or -1
   };
 
   // Rows of a frame that lie together in kv_score, raw, or in the state: `at` is where, in
@@ -242,18 +242,18 @@ class Tile {
         rows += frame.rows;
         continue;
       }
-      if (rows > 0) LoadRun(token, row, rows);
+      if (rows > 0) LoadStretch(token, row, rows);
       token = frame.token, row = frame_row, rows = frame.rows;
     }
-    if (rows > 0) LoadRun(token, row, rows);
+    if (rows > 0) LoadStretch(token, row, rows);
   }
 
-  __aicore__ inline void LoadRun(int64_t token, int row, int rows) {
+  __aicore__ inline void LoadStretch(int64_t token, int row, int rows) {
     CopyRows(rows_[row * G::kRowWidth], kv_score_gm_[token * args_.kv_score_stride], rows,
              G::kRowWidth * sizeof(float), Gap(args_.kv_score_stride), 0);
   }
 
-  __aicore__ inline void SaveRun(int64_t slot, int row, int rows) {
+  __aicore__ inline void SaveStretch(int64_t slot, int row, int rows) {
     const DataCopyExtParams params(static_cast<uint16_t>(rows), G::kRowWidth * sizeof(float), 0,
                                    Gap(args_.state_row_stride), 0);
     DataCopyPad(state_gm_[StateRow(slot)], rows_[row * G::kRowWidth], params);

@@ -54,35 +54,36 @@ bool usable(const char* isa) {
   return !std::strcmp(isa, "generic");
 }
 
-struct Runner {
-  const char* algorithm;
+struct Algorithm {
+  const char* name;
   int head_dim, ratio;
   const char* isa;
   Run run;
 };
 
-#define DSV4_RUNNER(isa, algorithm, G) \
+#define DSV4_ALGORITHM(isa, algorithm, G) \
   {#algorithm, G::kHeadDim, G::kRatio, #isa, run<isa::algorithm<G>, kPlanLayout>}
-#define DSV4_RUNNERS_OF(isa, G)                                            \
-  DSV4_RUNNER(isa, one_pass, G), DSV4_RUNNER(isa, one_pass_past_cache, G), \
-      DSV4_RUNNER(isa, floor, G), DSV4_RUNNER(isa, floor_past_cache, G)
+#define DSV4_ALGORITHMS_OF(isa, G)                                               \
+  DSV4_ALGORITHM(isa, one_pass, G), DSV4_ALGORITHM(isa, one_pass_past_cache, G), \
+      DSV4_ALGORITHM(isa, floor, G), DSV4_ALGORITHM(isa, floor_past_cache, G)
 #define DSV4_BASELINE(isa, algorithm) \
   {#algorithm, kHeadDim, kRatio, #isa, run<isa::algorithm, kStateOnlyLayout>}
-#define DSV4_RUNNERS(isa)                                                                    \
-  DSV4_RUNNERS_OF(isa, Indexer), DSV4_RUNNERS_OF(isa, Main4), DSV4_RUNNERS_OF(isa, Main128), \
-      DSV4_BASELINE(isa, overlay_scan), DSV4_BASELINE(isa, scatter_pool)
+#define DSV4_ALGORITHMS(isa)                                              \
+  DSV4_ALGORITHMS_OF(isa, Indexer), DSV4_ALGORITHMS_OF(isa, Main4),       \
+      DSV4_ALGORITHMS_OF(isa, Main128), DSV4_BASELINE(isa, overlay_scan), \
+      DSV4_BASELINE(isa, scatter_pool)
 
-constexpr Runner kRunners[] = {
+constexpr Algorithm kAlgorithms[] = {
 #if defined(__x86_64__)
-    DSV4_RUNNERS(avx512),
-    DSV4_RUNNERS(avx2),
+    DSV4_ALGORITHMS(avx512),
+    DSV4_ALGORITHMS(avx2),
 #endif
-    DSV4_RUNNERS(generic),
+    DSV4_ALGORITHMS(generic),
 };
-#undef DSV4_RUNNERS
+#undef DSV4_ALGORITHMS
 #undef DSV4_BASELINE
-#undef DSV4_RUNNERS_OF
-#undef DSV4_RUNNER
+#undef DSV4_ALGORITHMS_OF
+#undef DSV4_ALGORITHM
 
 }  // namespace
 }  // namespace dsv4
@@ -96,10 +97,10 @@ int64_t dsv4_indexer_plan(const dsv4::StepArguments* step, int64_t ratio, int64_
 
 dsv4::Run dsv4_indexer_run_for(const char* algorithm, int64_t head_dim, int64_t ratio,
                                const char* isa) {
-  for (const dsv4::Runner& r : dsv4::kRunners)
-    if (!std::strcmp(r.algorithm, algorithm) && r.head_dim == head_dim && r.ratio == ratio &&
-        !std::strcmp(r.isa, isa) && dsv4::usable(isa))
-      return r.run;
+  for (const dsv4::Algorithm& a : dsv4::kAlgorithms)
+    if (!std::strcmp(a.name, algorithm) && a.head_dim == head_dim && a.ratio == ratio &&
+        !std::strcmp(a.isa, isa) && dsv4::usable(isa))
+      return a.run;
   return nullptr;
 }
 

@@ -31,10 +31,9 @@ int32_t largest_magnitude(const Entry<channels>& x) {
   return fold(most, [](Ints a, Ints b) { return larger(a, b); });
 }
 
-// At least `floor`; a NaN counts as infinity.
-int32_t amax_bits(int32_t largest, float floor) {
-  const int32_t least = bits_of(floor);
-  return largest < least ? least : largest < kInfinity ? largest : kInfinity;
+// At least `least`; a NaN counts as infinity.
+int32_t amax_bits(int32_t largest, float least) {
+  return largest < bits_of(least) ? bits_of(least) : largest < kInfinity ? largest : kInfinity;
 }
 
 // The e4m3fn codes of v, to nearest, ties to even. Unless all is `finite`, magnitudes above 448
@@ -69,8 +68,8 @@ float power_of_two(int32_t exponent) { return float_of((127 + exponent) << 23); 
 // Stores the codes of x and returns the exponent of their scale: the least power of two that brings
 // the largest magnitude to 448 or less.
 template <int channels>
-int32_t store_fp8_codes(uint8_t* to, const Entry<channels>& x, int32_t largest, float floor) {
-  const int32_t bits = bits_as_bfloat16(amax_bits(largest, floor));
+int32_t store_fp8_codes(uint8_t* to, const Entry<channels>& x, int32_t largest, float least) {
+  const int32_t bits = bits_as_bfloat16(amax_bits(largest, least));
   const int32_t exponent =
       (bits >> 23) - 127 - 8 + ((bits & 0x7fffff) > 0x600000);  // 448 = 1.75 * 2^8
   const auto store =
@@ -81,7 +80,7 @@ int32_t store_fp8_codes(uint8_t* to, const Entry<channels>& x, int32_t largest, 
 
 void store_fp8(const LayerArguments& a, int64_t slot, const Entry<kHeadDim>& x, int32_t largest) {
   const Fp8Place place = fp8_place(a, slot);
-  const float scale = power_of_two(store_fp8_codes(place.codes, x, largest, kAmaxFloor));
+  const float scale = power_of_two(store_fp8_codes(place.codes, x, largest, kAmaxMin));
   std::memcpy(place.scale, &scale, sizeof scale);
 }
 
@@ -113,7 +112,7 @@ void store_ds_mla(const LayerArguments& a, int64_t slot, const Entry<channels>& 
   for (int b = 0; b < kDsMlaBlocks; ++b) {
     const auto block = channels_from<kDsMlaBlock>(x, b * kDsMlaBlock);
     const int32_t exponent = store_fp8_codes(place.codes + b * kDsMlaBlock, block,
-                                             largest_magnitude(block), kFp8Max * kDsMlaScaleFloor);
+                                             largest_magnitude(block), kFp8Max * kDsMlaScaleMin);
     place.exponents[b] = static_cast<uint8_t>(127 + exponent);
   }
   place.exponents[kDsMlaBlocks] = 0;
@@ -169,7 +168,7 @@ void store_int8(const LayerArguments& a, int64_t slot, Entry<kHeadDim>& x) {
     x.odd[i] = rounded(x.odd[i]);
   }
   hadamard(x);
-  const float most = float_of(amax_bits(largest_magnitude(x), kAmaxFloor)), scale = most / kInt8Max,
+  const float most = float_of(amax_bits(largest_magnitude(x), kAmaxMin)), scale = most / kInt8Max,
               inverse = kInt8Max / most;
   const Int8Place place = int8_place(a, slot);
   DSV4_UNROLL

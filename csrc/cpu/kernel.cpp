@@ -191,7 +191,7 @@ bool fits_past_cache(const LayerCall& call) {
 }
 
 template <class G, class T>
-bool run(const LayerCall& call, bool past_cache) {
+bool two_phases(const LayerCall& call, bool past_cache) {
   Job<G> job{call, norm_weight<G::kHeadDim>(call.layer)};
   if (!call.unique) {  // in order, so that the last token wins
     pool_early<G, T>(0, call.tokens, &job);
@@ -206,8 +206,9 @@ bool run(const LayerCall& call, bool past_cache) {
 }
 
 template <class G>
-bool run(const LayerCall& call, bool past_cache) {
-  return call.is_bf16 ? run<G, bfloat16>(call, past_cache) : run<G, float>(call, past_cache);
+bool two_phases(const LayerCall& call, bool past_cache) {
+  return call.is_bf16 ? two_phases<G, bfloat16>(call, past_cache)
+                      : two_phases<G, float>(call, past_cache);
 }
 
 }  // namespace
@@ -216,13 +217,13 @@ namespace dsv4::DSV4_ISA {
 
 template <class G>
 bool one_pass(const LayerCall& call) {
-  return run<G>(call, fits_past_cache(call) && rows_are_cold(call));
+  return two_phases<G>(call, fits_past_cache(call) && rows_are_cold(call));
 }
 
 // With stores around the caches wherever they are possible: the same bits, for tests.
 template <class G>
 bool one_pass_past_cache(const LayerCall& call) {
-  return run<G>(call, fits_past_cache(call));
+  return two_phases<G>(call, fits_past_cache(call));
 }
 
 #define DSV4_INSTANTIATE(G)                         \

@@ -68,13 +68,13 @@ class Planner {
   int64_t make(Violation& violation) {
     violation.code = kNoViolation;
     if (!last_tokens_.allocate(a_.state_slots, a_.tokens)) return kNoMemory;
-    int64_t run = 0;  // tokens up to this one that are consecutive positions of one request
+    int64_t consecutive = 0;  // positions of one request, up to this token
     for (int64_t token = 0; token < a_.tokens; ++token) {
-      run = token > 0 && follows(token) ? run + 1 : 1;
+      consecutive = token > 0 && follows(token) ? consecutive + 1 : 1;
       int64_t q = 0;
       ViolationCode code = check_token(token);
       windows_[token] = kNoWindow;
-      if (code == kNoViolation && closes_window(token)) code = check_window(token, run, q);
+      if (code == kNoViolation && closes_window(token)) code = check_window(token, consecutive, q);
       if (code != kNoViolation) {
         violation = describe(code, token, q);
         return kViolation;
@@ -137,13 +137,13 @@ class Planner {
     return kNoViolation;
   }
 
-  // The checks of the window that `token`, the last of a run, closes. `q` is the position that they
-  // stopped at.
-  ViolationCode check_window(int64_t token, int64_t run, int64_t& q) {
+  // The checks of the window that `token` closes, the last of so many consecutive ones. `q` is the
+  // position that they stopped at.
+  ViolationCode check_window(int64_t token, int64_t consecutive, int64_t& q) {
     const int64_t position = a_.positions[token];
     const bool begins = position >= kWindow - 1;
     bool own = begins;
-    if (run < kWindow || !begins)
+    if (consecutive < kWindow || !begins)
       for (q = begins ? position - kWindow + 1 : 0; q < position; ++q) {
         if (own_token(token, q) >= 0) continue;
         own = false;

@@ -118,7 +118,7 @@ def _(a):
 @spoils_reference("scale's exponent without the carry", "_store_fp8_pow2")
 def _(store):
     def without_carry(x, slots, k_cache):
-        carries = (reference._amax(x, contract.AMAX_FLOOR).view(torch.int32) & 0x7FFFFF) > 0x600000
+        carries = (reference._amax(x, contract.AMAX_MIN).view(torch.int32) & 0x7FFFFF) > 0x600000
         # The same codes, with half the scale.
         store(x * torch.where(carries, 0.5, 1.0)[:, None], slots, k_cache)
 

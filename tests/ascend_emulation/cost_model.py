@@ -5,14 +5,15 @@ a test keeps up to date. What is made of them is a model, with the vendor's figu
 any. A launch takes as long as its busiest core. A core takes its rows in tiles: the scalar unit
 prepares one, MTE2 loads it, the vector unit computes, MTE3 stores it. What different tiles do in
 different units overlaps: there is a buffer for each unit that works on one. The main compressor has
-one less (csrc/ascend/budget.h): two tiles together take no less than all that is done with one. A
-step's plan is made once for all layers, and is counted apart from them.
+one less: two tiles together take no less than all that is done with one. A step's plan is made once
+for all layers, and is counted apart from them.
 
 Left out, because nothing is known of them: a read and a write that meet in one bank, misses in the
 scalar unit's caches, and what cores do to each other beyond sharing the bandwidth.
 """
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COUNTS = Path(__file__).with_name("counts.json")
+BUDGET = Path(__file__).parents[2] / "csrc" / "ascend" / "budget.h"
 Launches = list[dict]  # of a kernel: each its `cores`, and the counts of `all` and of the `busiest`
 Counts = dict[str, dict[int, Launches]]  # by name and tokens
 
@@ -55,7 +57,8 @@ PLANS = {  # of a step: how it is told, and of what
 }
 _LAYERS = 21  # of ratio 4, in DeepSeek-V4-Flash
 _COMPUTE = 2  # the vector unit's place among a core's units
-_BUFFERS, _MAIN_BUFFERS = 3, 2  # of tiles
+# How many tiles have a buffer, of the indexer's compressor and of the main one.
+_BUFFERS, _MAIN_BUFFERS = map(int, re.findall(r"kTiles = (\d+);", BUDGET.read_text()))
 WAYS = ("read", "write")
 
 

@@ -33,7 +33,8 @@ def one_request(tokens: int) -> list[tuple[int, int]]:
 
 
 def decode(tokens: int) -> list[tuple[int, int]]:
-    """As many requests, at as many positions in a row: a quarter of them close a window."""
+    """As many requests, at as many positions in a row: a quarter of them close a window. The
+    benchmark's have random positions, and so a random number of windows."""
     return [(START + i, 1) for i in range(tokens)]
 
 

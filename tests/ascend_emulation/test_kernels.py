@@ -266,7 +266,8 @@ def test_chunks_of_a_prompt_store_the_same_bytes_as_the_whole(ascend_emulation, 
 
 
 def random_case(pick: random.Random) -> tuple[dict, dict]:
-    """A batch and a machine. `pick` decides everything."""
+    """A batch and a machine. `pick` decides everything. It is not the op's random case: an NPU has
+    no rings, no projection in bf16, and pages and formats of its own."""
     lengths = pick.choice(((1,), (1, 2, 3, 4, 5), (1, 7, 30, 90), (128, 200)))
     requests = [
         (pick.choice((0, pick.randrange(10), pick.randrange(300))), pick.choice(lengths))

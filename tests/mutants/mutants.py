@@ -165,7 +165,7 @@ MUTANTS = [
     Mutant(ENTRY, "sum / channels + eps", "sum / channels", TIES),
     Mutant(ENTRY, "most = larger(most, sums.most);", "", MAIN_RANDOM),
     Mutant(ENTRY, "kLowest = -__FLT_MAX__", "kLowest = -__builtin_inff()", MAIN_NO_WEIGHT),
-    Mutant(FORMATS, "kFp8Max * kDsMlaScaleFloor", "kAmaxFloor", MAIN_SCALES),
+    Mutant(FORMATS, "kFp8Max * kDsMlaScaleMin", "kAmaxMin", MAIN_SCALES),
     Mutant(FORMATS, "place.exponents[kDsMlaBlocks] = 0;", "", MAIN_RANDOM),
     Mutant(ENTRY, "odd = b * cos + a * sin", "odd = b * cos - a * sin", MIXED),
     Mutant(ENTRIES, "static_cast<float>(a_.eps)", "1e-6f", TIES),
@@ -175,7 +175,12 @@ MUTANTS = [
     Mutant(FORMATS, "(bits + 0xfff + (bits >> 13 & 1))", "(bits + 0xfff)", TIES),
     Mutant(FORMATS, "magnitude < 0x1p-6f", "magnitude < 0x1p-7f", MIXED),
     Mutant(FORMATS, "> 0x600000)", ">= 0x600000)", MIXED),
-    Mutant(FORMATS, "largest < least ? least", "largest < least ? largest", EXTREME),
+    Mutant(
+        FORMATS,
+        "largest < bits_of(least) ? bits_of(least)",
+        "largest < bits_of(least) ? largest",
+        EXTREME,
+    ),
     Mutant(FORMATS, "largest < kInfinity ? largest : kInfinity", "largest", NAN),
     Mutant(FORMATS, "v == v ? code : broadcast(0x7f)", "v == v ? code : broadcast(0x7e)", NAN),
     Mutant(FORMATS, "0.08838834764831845f;", "0.0883883f;", TIES),
@@ -374,7 +379,7 @@ MUTANTS = [
     ),
     Mutant(
         FINISH,
-        "Maxs(factor_, factor_, kAmaxFloor, Windows())",
+        "Maxs(factor_, factor_, kAmaxMin, Windows())",
         "Maxs(factor_, factor_, 0.0f, Windows())",
         NPU_ZEROS,
     ),
@@ -454,7 +459,9 @@ MUTANTS = [
     Mutant(NPU_PLANNER, "slot >= 0 && slot", "slot > 0 && slot", NPU_ENTRIES),
     Mutant(NPU_PLANNER, "row < args_.state_page ||", "", NPU_PAGE_0),
     Mutant(NPU_PLANNER, "row >= args_.state_pages", "row > args_.state_pages", NPU_NO_PAGE),
-    Mutant(NPU_PLANNER, "run >= kWindow &&", "run >= kWindow - 1 &&", NPU_MIXED_PLAN),
+    Mutant(
+        NPU_PLANNER, "consecutive >= kWindow &&", "consecutive >= kWindow - 1 &&", NPU_MIXED_PLAN
+    ),
     Mutant(
         "csrc/ascend/span.h",
         "end < tokens ? end : tokens",

@@ -285,13 +285,13 @@ def test_layout_h_and_the_contract_hold_the_same_numbers():
         "kRopeDim": contract.ROPE_DIM,
         "kFp8PageEntries": contract.FP8_PAGE_ENTRIES,
         "kFp8ScaleOffset": contract.FP8_SCALE_OFFSET,
-        "kAmaxFloor": f"{contract.AMAX_FLOOR}f",
+        "kAmaxMin": f"{contract.AMAX_MIN}f",
         "kFp8Max": f"{contract.FP8_MAX}f",
         "kInt8Max": f"{contract.INT8_MAX}f",
         "kDsMlaBlock": contract.DS_MLA_BLOCK,
         "kDsMlaDataBytes": contract.DS_MLA_DATA_BYTES,
         "kDsMlaDataBytes + kDsMlaScaleBytes": contract.DS_MLA_ENTRY_BYTES,
-        "kDsMlaScaleFloor": f"{contract.DS_MLA_SCALE_FLOOR}f",
+        "kDsMlaScaleMin": f"{contract.DS_MLA_SCALE_MIN}f",
     }
     for geometry, name in zip(contract.GEOMETRIES, ("Indexer", "Main4", "Main128"), strict=True):
         numbers |= {

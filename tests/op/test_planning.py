@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from vllm_dsv4_indexer.contract import (
     NO_WINDOW,
     ContractError,
     Extents,
+    Geometry,
+    Layer,
     Plan,
     PlanHeader,
     Requests,
     Step,
+    arguments_of,
 )
 from vllm_dsv4_indexer.ops import arguments, cpu
 
@@ -276,17 +280,29 @@ def test_abi_h_has_the_fields_that_python_fills_in_the_same_order_and_width(stru
         assert "".join(codes) == re.sub(r"(\d+)(\w)", lambda m: int(m[1]) * m[2], packed.format)
 
 
-def test_abi_h_points_to_the_types_of_the_contract():
-    pointers = [kind for kind, _ in fields_of("cpu/abi.h", "StepArguments") if "*" in kind]
-    types = {torch.int32: "const int32_t* ", torch.int64: "const int64_t* "}
-    assert pointers == [types[dtype] for _, (dtype,), *_ in contract.arguments_of(Step).values()]
+@pytest.mark.parametrize("struct, tensors", [("StepArguments", Step), ("LayerArguments", Layer)])
+def test_abi_h_points_to_the_types_of_the_contract(struct, tensors):
+    """The K caches' is their format's."""
+    pointers = [kind.strip(" *") for kind, _ in fields_of("cpu/abi.h", struct) if "*" in kind]
+    types = {(torch.int32,): "int32_t", (torch.int64,): "int64_t", (torch.float32,): "float"}
+    declared = [types.get(dtypes, "void") for _, dtypes, *_ in arguments_of(tensors).values()]
+    k_caches = ["void"] * (len(tensors._fields) - len(declared))
+    assert [kind.removeprefix("const ") for kind in pointers] == declared + k_caches
+
+
+@pytest.mark.parametrize("fields", (Geometry, Step, Extents, Requests, PlanHeader, Plan))
+def test_the_contract_says_what_each_field_is(fields):
+    for name, hint in get_type_hints(fields, include_extras=True).items():
+        assert get_origin(hint) is Annotated, name
+        (meaning,) = hint.__metadata__
+        assert meaning if hint.__origin__ is int else meaning.meaning, name
 
 
 @pytest.mark.parametrize("tokens", (0, 1, 9))
 def test_the_sections_of_a_plan_are_those_of_the_contract(tokens):
     plan = Plan.of(make_batch([(7, 9)]).take(slice(tokens)).plan())
     numbers = {"T": tokens, "window": contract.WINDOW}
-    for name, (sizes, dtypes, *_) in contract.arguments_of(Plan).items():
+    for name, (sizes, dtypes, *_) in arguments_of(Plan).items():
         section = getattr(plan, name)
         assert section.shape == tuple(numbers.get(size, size) for size in sizes), name
         assert (section.dtype, section.is_contiguous()) == (*dtypes, True), name
@@ -296,6 +312,7 @@ def test_plan_h_has_the_layout_of_the_contract():
     text = (CSRC / "plan.h").read_text()
     assert tuple(name for _, name in fields_of("plan.h", "PlanHeader")) == PlanHeader._fields
     assert {kind for kind, _ in fields_of("plan.h", "PlanHeader")} == {"int64_t "}
+    assert PlanHeader._fields[-len(Extents._fields) :] == Extents._fields
     numbers = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", text))
     assert int(numbers["kPlanLayout"], 16) == contract.PLAN_LAYOUT == -contract.STATE_ONLY_LAYOUT
     expected = (

@@ -287,7 +287,7 @@ class BoundLayer:
         self.k_format, self.eps = k_format, eps
         self._options = {"eps": eps, "k_format": k_format, "impl": impl}
         self._device = layer.ape.device
-        self._run = _functions(impl, self._device.type, k_format, self._ratio).bind(
+        self._bound = _functions(impl, self._device.type, k_format, self._ratio).bind(
             layer, eps=eps, k_format=k_format
         )
 
@@ -324,7 +324,7 @@ class BoundLayer:
             and plan.is_contiguous()
         ):
             contract.check_plan_tensor(plan, tokens, self._device, self._ratio)
-        _counted_run(self._run, kv_score, plan, tokens)
+        _counted_run(self._bound, kv_score, plan, tokens)
 
 
 def compress(

@@ -21,10 +21,7 @@ STEP_FIELDS = (
     "requests",
     "table_columns",
     "k_slots",
-    "state_pages",
-    "state_page",
-    "k_entries",
-    "max_pos",
+    *Extents._fields,
 )
 LAYER_FIELDS = (
     "ape",

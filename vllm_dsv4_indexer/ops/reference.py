@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import contract
 from ..contract import (
-    AMAX_FLOOR,
+    AMAX_MIN,
     DS_MLA_BLOCK,
-    DS_MLA_SCALE_FLOOR,
+    DS_MLA_SCALE_MIN,
     EARLY,
     FP8_MAX,
     HEAD_DIM,
@@ -227,7 +227,7 @@ def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def _store_fp8_pow2(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     """The scale is the least power of two that brings the largest magnitude to 448 or less."""
-    exponent = _exponent(_amax(x, AMAX_FLOOR))
+    exponent = _exponent(_amax(x, AMAX_MIN))
     codes = _fp8(x * _power_of_two(-exponent)[:, None])
     _store_page(codes, _power_of_two(exponent)[:, None], slots, k_cache)
 
@@ -245,7 +245,7 @@ def _store_fp8_ds_mla(x: Tensor, slots: Tensor, k_cache: Tensor) -> None:
     """The 448 channels that RoPE leaves alone are quantised in blocks, each with a power of two for
     its scale: the scale's exponent plus 127 is stored (UE8M0). The rotated ones stay in bf16."""
     blocks = x[:, :-ROPE_DIM].unflatten(-1, (-1, DS_MLA_BLOCK))
-    exponent = _exponent(_amax(blocks, FP8_MAX * DS_MLA_SCALE_FLOOR))
+    exponent = _exponent(_amax(blocks, FP8_MAX * DS_MLA_SCALE_MIN))
     codes = _fp8(blocks * _power_of_two(-exponent)[..., None]).flatten(1)
     rotated = x[:, -ROPE_DIM:].bfloat16().view(torch.uint8)
     scales = torch.nn.functional.pad(exponent + 127, (0, 1)).to(torch.uint8)
@@ -291,7 +291,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cache: Tensor) -> None:
     h = _hadamard(x)
-    amax = _amax(h, AMAX_FLOOR)
+    amax = _amax(h, AMAX_MIN)
     inverse = torch.tensor(INT8_MAX) / amax  # of a number and a tensor torch rounds twice
     codes = (h * inverse[:, None]).round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0)
     page, entry = slots // k_cache.shape[1], slots % k_cache.shape[1]
@@ -299,10 +299,10 @@ def _store_int8_hadamard(x: Tensor, slots: Tensor, k_cache: Tensor, k_scale_cach
     k_scale_cache[page, entry] = (amax / INT8_MAX).to(k_scale_cache.dtype)
 
 
-def _amax(x: Tensor, floor: float) -> Tensor:
+def _amax(x: Tensor, least: float) -> Tensor:
     """The largest magnitude of what shares a scale. A NaN counts as infinity, so that it spoils its
     own entry alone."""
-    return x.abs().amax(dim=-1).clamp(min=floor).nan_to_num(torch.inf, torch.inf)
+    return x.abs().amax(dim=-1).clamp(min=least).nan_to_num(torch.inf, torch.inf)
 
 
 def _hadamard(x: Tensor) -> Tensor:

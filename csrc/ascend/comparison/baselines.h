@@ -86,11 +86,11 @@ class PoolRows {
   __aicore__ inline void TakeWindows() {
     while (next_ < span_.end && tile_.Room() > 1) {
       plan_.Hold(next_, span_.end);
-      const int64_t last = plan_.LastOfGroup(next_), entry = plan_.KSlot(last);
+      const int64_t last = plan_.LastOfGroup(next_), slot = plan_.KSlot(last);
       next_ = last + 1;
-      if (entry < 0) continue;
+      if (slot < 0) continue;
       tile_.AddPreviousHalves(last);
-      tile_.AddOwnHalves(last, entry);
+      tile_.AddOwnHalves(last, slot);
       if constexpr (kOverlays) Overlay(last);
     }
   }
@@ -115,7 +115,7 @@ class PoolRows {
       const LocalTensor<float> previous = tile_.Complete(f);
       pool_.Take(previous, tile_.Complete(f + 1));
     }
-    pool_.Run(finish_.Pooled());
+    pool_.PoolTo(finish_.Pooled());
     finish_.Take(tile_);
   }
 

@@ -126,7 +126,7 @@ void pool_from_state(int64_t begin, int64_t end, void* context) {
 }
 
 // One pass over all tokens, a barrier, then the other.
-bool run(const LayerCall& call, Task first, Task second) {
+bool two_passes(const LayerCall& call, Task first, Task second) {
   Job job{call, norm_weight<kHeadDim>(call.layer)};
   if (call.unique)
     return call.parallel_for(0, call.tokens, kGrain, first, &job) == 0 &&
@@ -140,11 +140,11 @@ bool run(const LayerCall& call, Task first, Task second) {
 }  // namespace
 
 bool dsv4::DSV4_ISA::overlay_scan(const LayerCall& call) {
-  return call.is_bf16 ? run(call, overlay_and_pool<bfloat16>, save_rows<bfloat16>)
-                      : run(call, overlay_and_pool<float>, save_rows<float>);
+  return call.is_bf16 ? two_passes(call, overlay_and_pool<bfloat16>, save_rows<bfloat16>)
+                      : two_passes(call, overlay_and_pool<float>, save_rows<float>);
 }
 
 bool dsv4::DSV4_ISA::scatter_pool(const LayerCall& call) {
-  return call.is_bf16 ? run(call, save_rows<bfloat16>, pool_from_state)
-                      : run(call, save_rows<float>, pool_from_state);
+  return call.is_bf16 ? two_passes(call, save_rows<bfloat16>, pool_from_state)
+                      : two_passes(call, save_rows<float>, pool_from_state);
 }

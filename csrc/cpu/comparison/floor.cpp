@@ -37,7 +37,7 @@ void move_bytes(int64_t begin, int64_t end, void* context) {
   wait_for_stores();
 }
 
-bool run(const LayerCall& call, Task task) {
+bool in_parallel(const LayerCall& call, Task task) {
   return call.parallel_for(0, call.tokens, kGrain, task, const_cast<LayerCall*>(&call)) == 0;
 }
 
@@ -48,15 +48,16 @@ namespace dsv4::DSV4_ISA {
 // fp8 pages only. What they write is no result.
 template <class G>
 bool floor(const LayerCall& call) {
-  return run(call, call.is_bf16 ? move_bytes<G, bfloat16, store> : move_bytes<G, float, store>);
+  return in_parallel(call,
+                     call.is_bf16 ? move_bytes<G, bfloat16, store> : move_bytes<G, float, store>);
 }
 
 // With stores that go around the caches, which is faster where the state is not in them; the rows
 // must be aligned to a vector.
 template <class G>
 bool floor_past_cache(const LayerCall& call) {
-  return run(call, call.is_bf16 ? move_bytes<G, bfloat16, store_past_cache>
-                                : move_bytes<G, float, store_past_cache>);
+  return in_parallel(call, call.is_bf16 ? move_bytes<G, bfloat16, store_past_cache>
+                                        : move_bytes<G, float, store_past_cache>);
 }
 
 #define DSV4_INSTANTIATE(G)                      \
