@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_dsv4_indexer import cli, ops
 from vllm_dsv4_indexer.bench import cost
-from vllm_dsv4_indexer.bench.cases import HIT_TOKENS, PAGE, PAGE_BYTES, Case, make_call
+from vllm_dsv4_indexer.bench.cases import PAGE, PAGE_BYTES, Case, make_call
 from vllm_dsv4_indexer.contract import (
     FP8_ENTRY_BYTES,
     FP8_PAGE_ENTRIES,
@@ -21,6 +21,7 @@ from vllm_dsv4_indexer.contract import (
     Call,
 )
 from vllm_dsv4_indexer.engines.vllm_cpu.state import ReadableStateSpec
+from vllm_dsv4_indexer.read_later import HIT_TOKENS
 
 STATE_PAGE = SlidingWindowMLASpec(  # as CompressorStateCache of vLLM 0.32.0 asks for it
     block_size=PAGE,

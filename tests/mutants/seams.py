@@ -106,7 +106,8 @@ FIRST, SECOND_FAMILY, LOADING = (
 )
 HELD, CHECKS = "vllm_dsv4_indexer/ops/invariants.py", f"{ENGINES}/vllm_cpu/checks.py"
 CAPTURES = f"{ENGINES}/captures.py"
-STATE, LISTED = f"{ENGINES}/vllm_cpu/state.py", "vllm_dsv4_indexer/ops/requests.py"
+STATE, LATER = f"{ENGINES}/vllm_cpu/state.py", "vllm_dsv4_indexer/read_later.py"
+LISTED = "vllm_dsv4_indexer/ops/requests.py"
 
 SEAMS = [
     # The metadata of vLLM's CPU engine.
@@ -189,19 +190,19 @@ SEAMS = [
     Mutant(VERIFIED, "if not all(map(torch.equal,", "if False and all(map(torch.equal,", STRAY),
     # Which rows have a page.
     Mutant(
-        STATE,
-        "start - start % self.ratio - self.read_at_hit)",
-        "start - start % self.ratio)",
+        LATER,
+        "start - start % ratio - rows_at_hit(ratio))",
+        "start - start % ratio)",
         OF_PROMPT,
     ),
     Mutant(
-        STATE,
-        "start - start % self.ratio - self.read_at_hit)",
-        "start - self.read_at_hit)",
+        LATER,
+        "start - start % ratio - rows_at_hit(ratio))",
+        "start - rows_at_hit(ratio))",
         OF_PROMPT,
     ),
     Mutant(STATE, "return self.drafts * self.steps", "return 0", ENOUGH),
-    Mutant(STATE, "stock.sliding_window - ratio + 1", "stock.sliding_window", OF_PROMPT),
+    Mutant(STATE, "rows_at_hit(ratio) + 1", "stock.sliding_window", OF_PROMPT),
     Mutant(STATE, " if self.enable_caching else 0", " * 0", SAME_HITS),
     Mutant(
         STATE, "(first * size // hits + 1) * hits", "(first * size // hits + 2) * hits", OF_PROMPT

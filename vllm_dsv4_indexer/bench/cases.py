@@ -22,11 +22,11 @@ from ..contract import (
     Call,
     Geometry,
 )
+from ..read_later import first_read, read_at_hit
 from .batches import LAYOUTS, Spread, make_batch, view_like
 
 PAGE = 4  # tokens per state page in vLLM, with the ratio 4
 _PAGE_128 = 8
-HIT_TOKENS = 256  # a prefix hit in vLLM has a multiple of these
 PAGE_BYTES = cast(int, LAYOUTS["vllm"][0])
 LAYERS = {"Flash": 21, "Pro": 30}  # those of compress_ratio 4 in the models' configurations
 LENGTHS = {"one": (128, 512, 2048, 8192), "mixed": (2048,), "short": (64,), "decode": (1, 16, 256)}
@@ -174,13 +174,12 @@ def make_call(case: Case, kv_dtype: torch.dtype) -> Call:
 
 def with_null_pages(call: Call) -> Call:
     """The same call as state_save `readable` has it: the rows that nobody reads later lie in the
-    null page. The next call of a request reads those of the open group and of the one before; a
-    prefix hit the group in front of it."""
+    null page."""
     request = call.token_to_req.long()
     ends = torch.zeros_like(call.inner_state_block_table[:, 0], dtype=torch.int64)
-    end = ends.scatter_reduce(0, request, call.positions + 1, "amax")[request]
-    read = call.positions >= end - end % RATIO - RATIO
-    read |= call.positions % HIT_TOKENS >= HIT_TOKENS - RATIO
+    ends = ends.scatter_reduce(0, request, call.positions + 1, "amax")
+    first = torch.tensor([first_read(end, RATIO) for end in ends.tolist()])[request]
+    read = (call.positions >= first) | read_at_hit(call.positions, RATIO)
     slots = torch.where(read, call.inner_state_slot_mapping, call.positions % PAGE)
     return call._replace(inner_state_slot_mapping=slots)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import ops, output
 from ..contract import FP8_ENTRY_BYTES, FP8_PAGE_ENTRIES, RATIO, ROW_WIDTH, WINDOW, Call
+from ..read_later import first_read, read_at_hit
 from .cases import (
-    HIT_TOKENS,
     LAYERS,
     PAGE,
     PAGE_BYTES,
@@ -76,19 +76,13 @@ def on_paper(requests: tuple[tuple[int, int], ...], kv_dtype: torch.dtype, way: 
 
 
 def rows_saved(start: int, length: int, readable: bool) -> list[int]:
-    """The positions of the rows that a call saves: all, or those that the next call reads, and the
-    group in front of a prefix hit."""
-    next_reads = first_read(start + length)
+    """The positions of the rows that a call saves: all, or those that are read later."""
+    next_reads = first_read(start + length, RATIO)
     return [
         p
         for p in range(start, start + length)
-        if not readable or p >= next_reads or p % HIT_TOKENS >= HIT_TOKENS - RATIO
+        if not readable or p >= next_reads or read_at_hit(p, RATIO)
     ]
-
-
-def first_read(start: int) -> int:
-    """The first row that a call reads: of the open group and of the one before it."""
-    return max(start - start % RATIO - RATIO, 0)
 
 
 def history_halves(start: int, length: int) -> list[tuple[int, int]]:
@@ -104,7 +98,7 @@ def state_bytes(context: int, chunk: int, readable: bool) -> int:
     brings it to `context`: those with the rows before it that vLLM holds, and with those that it
     saves. (A block of vLLM's pool is as large as its widest group's.)"""
     start = max(context - chunk, 0)
-    before = first_read(start) if readable else max(start - WINDOW + 1, 0)
+    before = first_read(start, RATIO) if readable else max(start - WINDOW + 1, 0)
     rows = [*range(before, start), *rows_saved(start, context - start, readable)]
     return len({row // PAGE for row in rows}) * PAGE_BYTES
 

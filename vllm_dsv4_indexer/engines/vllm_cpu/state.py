@@ -1,13 +1,5 @@
 """Where the compressors keep their state: pages for the rows that somebody reads later, and for no
-others.
-
-A step pools the rows of its own tokens from the projection. So of a request that has come to token
-e, with the ratio r, these rows can be read later:
-
-- by its next step, those of the open group and, where windows overlap, of the group before it:
-  from e - e % r - r on, or from e - e % r on;
-- by a request that starts with the same tokens, those in front of a multiple of 256 that belong to
-  the next window: four rows where windows overlap, none where they do not.
+others. read_later.py says which rows these are.
 
 vLLM gives every row a page for a while. Here all other pages are the null page, as in a sliding
 window those are that have left it. What is written there is left out (compressor.py).
@@ -25,6 +17,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowMLASpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vllm_dsv4_indexer.read_later import HIT_TOKENS, first_read, rows_at_hit
 
 
 class ReadableStateManager(SlidingWindowManager):
@@ -142,9 +136,9 @@ class ReadableStateSpec(SlidingWindowMLASpec):
 
     @classmethod
     def of(cls, stock: SlidingWindowMLASpec, ratio: int, drafts: int = 0, steps: int = 1) -> Self:
-        """What vLLM has for the same state, whose sliding window is a compressor's."""
+        """What vLLM has for the same state."""
         given = {field.name: getattr(stock, field.name) for field in fields(stock)}
-        given["sliding_window"] = stock.sliding_window - ratio + 1
+        given["sliding_window"] = rows_at_hit(ratio) + 1
         return cls(**given, ratio=ratio, drafts=drafts, steps=steps)
 
     @property
@@ -159,7 +153,7 @@ class ReadableStateSpec(SlidingWindowMLASpec):
 
     def first_read(self, start: int) -> int:
         """The first row that a step reads which starts with that token."""
-        return max(0, start - start % self.ratio - self.read_at_hit)
+        return first_read(start, self.ratio)
 
     def read_later(self, first: int, num_tokens: int, hits: int) -> list[int]:
         """Of the blocks from `first` up to token `num_tokens`, those with a row that is read
@@ -198,9 +192,6 @@ class ReadableStateSpec(SlidingWindowMLASpec):
             isinstance(spec, ReadableStateSpec) and spec.ratio == self.ratio
             for spec in kv_cache_specs.values()
         )
-
-
-HIT_TOKENS = 256  # of vLLM's blocks of keys for this model: a hit has a multiple of these
 
 
 class ReadableStateCache(CompressorStateCache):
