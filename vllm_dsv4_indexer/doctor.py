@@ -24,7 +24,7 @@ from . import __version__, packages, plugin, processor
 from .errors import UserError
 from .options import Options, number
 from .served import Server
-from .settings import NAMESPACE, Settings
+from .settings import BACKEND, NAMESPACE, Settings
 
 DOCKERS_SHARED_MEMORY = 64 << 20  # of a container, unless told
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
@@ -229,7 +229,7 @@ def _configure(platform: Any) -> None:
     nothing = SimpleNamespace(model_config=None, additional_config=None)
     plugin._engine(platform).configure(nothing, lambda config: None)
     backends = importlib.import_module("vllm.v1.attention.backends.registry").AttentionBackendEnum
-    if plugin.BACKEND not in backends.__members__:
+    if BACKEND not in backends.__members__:
         raise UserError(
             "vLLM has not loaded this plugin: mend the entry points; if they are well, start vLLM, "
             "which logs why"

@@ -10,7 +10,8 @@ from contextlib import ExitStack, suppress
 from types import ModuleType
 from typing import Any
 
-BACKEND = "DSV4_INDEXER"
+from vllm_dsv4_indexer.settings import BACKEND
+
 # By the platform's device type.
 ENGINES = {
     "cpu": "vllm_dsv4_indexer.engines.vllm_cpu",

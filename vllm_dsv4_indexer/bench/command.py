@@ -229,9 +229,9 @@ def _chosen(
 
 def _compare(arguments: argparse.Namespace) -> None:
     need("rich", "bench compare")
-    from . import report, result
+    from . import report
 
-    before, after = result.read(arguments.before), result.read(arguments.after)
+    before, after = report.read(arguments.before), report.read(arguments.after)
     output.show(*report.compare(before, after))
 
 

@@ -4,13 +4,16 @@ The cells of one number of threads and state of the caches make a block, those o
 it a group, whose calls are pooled.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
 from .. import output
+from ..errors import UserError
 from ..ops.cpu import FLOORS
 from .contestants import VLLM
 from .result import Cell, Result
@@ -49,6 +52,22 @@ class Group:
     flops: float
     changed: dict[str, float]
     times: dict[str, Times]
+
+
+def read(path: Path) -> Result:
+    """The result in a file. Raises UserError where it is none, or one of another version."""
+    try:
+        result: Result = json.loads(path.read_text())
+        tables(result)  # looks at everything
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (TypeError, ValueError, AttributeError, IndexError):  # ValueError: no text, or no JSON
+        raise UserError(f"{path} was not written by `vllm-dsv4-indexer bench run`") from None
+    except KeyError as key:
+        raise UserError(
+            f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench run` again"
+        ) from None
+    return result
 
 
 def blocks(cells: list[Cell]) -> dict[str, list[Cell]]:

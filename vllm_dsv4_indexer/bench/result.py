@@ -1,10 +1,6 @@
 """The result of `bench run`, as it lies in bench.json."""
 
-import json
-from pathlib import Path
 from typing import Any, TypedDict
-
-from ..errors import UserError
 
 
 class Cell(TypedDict):
@@ -31,21 +27,3 @@ class Result(TypedDict):
     machine: dict[str, Any]  # machine.describe()
     options: dict[str, Any]  # of the command
     cells: list[Cell]
-
-
-def read(path: Path) -> Result:
-    """The result in a file. Raises UserError where it is none, or one of another version."""
-    from . import report
-
-    try:
-        result: Result = json.loads(path.read_text())
-        report.tables(result)  # looks at everything
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except (TypeError, ValueError, AttributeError, IndexError):  # ValueError: no text, or no JSON
-        raise UserError(f"{path} was not written by `vllm-dsv4-indexer bench run`") from None
-    except KeyError as key:
-        raise UserError(
-            f"{path}, of another version, has no {key}; run `vllm-dsv4-indexer bench run` again"
-        ) from None
-    return result
