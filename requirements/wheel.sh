@@ -47,7 +47,7 @@ python -m venv "$OUT/env"
     "$OUT/env/bin/vllm-dsv4-indexer" --version
     "$OUT/env/bin/python" -W ignore -c '
 import torch
-from vllm_dsv4_indexer.bench.batches import make_batch
+from vllm_dsv4_indexer.batches import make_batch
 batch = make_batch([(5, 9), (0, 130), (67, 1)])
 stored, expected = batch.clone().compress("cpu"), batch.compress("reference")
 assert torch.equal(*(batch.inner_state_cache.view(torch.int32) for batch in (stored, expected)))

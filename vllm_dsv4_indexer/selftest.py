@@ -3,7 +3,7 @@
 import random
 from typing import NamedTuple
 
-from .bench.batches import make_batch, random_case
+from .batches import make_batch, random_case
 from .replay import first_difference, store
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cost_model import ALGORITHMS, COUNTS, MAIN, PLANS
-from vllm_dsv4_indexer.bench.batches import Batch, make_batch
+from vllm_dsv4_indexer.batches import Batch, make_batch
 from vllm_dsv4_indexer.contract import GEOMETRIES, Extents
 from vllm_dsv4_indexer.ops import ascend
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.bench.batches import Batch, make_batch
+from vllm_dsv4_indexer.batches import Batch, make_batch
 from vllm_dsv4_indexer.capture import Capture
 from vllm_dsv4_indexer.contract import GEOMETRIES, ContractError
 from vllm_dsv4_indexer.engines import captures

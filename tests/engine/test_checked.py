@@ -13,7 +13,7 @@ from engine import GREEDY, complete, prompt
 from vllm.forward_context import ForwardContext, override_forward_context
 
 from vllm_dsv4_indexer import cli
-from vllm_dsv4_indexer.bench.batches import Batch, make_batch
+from vllm_dsv4_indexer.batches import Batch, make_batch
 from vllm_dsv4_indexer.contract import (
     GEOMETRIES,
     INDEXER,

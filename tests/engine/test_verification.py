@@ -14,7 +14,7 @@ from vllm.models.deepseek_v4.cpu import cpu_compressor
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.platforms import current_platform
 
-from vllm_dsv4_indexer.bench.batches import make_batch
+from vllm_dsv4_indexer.batches import make_batch
 from vllm_dsv4_indexer.contract import FP8_PAGE_ENTRIES, HEAD_DIM, KV_WIDTH, RATIO, ROW_WIDTH
 from vllm_dsv4_indexer.engines import verification
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor

@@ -4,7 +4,7 @@ import pytest
 from on_device import DEVICE, K_FORMAT, assert_is_the_reference_s, captured, often
 from paged import PAGES, paged_batch
 
-from vllm_dsv4_indexer.bench.batches import PER_TOKEN
+from vllm_dsv4_indexer.batches import PER_TOKEN
 
 REQUESTS = [(0, 40), (62, 9), (7, 1), (128, 1)]
 

@@ -1,11 +1,11 @@
-"""Batches for the tests, from the benchmark's generator, and how two of them are compared."""
+"""Batches for the tests, from the package's generator, and how two of them are compared."""
 
 import mmap
 from dataclasses import replace
 
 import torch
 
-from vllm_dsv4_indexer.bench.batches import (
+from vllm_dsv4_indexer.batches import (
     CACHES,
     MAX_POSITION,
     Batch,

@@ -1,7 +1,7 @@
 """`vllm-dsv4-indexer bench`: how long the op takes, beside vLLM's own code, the algorithms that it
 replaces, and the time that the same bytes take to move.
 
-    cases.py        what is measured: the tokens of a call, and where its caches lie
+    cases.py        what is measured: the tokens of a call, and where its caches lie (../batches)
     contestants.py  who is measured
     measure.py      how: one process for each number of threads, interleaved, cold and warm
     machine.py      where
@@ -10,5 +10,4 @@ replaces, and the time that the same bytes take to move.
     plot.py         the result as a picture
     cost.py         not how long it takes, but how many bytes it moves and holds
     command.py      the command
-    batches.py      makes the inputs, of the tests too
 """

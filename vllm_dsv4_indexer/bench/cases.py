@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..batches import LAYOUTS, Spread, make_batch, view_like
 from ..contract import (
     DS_MLA_ENTRY_BYTES,
     FP8_ENTRY_BYTES,
@@ -23,7 +24,6 @@ from ..contract import (
     Geometry,
 )
 from ..read_later import first_read, read_at_hit
-from .batches import LAYOUTS, Spread, make_batch, view_like
 
 PAGE = 4  # tokens per state page in vLLM, with the ratio 4
 _PAGE_128 = 8

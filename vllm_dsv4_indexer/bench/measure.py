@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..batches import PER_TOKEN
 from ..contract import DS_MLA_DATA_BYTES, HEAD_DIM, INDEXER, ROPE_DIM, Call
 from ..ops.cpu import FLOORS
-from .batches import PER_TOKEN
 from .cases import Case, make_layers, make_projection, mix
 from .contestants import WHOLE, Contestant, contestants, geometry_of, projected
 from .machine import last_level_cache

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_dsv4_indexer.bench.batches import Batch, make_batch
+from vllm_dsv4_indexer.batches import Batch, make_batch
 from vllm_dsv4_indexer.contract import GEOMETRIES, INDEXER, Geometry
 from vllm_dsv4_indexer.errors import UserError
 

@@ -15,7 +15,7 @@ from vllm.models.deepseek_v4.compressor import CompressorMetadata
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 
 from vllm_dsv4_indexer import ops
-from vllm_dsv4_indexer.bench.batches import Batch
+from vllm_dsv4_indexer.batches import Batch
 from vllm_dsv4_indexer.contract import INDEXER, Geometry
 from vllm_dsv4_indexer.engines.verification import make_batches, require_equal
 from vllm_dsv4_indexer.engines.vllm_cpu.compressor import OnePassCompressor, compressors_of
