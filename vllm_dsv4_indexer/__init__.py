@@ -6,6 +6,7 @@ Importing this package imports neither torch nor vLLM.
 
 import importlib.metadata
 
+BACKEND = "DSV4_INDEXER"  # our name among vLLM's attention backends
 try:
     __version__ = importlib.metadata.version("vllm-dsv4-indexer")  # of pyproject.toml
 except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed

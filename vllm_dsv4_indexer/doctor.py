@@ -20,11 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from . import __version__, packages, plugin, processor
+from . import BACKEND, __version__, packages, plugin, processor
 from .errors import UserError
 from .options import Options, number
 from .served import Server
-from .settings import BACKEND, NAMESPACE, Settings
+from .settings import NAMESPACE, Settings
 
 DOCKERS_SHARED_MEMORY = 64 << 20  # of a container, unless told
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")

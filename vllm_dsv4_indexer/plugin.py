@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from types import ModuleType
 from typing import Any
 
-from vllm_dsv4_indexer.settings import BACKEND
+from vllm_dsv4_indexer import BACKEND
 
 # By the platform's device type.
 ENGINES = {

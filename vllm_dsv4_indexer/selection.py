@@ -8,8 +8,9 @@ another version of vLLM may have, does not select us.
 from functools import reduce
 from typing import Any
 
+from vllm_dsv4_indexer import BACKEND
 from vllm_dsv4_indexer.engines import refuse
-from vllm_dsv4_indexer.settings import BACKEND, NAMESPACE, keys_of_ours
+from vllm_dsv4_indexer.settings import NAMESPACE, keys_of_ours
 
 KIND = "mla_attention"  # vLLM's name for the kind of cache that the indexer's keys lie in
 REMEDY = f"pass --attention-backend {NAMESPACE} and name no backend elsewhere"

@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 from vllm_dsv4_indexer.errors import UserError
 
 NAMESPACE = "dsv4_indexer"
-BACKEND = "DSV4_INDEXER"  # our name among vLLM's attention backends
 ENVIRONMENT_VARIABLES = frozenset({"DSV4_INDEXER_ISA"})  # ops/cpu.py reads it
 
 
