@@ -13,6 +13,7 @@ from .batch import Batch
 from .tables import Pages, ceil
 
 _GAP = 16  # elements between rows, pages or entries
+_CANARY = 4096  # bytes in front of each cache, and behind it, that nobody may touch
 # (bytes per state page, per fp8 page, offset of both): None is dense.
 LAYOUTS = {
     "dense": (None, None, 0),
@@ -51,9 +52,10 @@ def make_caches(
     page_bytes = pages.page * geometry.row_width * 4, pages.k_page * width * k_dtype.itemsize
     scale_bytes = pages.k_page * scale_dtype.itemsize if scaled else 0
     state_stride, k_stride = _strides(layout, *page_bytes, scale_bytes)
-    offset, shared = LAYOUTS[layout][2], layout in SHARED
-    storage = random_bytes(pages.state_pages * state_stride + offset, numbers)
-    k_storage = storage if shared else random_bytes(pages.k_pages * k_stride, numbers)
+    offset, shared = _CANARY + LAYOUTS[layout][2], layout in SHARED
+    around = offset + _CANARY
+    storage = random_bytes(pages.state_pages * state_stride + around, numbers)
+    k_storage = storage if shared else random_bytes(pages.k_pages * k_stride + around, numbers)
     rows = pages.state_pages, pages.page, geometry.row_width
     state = _view(storage, torch.float32, rows, state_stride, offset)
     k_cache = _view(k_storage, k_dtype, (pages.k_pages, pages.k_page, width), k_stride, offset)
@@ -91,7 +93,8 @@ def _view(
 def _scales_behind(k_cache: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales behind the values of each page."""
     storage = torch.empty(0, dtype=torch.uint8).set_(k_cache.untyped_storage()).view(dtype)
-    strides, first = (k_cache.stride(0) // dtype.itemsize, 1), k_cache.shape[1] * HEAD_DIM
+    strides = k_cache.stride(0) // dtype.itemsize, 1
+    first = k_cache.storage_offset() + k_cache.shape[1] * HEAD_DIM  # the values are bytes
     return storage.as_strided(k_cache.shape[:2], strides, first // dtype.itemsize)
 
 
@@ -99,9 +102,9 @@ def _scales_apart(
     pages: Pages, dtype: torch.dtype, numbers: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Scales with gaps between them, and their storage."""
-    storage = random_bytes(pages.k_pages * pages.k_page * 8, numbers)
+    storage = random_bytes(pages.k_pages * pages.k_page * 8 + 2 * _CANARY, numbers)
     shape, strides = (pages.k_pages, pages.k_page), (pages.k_page * 2, 2)
-    return storage.view(dtype).as_strided(shape, strides, 0), storage
+    return storage.view(dtype).as_strided(shape, strides, _CANARY // dtype.itemsize), storage
 
 
 def random_bytes(size: int, numbers: torch.Generator) -> Tensor:
@@ -124,8 +127,9 @@ def with_gaps(
         if tensor.dim() <= dense or name in leave:
             continue
         strides = _strides_with_gaps(tensor.shape, dense, span)
-        storages.append(memory(strides[0] * len(tensor) * tensor.itemsize))
-        views[name] = storages[-1].view(tensor.dtype).as_strided(tensor.shape, strides)
+        offset, size = _CANARY // tensor.itemsize, strides[0] * len(tensor) * tensor.itemsize
+        storages.append(memory(size + 2 * _CANARY))
+        views[name] = storages[-1].view(tensor.dtype).as_strided(tensor.shape, strides, offset)
         views[name].copy_(tensor)
     return replace(batch, **views, storages=tuple(storages))
 
