@@ -1,7 +1,6 @@
 """`vllm-dsv4-indexer doctor`: each kind of problem is found and comes with its remedy."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked import BELOW_VLLM, python
 
 from vllm_dsv4_indexer import cli, doctor, processor, selftest
 from vllm_dsv4_indexer.checkpoint.config import make_config
@@ -20,6 +20,7 @@ from vllm_dsv4_indexer.errors import NotInstalled
 from vllm_dsv4_indexer.ops import ascend, cpu
 
 ROOT = Path(__file__).parents[2]
+DOCTOR = ("-m", "vllm_dsv4_indexer.cli", "doctor", "--cases", "5")
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +29,10 @@ def logging_level(monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def doctor_of(*options: str, **environment: str) -> tuple[int, str]:
-    """The command's status and output in a process of its own."""
-    command = [sys.executable, *options, "-m", "vllm_dsv4_indexer.cli", "doctor", "--cases", "5"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+def doctor_of(*options: str) -> tuple[int, str]:
+    """The command's status and output in a fresh interpreter."""
+    command = [sys.executable, *options, *DOCTOR]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout
 
 
@@ -59,9 +58,14 @@ def test_where_all_is_well_it_says_what_would_be_chosen():
 
 def test_what_the_environment_sets_wrong_is_named():
     wrong = {"DSV4_INDEXER_ISA": "sse", "DSV4_INDEXER_IMPL": "cpu", "VLLM_PLUGINS": "other"}
-    status, text = doctor_of(**wrong)
-    found = problems(text)
-    assert status == 1 and found.keys() == {"VLLM_PLUGINS", "settings", "engine", "CPU library"}
+    done = python(*DOCTOR, environment=wrong, imported=BELOW_VLLM)
+    text, found = done.stdout, problems(done.stdout)
+    assert done.returncode == 1 and found.keys() == {
+        "VLLM_PLUGINS",
+        "settings",
+        "engine",
+        "CPU library",
+    }
     assert "add dsv4_indexer to it, or unset it" in found["VLLM_PLUGINS"]
     assert "DSV4_INDEXER_IMPL: unset it" in found["settings"]
     assert "vLLM has not loaded this plugin" in found["engine"]

@@ -1,12 +1,10 @@
 """`vllm-dsv4-indexer explain`: vLLM's own numbers for a model whose weights nobody has."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from vllm_dsv4_indexer.checkpoint.config import make_config
@@ -23,12 +21,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def python(*arguments: str, level: str = "ERROR") -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | {"VLLM_LOGGING_LEVEL": level},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.python(*arguments, environment={"VLLM_LOGGING_LEVEL": level})
     return done.returncode, done.stdout, done.stderr
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +134,7 @@ def complete(model: Path, options: dict) -> dict:
         attention_backend="dsv4_indexer", max_model_len=8192, max_num_batched_tokens=8192
     )
     defaults |= dict(kv_cache_memory_bytes=1 << 30, enforce_eager=True, disable_log_stats=False)
+    defaults |= dict(skip_tokenizer_init=True)  # prompts are of tokens
     return dict(model=str(model)) | defaults | options
 
 
@@ -143,22 +142,14 @@ def launch(
     script: str, folder: Path, job: dict, result: Path, environment: dict[str, str] | None
 ) -> str:
     """Run a script of this folder on a job, in a process of its own; returns what it logged."""
+    from forked import python  # pytest alone has it on its path
+
     (folder / "job.json").write_text(json.dumps(job))
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name(script)),
-        str(folder / "job.json"),
-        str(result),
-    ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {})
-    with (folder / "log").open("w+") as log:
-        done = subprocess.run(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600
-        )
-        log.seek(0)
-        lines = log.read()
-    assert done.returncode == 0, f"{folder}/log: {lines[-4000:]}"
-    return lines
+    arguments = (Path(__file__).with_name(script), folder / "job.json", result)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {})
+    done = python(*map(str, arguments), environment=environment, log=folder / "log")
+    assert done.returncode == 0, f"{folder}/log: {done.stdout[-4000:]}"
+    return done.stdout
 
 
 def two_processes() -> dict[str, str]:

@@ -1,20 +1,15 @@
 """What the log says of the caches when an engine starts, and what `explain` says without one."""
 
-import os
 import re
-import subprocess
-import sys
+
+from forked import python
 
 
 def test_an_engine_logs_what_explain_says_of_the_same_flags(ours, checkpoint):
     flags = "--max-model-len 8192 --max-num-batched-tokens 8192 --no-enable-prefix-caching"
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_dsv4_indexer.cli", "explain", checkpoint, *flags.split()],
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = ["-m", "vllm_dsv4_indexer.cli", "explain", str(checkpoint), *flags.split()]
+    done = python(*command, environment={"VLLM_LOGGING_LEVEL": "ERROR"})
+    assert done.returncode == 0, done.stderr
     block, fingerprint = (
         re.search(what, done.stdout)[1] for what in (r"block +(\d+) bytes", r"fingerprint +(\w+):")
     )

@@ -29,7 +29,7 @@ class Served:
 def served(checkpoint, tmp_path_factory) -> Served:
     """Small steps, so that a client leaves in the middle of its prompt; and vLLM starts what it
     cannot be sure to finish."""
-    options = dict(skip_tokenizer_init=True, max_model_len=640, max_num_batched_tokens=127)
+    options = dict(max_model_len=640, max_num_batched_tokens=127)
     options |= dict(max_num_seqs=16, kv_cache_memory_bytes=5 << 20)
     options |= dict(scheduler_reserve_full_isl=False, additional_config=CHECKED)
     job = dict(

@@ -2,14 +2,12 @@
 let through."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from engine import complete
+from forked import python
 from vllm.models.deepseek_v4.cpu import cpu_compressor
 from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.platforms import current_platform
@@ -173,13 +171,11 @@ print("answered", len(answers))
 def test_an_engine_of_a_version_that_nobody_has_tested_starts_if_its_keys_are_ours(
     checkpoint, fault, layer
 ):
-    options = complete(checkpoint, dict(skip_tokenizer_init=True, max_model_len=512))
-    done = subprocess.run(
-        [sys.executable, "-c", START.format(fault=repr(fault), options=options)],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    options = complete(checkpoint, dict(max_model_len=512))
+    done = python(
+        "-c",
+        START.format(fault=repr(fault), options=options),
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     printed = done.stdout + done.stderr
     if fault:

