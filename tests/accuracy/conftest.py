@@ -1,11 +1,10 @@
 """The needle checkpoint, and one engine with every fault in turn."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 from run_faults import LENGTH
 
 from vllm_dsv4_indexer.checkpoint.config import INDEX_TOPK
@@ -24,7 +23,8 @@ def counts(needle_checkpoint, tmp_path_factory) -> dict[str, dict[str, list[int]
     """By planted fault and column, how many needles were found, of how many: see run_faults.py."""
     folder = tmp_path_factory.mktemp("faults")
     script = Path(__file__).with_name("run_faults.py")
-    run(folder / "log", str(script), str(needle_checkpoint), str(folder / "result.json"))
+    done = python(str(script), str(needle_checkpoint), str(folder / "result.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "result.json").read_text())
 
 
@@ -34,12 +34,3 @@ def chance() -> float:
     is the same."""
     selected = INDEX_TOPK / (LENGTH // 4)
     return selected + (1 - selected) / len(VALUES)
-
-
-def run(log: Path, *arguments: str) -> None:
-    """Run Python in a process of its own, with its output in `log`."""
-    command = [sys.executable, *arguments]
-    with log.open("w+") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=1800)
-        file.seek(0)
-        assert done.returncode == 0, f"{log}: {file.read()[-4000:]}"

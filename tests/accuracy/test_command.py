@@ -4,11 +4,11 @@ needle too."""
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command import accuracy
 from tables import rows
 
 from vllm_dsv4_indexer import cli, output
@@ -25,12 +25,8 @@ import serve_and_chat
 def stock(needle_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     """The folder that the command wrote to, and what it printed."""
     folder = tmp_path_factory.mktemp("accuracy")
-    command = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", "needles"]
-    command += [str(needle_checkpoint), "--lengths", "8192,2048", "--output", str(folder)]
-    command += ["--settings", '{"impl": "stock"}']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, done.stdout
+    options = ["--lengths", "8192,2048", "--output", str(folder), "--settings", '{"impl": "stock"}']
+    return folder, accuracy("needles", str(needle_checkpoint), *options)
 
 
 def test_the_stock_compressor_finds_every_needle(stock):

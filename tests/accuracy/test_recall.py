@@ -3,13 +3,12 @@ the engine makes; and whether the engine agrees with itself under other schedule
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 import torch
+from command import accuracy
 from tables import rows
 from torch import Tensor
 
@@ -116,27 +115,24 @@ def test_rounding_the_projection_to_bfloat16_loses_entries_where_gates_are_sharp
 STOCK = {"impl": "stock", "projection": "engine"}
 
 
-def accuracy(command: str, folder: Path, *options: str) -> tuple[dict, str]:
+def against_stock(command: str, folder: Path, *options: str) -> tuple[dict, str]:
     """What the command measured of our compressor, behind the engine's projection, and of stock;
     and what it printed."""
-    run = [sys.executable, "-m", "vllm_dsv4_indexer.cli", "accuracy", command, *options]
-    run += ["--settings", json.dumps({"projection": "engine"}), "--against", json.dumps(STOCK)]
-    run += ["--output", str(folder)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / f"{command}.json").read_text()), done.stdout
+    options += ("--settings", json.dumps({"projection": "engine"}), "--against", json.dumps(STOCK))
+    printed = accuracy(command, *options, "--output", str(folder))
+    return json.loads((folder / f"{command}.json").read_text()), printed
 
 
 @pytest.fixture(scope="module")
 def recalled(checkpoint, tmp_path_factory) -> tuple[dict, str]:
     folder = tmp_path_factory.mktemp("recall")
-    return accuracy("recall", folder, str(checkpoint), "--lengths", "3072,2560")
+    return against_stock("recall", folder, str(checkpoint), "--lengths", "3072,2560")
 
 
 @pytest.fixture(scope="module")
 def compared(checkpoint, tmp_path_factory) -> tuple[dict, str]:
     folder = tmp_path_factory.mktemp("compare")
-    return accuracy("compare", folder, str(checkpoint), "--tokens", str(TOKENS))
+    return against_stock("compare", folder, str(checkpoint), "--tokens", str(TOKENS))
 
 
 @pytest.mark.parametrize("whose", [0, 1], ids=["ours", "stock"])

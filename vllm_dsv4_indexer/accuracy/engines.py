@@ -166,6 +166,7 @@ class VllmEngine(Engine):
             max_num_batched_tokens=max(abreast * chunk, 512),
             kv_cache_memory_bytes=1 << 30,
             enforce_eager=True,
+            skip_tokenizer_init=True,  # prompts are of tokens
         )
         with _environment():
             need("vllm", "an engine in this process")
