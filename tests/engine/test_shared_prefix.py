@@ -34,6 +34,7 @@ WRITTEN = [
 ]
 ONE_WORKER = [*WRITTEN, *RANDOM]
 TWO_WORKERS = [WRITTEN[0], WRITTEN[-1], *RANDOM, *AGAIN]
+CACHE = 128 << 20  # bytes: enough, and most of it is poisoned before each step
 CLOSE = 0.99  # cosine of two keys; of a wrong and a right one it is below 0.9
 
 
@@ -57,6 +58,7 @@ def run_schedules(checkpoint, tmp_path_factory):
 
     def run(name: str, schedules: list[dict], environment=None, **options) -> Ran:
         folder = tmp_path_factory.mktemp(name)
+        options |= dict(kv_cache_memory_bytes=CACHE)
         job = dict(options=complete(checkpoint, options), schedules=schedules)
         launch("run_schedules.py", folder, job, folder / "result.pickle", environment)
         result = pickle.loads((folder / "result.pickle").read_bytes())
@@ -74,8 +76,8 @@ def one_worker(run_schedules) -> Ran:
 @pytest.fixture(scope="session")
 def stock_worker(run_schedules) -> Ran:
     """vLLM's own compressors, which need every row."""
-    stock = {"dsv4_indexer": {"impl": "stock"}}
-    return run_schedules("stock_worker", [WRITTEN[1]], additional_config=stock)
+    stock = dict(additional_config={"dsv4_indexer": {"impl": "stock"}}, max_model_len=1024)
+    return run_schedules("stock_worker", [WRITTEN[1]], **stock)
 
 
 @pytest.fixture(scope="session")
