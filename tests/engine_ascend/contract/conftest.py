@@ -1,6 +1,8 @@
 """Runs in a process of its own, with a vLLM and its vllm-ascend first on the path:
 test_contract.py."""
 
+import json
+
 import npu
 
 npu.install()
@@ -17,7 +19,7 @@ from vllm_ascend.attention.context_parallel.dsa_cp import AscendDSACPMetadataBui
 from vllm_ascend.attention.dsa_v1 import AscendDSAMetadataBuilder
 
 from vllm_dsv4_indexer import plugin
-from vllm_dsv4_indexer.checkpoint import make_checkpoint
+from vllm_dsv4_indexer.checkpoint.config import make_config
 from vllm_dsv4_indexer.engines.versions import TESTED
 from vllm_dsv4_indexer.engines.vllm_ascend import found
 
@@ -31,20 +33,17 @@ ModelRegistry.register_model("DeepseekV4ForCausalLM", family.AscendDeepseekV4For
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "deepseek-v4")
-
-
-@pytest.fixture(scope="session")
-def configure(checkpoint):
+def configure(tmp_path_factory):
     """A configuration, made and checked by vLLM and vllm-ascend's real platform."""
+    model = tmp_path_factory.mktemp("deepseek-v4")
+    (model / "config.json").write_text(json.dumps(make_config(layers=4, hidden=512)))
 
     def make(backend: str | None = "dsv4_indexer", **options):
         options = (
             dict(skip_tokenizer_init=True, max_model_len=512, max_num_batched_tokens=512) | options
         )
         return EngineArgs(
-            model=str(checkpoint), attention_backend=backend, **options
+            model=str(model), attention_backend=backend, **options
         ).create_engine_config()
 
     return make
