@@ -20,7 +20,6 @@ from engine import (
     SHORT_LENGTHS,
     SHORT_MIXTURES,
     SHORT_STEP,
-    SPAWNED,
     STAGED,
     Result,
     alone_and_mixed,
@@ -90,7 +89,7 @@ def chunked(engine) -> Result:
     Rounds: each prompt alone; each of the PREFIXES twice.
     """
     twice = [dict(prompts=[one], sampling=GREEDY) for one in PREFIXES for _ in range(2)]
-    return engine("chunked", [*ALONE, *twice], environment=SPAWNED, max_num_batched_tokens=509)
+    return engine("chunked", [*ALONE, *twice], max_num_batched_tokens=509)
 
 
 @pytest.fixture(scope="session")
@@ -113,22 +112,19 @@ def short_prompts_stock(engine) -> Result:
 @pytest.fixture(scope="session")
 def two_workers(engine) -> Result:
     """Tensor parallelism over two workers, in chunks, compiled as vLLM chooses to (no
-    --enforce-eager)."""
-    return engine("two_workers", FEW, **two_worker_options())
+    --enforce-eager); the engine core has a process of its own, too."""
+    return engine("two_workers", FEW, environment=two_processes(), **two_worker_options())
 
 
 @pytest.fixture(scope="session")
 def two_stock_workers(engine) -> Result:
-    return engine("two_stock_workers", FEW, additional_config=STOCK, **two_worker_options())
+    environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    options = two_worker_options() | dict(additional_config=STOCK)
+    return engine("two_stock_workers", FEW, environment=environment, **options)
 
 
 def two_worker_options() -> dict:
-    return dict(
-        environment=two_processes(),
-        tensor_parallel_size=2,
-        enforce_eager=False,
-        max_num_batched_tokens=1024,
-    )
+    return dict(tensor_parallel_size=2, enforce_eager=False, max_num_batched_tokens=1024)
 
 
 @pytest.fixture(scope="session")
