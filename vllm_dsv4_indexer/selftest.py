@@ -3,7 +3,8 @@
 import random
 from typing import NamedTuple
 
-from .batches import make_batch, random_case
+from .batches import Batch, make_batch, random_case
+from .contract import GEOMETRIES
 from .replay import first_difference, store
 
 
@@ -14,10 +15,10 @@ class Result(NamedTuple):
 
 
 def compare(impl: str, cases: int, seed: int) -> Result:
-    """The cases of `cases` seeds, from `seed` on."""
+    """The cases of `cases` seeds, from `seed` on, of each kind of compressor in turn."""
     entries = neighbours = 0
     for number in range(seed, seed + cases):
-        batch = make_batch(**random_case(random.Random(number)))
+        batch = _case(number)
         slots, page = batch.inner_state_slot_mapping, batch.inner_state_cache.shape[1]
         pages = (slots[slots >= 0] // page).unique()
         reference, other = (
@@ -30,3 +31,10 @@ def compare(impl: str, cases: int, seed: int) -> Result:
             again = f"vllm-dsv4-indexer doctor --cases 1 --seed {number}"
             return Result(entries, neighbours, f"{difference} by {impl}; again: {again}")
     return Result(entries, neighbours, "")
+
+
+def _case(seed: int) -> Batch:
+    """In the format of vLLM's CPU engine."""
+    geometry, formats = list(GEOMETRIES.items())[seed % len(GEOMETRIES)]
+    case = random_case(random.Random(seed), geometry) | {"k_format": formats[0]}
+    return make_batch(**case)
