@@ -52,16 +52,18 @@ def python(
         job |= dict(folder=os.getcwd(), streams=[os.devnull, str(out), str(err)])
         server = _server(imported)
         print(json.dumps(job), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
+        status = server.stdout.readline()
+        assert status, f"{server.args} has ended: see its error"
         printed = (out.read_text(), "" if log else err.read_text())
-        return subprocess.CompletedProcess(arguments, status, *printed)
+        return subprocess.CompletedProcess(arguments, int(status), *printed)
 
 
 @cache
 def _server(imported: tuple[str, ...]) -> subprocess.Popen:
     """It ends when this process does, and with it the pipe."""
     command = [sys.executable, __file__, *imported]
-    # An eager engine would still compile a part of vLLM's sampler, for seconds.
+    # An eager engine would still compile a part of vLLM's sampler, for seconds. Workers that vLLM
+    # spawns have the environment of the run, and compile.
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     return subprocess.Popen(command, env=environment, text=True, **pipes)

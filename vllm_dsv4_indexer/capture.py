@@ -65,9 +65,9 @@ class Capture(NamedTuple):
         """The values may be wrong: what lies outside of a cache or table is left out."""
         extents, table = Extents.of(layer), step.inner_state_block_table
         geometry = geometry_of(layer.ape, k_format)
-        pages, ratio = _pages_of(step, extents, geometry.window), geometry.ratio
+        pages, ratio = _pages_of(step, extents, geometry), geometry.ratio
         columns = int(step.positions.max()) // extents.state_page + 1  # that the step can ask for
-        rows = step.positions[step.positions % ratio == ratio - 1] - ratio + 1
+        rows = step.positions[step.closing(ratio)] - ratio + 1
         rows = rows[(rows >= 0) & (rows < extents.max_pos)].unique()
         tensors = step._asdict() | dict(
             inner_state_block_table=table[:, : max(columns, 1)],
@@ -155,12 +155,14 @@ class Capture(NamedTuple):
         return call
 
 
-def _pages_of(step: Step, extents: Extents, window: int) -> Tensor:
-    """The state pages of all windows that end with a token of the step, and of all its slots."""
+def _pages_of(step: Step, extents: Extents, geometry: Geometry) -> Tensor:
+    """The state pages of all windows that the step closes, and of all its slots."""
     table, page = step.inner_state_block_table, extents.state_page
-    back = torch.arange(0, window + page, page)
-    column = (step.positions[:, None] - back) // page
-    request = step.token_to_req.long()[:, None].expand_as(column)
+    closing = step.closing(geometry.ratio)
+    last = geometry.window - 1
+    back = torch.arange(0, last + page, page).clamp(max=last)
+    column = (step.positions[closing, None] - back) // page
+    request = step.token_to_req[closing, None].long().expand_as(column)
     inside = (column >= 0) & (column < table.shape[1]) & (request >= 0) & (request < len(table))
     pages = torch.cat(
         [table[request[inside], column[inside]].long(), step.inner_state_slot_mapping // page]
@@ -171,6 +173,7 @@ def _pages_of(step: Step, extents: Extents, window: int) -> Tensor:
 def _sparse(*shape: int, kind: torch.dtype) -> Tensor:
     """Zeros that take memory where they are touched."""
     size = math.prod(shape) * kind.itemsize
+    # A size of 0 would hide a huge one in the product.
     if min(shape) < 0 or max(size, *shape) > _MOST_CACHE_BYTES:
         raise UserError(f"the capture is damaged: a cache of the shape {list(shape)}")
     noreserve = 0x4000  # of Linux; the module names it from Python 3.13 on

@@ -8,6 +8,9 @@ from torch import Tensor
 from .contract import DS_MLA_CODES, DS_MLA_DATA_BYTES, DS_MLA_ENTRY_BYTES, HEAD_DIM, ROPE_DIM
 
 NOT_A_NUMBER = 0x7F  # the code e4m3fn, but for its sign
+# Of codes, those that may be the neighbours of another compressor's: where a value lies between
+# two, its sums, in another order, decide otherwise.
+SHARE_OF_TIES = 1e-4
 
 
 class Entries(NamedTuple):

@@ -17,7 +17,7 @@ HIT_TOKENS = 256  # of vLLM's blocks of keys for this model: a prefix hit has a 
 
 
 def rows_at_hit(ratio: int) -> int:
-    """How many rows in front of a hit the request reads that goes on there."""
+    """How many rows in front of a prefix hit the request that continues there reads."""
     return window_of(ratio) - ratio
 
 

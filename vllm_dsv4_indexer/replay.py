@@ -10,11 +10,9 @@ from torch import Tensor
 from . import ops
 from .capture import Capture
 from .contract import Call, ContractError, geometry_of
-from .entries import Entries, in_order, rotated_differ
+from .entries import SHARE_OF_TIES, Entries, in_order, rotated_differ
 
-# Codes that may be the neighbours of the reference's, where a value lies between two of them: so
-# many, or such a share.
-MOST_TIES, SHARE_OF_TIES = 4, 1e-4
+MOST_TIES = 4  # or SHARE_OF_TIES, if that is more
 
 
 class Stored(NamedTuple):
@@ -40,7 +38,7 @@ def replay(file: Path, impl: str) -> int:
         print(f"{name}: {''.join(filter(str.isprintable, ' '.join(note.split())))}")
     pages = capture.tensors["kept_pages"]
     options = capture.eps, capture.k_format
-    reference = store(capture.call(), *options, "reference", pages)
+    reference = store(call, *options, "reference", pages)
     other = store(capture.call(), *options, impl, pages)
     if reference.refused or other.refused:
         return _compare_refusals(reference.refused, other.refused, impl)

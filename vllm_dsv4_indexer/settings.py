@@ -34,7 +34,7 @@ class Settings:
     `readable`: those that a later step or a prefix hit can read. `auto` is `readable` where the
     engine lets us choose the pages, else `full`.
 
-    check: `on` holds every step against the invariants (ops/invariants.py) before it is written.
+    check: `on` holds every step against the invariants (ops/invariants.py) before a layer writes.
 
     capture: a folder. A worker saves the inputs of a layer's step there (capture.py), at most eight
     in all. capture_when: `error`, when the op refuses a step; `not_finite`, when an entry is not

@@ -20,6 +20,7 @@ from engine import (
     SHORT_LENGTHS,
     SHORT_MIXTURES,
     SHORT_STEP,
+    SPAWNED,
     STAGED,
     Result,
     alone_and_mixed,
@@ -113,14 +114,13 @@ def short_prompts_stock(engine) -> Result:
 def two_workers(engine) -> Result:
     """Tensor parallelism over two workers, in chunks, compiled as vLLM chooses to (no
     --enforce-eager); the engine core has a process of its own, too."""
-    return engine("two_workers", FEW, environment=two_processes(), **two_worker_options())
+    return engine("two_workers", FEW, environment=two_processes() | SPAWNED, **two_worker_options())
 
 
 @pytest.fixture(scope="session")
 def two_stock_workers(engine) -> Result:
-    environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     options = two_worker_options() | dict(additional_config=STOCK)
-    return engine("two_stock_workers", FEW, environment=environment, **options)
+    return engine("two_stock_workers", FEW, environment=two_processes(), **options)
 
 
 def two_worker_options() -> dict:
@@ -140,7 +140,7 @@ def six_layers(tmp_path_factory):
 def two_stages(engine, six_layers) -> Result:
     """Pipeline parallelism over two workers, in chunks. Rounds: some prompts, each alone; all of
     them together."""
-    options = dict(pipeline_parallel_size=2, environment=two_processes())
+    options = dict(pipeline_parallel_size=2, environment=two_processes() | SPAWNED)
     options |= dict(additional_config=CHECKED)
     return engine("two_stages", STAGED, six_layers, **options, **staged_options())
 

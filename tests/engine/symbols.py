@@ -152,7 +152,7 @@ class SymbolicLayer:
         return SimpleNamespace(k_cache=self.keys.rows)
 
     def run(self, symbols: torch.Tensor, plan: torch.Tensor) -> None:
-        step, rows = Plan.of(plan, self.keys.ratio), symbols.numpy()
+        step, rows = Plan.of(plan, self.geometry.ratio), symbols.numpy()
         token = (step.windows != NO_WINDOW).nonzero()[:, 0]
         own = token[:, None] - torch.arange(self.geometry.window - 1, -1, -1)
         late = step.windows[token, None] == LATE

@@ -85,9 +85,8 @@ def two_drafting_workers(run_schedules) -> Ran:
     """What was answered once is drafted when it is asked again, and some of the drafts are
     wrong."""
     drafts = dict(method="custom_class", model="drafts.FromMemory", num_speculative_tokens=3)
-    environment = two_processes() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     options = dict(tensor_parallel_size=2, speculative_config=drafts, additional_config=CHECKED)
-    return run_schedules("two_drafting_workers", TWO_WORKERS, environment, **options)
+    return run_schedules("two_drafting_workers", TWO_WORKERS, two_processes(), **options)
 
 
 def names(schedules: list[dict]) -> list[str]:

@@ -114,7 +114,7 @@ def test_a_hit_of_any_length_reads_no_row_where_windows_do_not_overlap():
 def test_layers_of_one_group_have_one_ratio():
     four, other = (manager(ratio, drafts=3, steps=2).kv_cache_spec for ratio in PAGES)
     merged = ReadableStateSpec.merge([four, four])
-    assert (merged.ratio, merged.rollback, merged.read_at_hit) == (4, 6, 4)
+    assert (merged.ratio, merged.rollback, merged.rows_at_hit) == (4, 6, 4)
     assert merged.page_size_bytes == four.page_size_bytes
     assert four.is_uniform_with_collection({"a": four})
     assert not four.is_uniform_with_collection({"a": four, "b": other})

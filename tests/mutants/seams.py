@@ -100,7 +100,7 @@ KEYS, PARTED = f"{ASCEND}/indexer.py", f"{ASCEND}/step.py"
 FIRST, SECOND_FAMILY, LOADING = (
     f"{ASCEND}/{name}.py" for name in ("family1", "family2", "loading")
 )
-HELD, CHECKS = "vllm_dsv4_indexer/ops/invariants.py", f"{ENGINES}/vllm_cpu/checks.py"
+INVARIANTS_FILE, CHECKS = "vllm_dsv4_indexer/ops/invariants.py", f"{ENGINES}/vllm_cpu/checks.py"
 CAPTURES = f"{ENGINES}/captures.py"
 STATE, LATER = f"{ENGINES}/vllm_cpu/state.py", "vllm_dsv4_indexer/read_later.py"
 LISTED = "vllm_dsv4_indexer/ops/requests.py"
@@ -182,7 +182,7 @@ SEAMS = [
     Mutant(CONFIGURED, "        if asked:\n", "        if False:\n", REFUSED),
     Mutant(CONFIGURED, "    scheduler.max_num_batched_tokens = tokens\n", "", RESTORED),
     Mutant(VERIFIED, ".abs() > 1)", ".abs() > 999)", NEIGHBOURS),
-    Mutant(VERIFIED, "TIES = 1e-4", "TIES = 1e-3", NEIGHBOURS),
+    Mutant("vllm_dsv4_indexer/entries.py", "TIES = 1e-4", "TIES = 1e-3", NEIGHBOURS),
     Mutant(VERIFIED, "if not all(map(torch.equal,", "if False and all(map(torch.equal,", STRAY),
     # Which rows have a page.
     Mutant(
@@ -203,13 +203,15 @@ SEAMS = [
     Mutant(
         STATE, "(first * size // hits + 1) * hits", "(first * size // hits + 2) * hits", OF_PROMPT
     ),
-    Mutant(STATE, "if kv_cache_spec.read_at_hit:", "if True:", ANY_HIT),
+    Mutant(STATE, "if kv_cache_spec.rows_at_hit:", "if True:", ANY_HIT),
     Mutant(STATE, "if not blocks[place].is_null]", "if place == first]", ENOUGH),
     Mutant(STATE, "return min(hits + left, all_rows)", "return 3", ENOUGH),
     # What checked mode and captures see.
-    Mutant(HELD, "start % ratio - (window - ratio))", "start % ratio)", TOLD),
-    Mutant(HELD, "start % ratio - (window - ratio))", "start % ratio - ratio)", FREED),
-    Mutant(HELD, "closes = positions % ratio == ratio - 1", "closes = k_slots >= 0", TOLD),
+    Mutant(INVARIANTS_FILE, "start % ratio - (window - ratio))", "start % ratio)", TOLD),
+    Mutant(INVARIANTS_FILE, "start % ratio - (window - ratio))", "start % ratio - ratio)", FREED),
+    Mutant(
+        INVARIANTS_FILE, "closes = positions % ratio == ratio - 1", "closes = k_slots >= 0", TOLD
+    ),
     Mutant(CHECKS, "            ledger.forget(keys)\n", "", GIVEN_AWAY),
     Mutant(CHECKS, "if geometry.ratio != written.ratio:", "if False:", GIVEN_AWAY),
     Mutant(CHECKS, "if geometry.ratio != written.ratio:", "if True:", GIVEN_AWAY),

@@ -136,7 +136,7 @@ def random_case(
     pick: random.Random, geometry: Geometry = INDEXER, longest: int | None = None
 ) -> dict[str, Any]:
     """Arguments of `make_batch`, but for the indexer's other formats, whose scales implementations
-    round differently. longest: tokens of a request."""
+    round differently. longest: a request has fewer tokens."""
     pages, window = STATE_PAGES[geometry.ratio], geometry.window
     longest = longest or max(40, 2 * window)
     requests = [

@@ -31,7 +31,7 @@ class Captures:
     def around(
         self, name: str, bound: ops.BoundLayer, step: Step, kv_score: Tensor
     ) -> Iterator[None]:
-        """Of what happens meanwhile: a step of the layer of that name."""
+        """Captures, where it is asked for, the step of layer `name` that runs meanwhile."""
         number = self._steps[name] = self._steps.get(name, 0) + 1
         first = self._first.setdefault(bound.geometry, name) == name
         inputs = bound, step, kv_score

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from vllm_dsv4_indexer.batches import Batch, make_batch
-from vllm_dsv4_indexer.contract import GEOMETRIES, INDEXER, Geometry
+from vllm_dsv4_indexer.contract import INDEXER, Geometry
+from vllm_dsv4_indexer.entries import SHARE_OF_TIES, rotated_differ
 from vllm_dsv4_indexer.errors import UserError
 
 # (start, length): prompts and decodes in one step, at any start, with a prefix in the state.
 REQUESTS = [(5, 9), (0, 130), (67, 1), (128, 3), (3, 1), (0, 3), (62, 41), (120, 137)]
 BATCHES = 8
-# Codes that may be the neighbours of the engine's: where a value lies between two, its compressor's
-# sums, in another order, decide otherwise.
-TIES = 1e-4
 Compressor = Callable[[Batch], None]  # stores a batch in the batch's own caches
 
 
@@ -49,24 +47,16 @@ class Stored(NamedTuple):
 def make_batches(geometry: Geometry = INDEXER, page: int = 4) -> list[Batch]:
     """Caches that lie in one storage, as vLLM's do, full of random bytes. page: tokens of a page of
     the state."""
-    k_format = GEOMETRIES[geometry][0]
     return [
-        make_batch(
-            REQUESTS,
-            layout="engine",
-            page=page,
-            seed=seed,
-            geometry=geometry,
-            k_format=k_format,
-        )
+        make_batch(REQUESTS, layout="engine", page=page, seed=seed, geometry=geometry)
         for seed in range(BATCHES)
     ]
 
 
 def require_equal(layer: str, batches: list[Batch], engines: Compressor, ours: Compressor) -> None:
     """Raises UserError that names the layer and the first value that differs. State and scales are
-    equal bit by bit, codes but for TIES of them, channels in bfloat16 to its last bit, and nothing
-    else in the caches is touched."""
+    equal bit by bit, codes but for SHARE_OF_TIES of them, the rotated channels to the last step of
+    bf16, and nothing else in the caches is touched."""
     ties = []
     for batch in batches:
         expected, actual = batch.clone(), batch.clone()
@@ -76,15 +66,16 @@ def require_equal(layer: str, batches: list[Batch], engines: Compressor, ours: C
         for exact in (state, scales):
             exact.require(layer, batch, _bits(exact.engines) != _bits(exact.ours))
         for near in rotated:
-            differs = ~near.engines.isclose(near.ours, rtol=2**-7, atol=2**-12, equal_nan=True)
-            near.require(layer, batch, differs)
+            near.require(layer, batch, rotated_differ(near.ours, near.engines))
             actual.rotated()[near.where] = expected.rotated()[near.where]
         codes.require(layer, batch, (codes.engines - codes.ours).abs() > 1)
         ties.append((batch, codes, codes.engines != codes.ours))
         actual.codes()[codes.where] = expected.codes()[codes.where]
         if not all(map(torch.equal, actual.storages, expected.storages)):
             refuse_keys(f"{layer}: one of the compressors writes where no token of the batch does")
-    if sum(int(tie.sum()) for *_, tie in ties) > TIES * sum(tie.numel() for *_, tie in ties):
+    if sum(int(tie.sum()) for *_, tie in ties) > SHARE_OF_TIES * sum(
+        tie.numel() for *_, tie in ties
+    ):
         for batch, codes, tie in ties:
             codes.require(layer, batch, tie)
 

@@ -284,8 +284,7 @@ class BoundLayer:
         self.geometry = contract.check_layer(layer, k_format)
         self._row_width, self._ratio = self.geometry.row_width, self.geometry.ratio
         self.layer, self.extents = layer, Extents.of(layer)
-        self.k_format, self.eps = k_format, eps
-        self._options = {"eps": eps, "k_format": k_format, "impl": impl}
+        self.k_format, self.eps, self._impl = k_format, eps, impl
         self._device = layer.ape.device
         self._bound = _functions(impl, self._device.type, k_format, self._ratio).bind(
             layer, eps=eps, k_format=k_format
@@ -300,8 +299,9 @@ class BoundLayer:
         """
         if torch.compiler.is_compiling():
             ape, norm_weight, cos_sin, *caches = self.layer
+            options = dict(eps=self.eps, k_format=self.k_format, impl=self._impl)
             torch.ops.dsv4_indexer.run(
-                kv_score, ape, norm_weight, cos_sin, plan, *caches, **self._options
+                kv_score, ape, norm_weight, cos_sin, plan, *caches, **options
             )
         else:
             self._run_eagerly(kv_score, plan)

@@ -1,8 +1,8 @@
 """What holds of every step that an engine schedules right, beyond what the op needs.
 
 `plan` refuses what the op cannot follow. What it can follow is stored as told, also if it is wrong:
-a row that nobody saves, a slot of another request. Checked mode looks for this before a step is
-written: `check_step` once a step, `check_values` once a layer.
+a row that nobody saves, a slot of another request. Checked mode looks for this before a layer
+writes: `check_step` once a step and kind of compressor, `check_values` once a layer.
 
 Tensor operations alone, on the host.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import RATIO, ContractError, Extents, Step, window_of
+from ..contract import ContractError, Extents, Step, window_of
 
 _REMEDY = (
     "The step's metadata are wrong: leave out plugins of vLLM that change its scheduler or its "
@@ -47,7 +47,7 @@ class Scheduled(NamedTuple):
     tokens: int  # the rows behind them are padding
     k_block_table: Tensor  # [R, K] int32: the K pages of each request
     k_page: int  # entries of a K page
-    ratio: int = RATIO
+    ratio: int
     all_saved: bool = True  # else a row whose page is the null page is not
 
 
@@ -170,7 +170,7 @@ def _history(
     of the group before it."""
     first = begins.nonzero()
     start, page = positions[first], ledger.extents.state_page
-    window = window_of(ratio)
+    window = window_of(ratio)  # not by read_later.py: a fault there must not hide itself here
     needed = start - torch.arange(window - 1, 0, -1)
     exists = needed >= (start - start % ratio - (window - ratio)).clamp(min=0)
     slots = _slots(table, requests[first], needed.clamp(min=0), page)

@@ -23,7 +23,7 @@ class Checks:
         ledger = self._ledgers.get(bound.geometry)
         if ledger is None or ledger.extents != bound.extents:
             ledger = self._ledgers[bound.geometry] = Ledger(bound.extents)
-        scheduled = _scheduled(step, entries, bound)._replace(all_saved=all_saved)
+        scheduled = _scheduled(step, entries, bound, all_saved)
         check_step(scheduled, ledger)
         ledger.save(step.inner_state_slot_mapping, step.positions)
         self._forget(scheduled, bound.extents.state_page)
@@ -34,8 +34,8 @@ class Checks:
 
     def _forget(self, written: Scheduled, state_page: int) -> None:
         """All caches have one pool of pages, and a page belongs to one group of them at a time: to
-        keys, or to states of one ratio. So a page that is written holds no rows of another
-        ratio."""
+        keys, to states of one ratio, or to a sliding window, whose writes are not seen here. So a
+        page that is written holds no rows of another ratio."""
         rows, entries = written.step.inner_state_slot_mapping, written.step.k_slot_mapping
         states, keys = rows[rows >= 0] // state_page, entries[entries >= 0] // written.k_page
         for geometry, ledger in self._ledgers.items():
@@ -44,9 +44,11 @@ class Checks:
                 ledger.forget(states)
 
 
-def _scheduled(step: Step, entries: Any, bound: ops.BoundLayer) -> Scheduled:
+def _scheduled(
+    step: Step, entries: Any, bound: ops.BoundLayer, all_saved: bool = True
+) -> Scheduled:
     k_page, ratio = bound.layer.k_cache.shape[1], bound.geometry.ratio
-    return Scheduled(step, _tokens(entries), entries.block_table, k_page, ratio)
+    return Scheduled(step, _tokens(entries), entries.block_table, k_page, ratio, all_saved)
 
 
 def _tokens(entries: Any) -> int:

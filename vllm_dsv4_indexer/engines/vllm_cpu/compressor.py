@@ -10,7 +10,7 @@ from vllm.models.deepseek_v4.cpu.cpu_compressor import DeepseekV4CPUCompressor
 from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseBackend
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
-from vllm_dsv4_indexer import ops
+from vllm_dsv4_indexer import BACKEND, ops
 from vllm_dsv4_indexer.contract import HEAD_DIM, ContractError, Layer, Plan, Step
 from vllm_dsv4_indexer.engines.captures import Captures
 from vllm_dsv4_indexer.engines.plans import once_a_step
@@ -28,7 +28,7 @@ class Dsv4IndexerBackend(DeepseekV4CPUSparseBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "DSV4_INDEXER"
+        return BACKEND
 
 
 class OnePassCompressor(DeepseekV4CPUCompressor):

@@ -47,7 +47,7 @@ class ReadableStateManager(SlidingWindowManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Where a hit reads no row, every length is one; vLLM's own search wants at least one."""
         assert isinstance(kv_cache_spec, ReadableStateSpec)
-        if kv_cache_spec.read_at_hit:
+        if kv_cache_spec.rows_at_hit:
             return super().find_longest_cache_hit(
                 block_hashes,
                 max_length,
@@ -142,8 +142,7 @@ class ReadableStateSpec(SlidingWindowMLASpec):
         return cls(**given, ratio=ratio, drafts=drafts, steps=steps)
 
     @property
-    def read_at_hit(self) -> int:
-        """How many rows in front of a hit the request reads that goes on there."""
+    def rows_at_hit(self) -> int:
         return self.sliding_window - 1
 
     @property
@@ -152,7 +151,6 @@ class ReadableStateSpec(SlidingWindowMLASpec):
         return self.drafts * self.steps
 
     def first_read(self, start: int) -> int:
-        """The first row that a step reads which starts with that token."""
         return first_read(start, self.ratio)
 
     def read_later(self, first: int, num_tokens: int, hits: int) -> list[int]:
@@ -166,7 +164,7 @@ class ReadableStateSpec(SlidingWindowMLASpec):
         at_hits = [
             place
             for hit in boundaries
-            for place in range((hit - self.read_at_hit) // size, hit // size)
+            for place in range((hit - self.rows_at_hit) // size, hit // size)
             if first <= place < tail
         ]
         return [*at_hits, *range(tail, cdiv(num_tokens, size))]
@@ -176,8 +174,8 @@ class ReadableStateSpec(SlidingWindowMLASpec):
     ) -> int:
         """What the last step has left and each one under way leaves, and a page for each hit in
         them; never more than all rows need."""
-        rows = self.read_at_hit + self.ratio - 1
-        hits = (max_in_flight_tokens // HIT_TOKENS + 1) * cdiv(self.read_at_hit, self.block_size)
+        rows = self.rows_at_hit + self.ratio - 1
+        hits = (max_in_flight_tokens // HIT_TOKENS + 1) * cdiv(self.rows_at_hit, self.block_size)
         left = (1 + self.steps) * (cdiv(rows + self.rollback, self.block_size) + 1)
         all_rows = cdiv(min(rows + max_in_flight_tokens, max_model_len), self.block_size) + 1
         return min(hits + left, all_rows)
