@@ -7,7 +7,7 @@ inside that worker, so an engine that uses another backend meets none of it:
     worker.py          loads the model, replaces what follows, logs the account
     compressor.py      a layer's compressors: one call of the op each, with the step's plan
     state.py           where they keep their state: pages for rows that are read later
-    checks.py          a checked engine: the step's invariants, before anything is written
+    checks.py          a checked engine: the step's invariants, before a layer writes
     projection.py      the fp32 projection in front of it
     metadata.py        a step's metadata, in plain torch
     patches.py         where vLLM's own functions give way to those, during a step
