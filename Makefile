@@ -3,7 +3,7 @@
 BIN = .venv/bin
 
 # Everything that the targets leave behind. `make clean` removes it and .gitignore names it.
-MADE = .venv .cache .pytest_cache .ruff_cache .mypy_cache build deepseek-v4 serve_and_chat.log ascend-report.txt vllm_dsv4_indexer/*.so
+MADE = .venv .cache .hypothesis .pytest_cache .ruff_cache .mypy_cache build deepseek-v4 serve_and_chat.log ascend-report.txt vllm_dsv4_indexer/*.so
 
 # As in an activated environment, with all caches inside the checkout, reporting and fetching nothing.
 RUN = exec env PATH="$(CURDIR)/$(BIN):$$PATH" XDG_CACHE_HOME="$(CURDIR)/.cache" XDG_CONFIG_HOME="$(CURDIR)/.cache" \
