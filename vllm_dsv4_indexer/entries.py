@@ -69,15 +69,13 @@ def _signed(bits: Tensor, sign: int) -> Tensor:
     return torch.where(bits >= sign, sign - bits, bits)
 
 
-def rotated_differ(ours: Tensor, theirs: Tensor) -> Tensor:
-    """As `bf16_differ` has it. The two products of a rotation are as large as the pair."""
-    pair = theirs.float().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
-    return bf16_differ(ours, theirs, pair)
-
-
-def bf16_differ(ours: Tensor, theirs: Tensor, size: Tensor) -> Tensor:
-    """Which numbers are more than one step of bf16 apart. Where terms of that size cancel, no bits
-    of the difference are exact: there the error is measured by `size`, in fp32."""
-    cancelled = (ours.float() - theirs.float()).abs() <= 2**-20 * size
+def bf16_differ(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Which channels of entries [..., channels] are more than one step of bf16 apart. Where the
+    rows of a window cancel, or the products of a rotation, no bits of the sum are exact: there the
+    error is measured by the entry's largest channel, in fp32."""
+    if not theirs.numel():  # index keys have none
+        return torch.zeros_like(theirs, dtype=torch.bool)
+    largest = theirs.float().abs().nan_to_num(posinf=0).amax(dim=-1, keepdim=True)
+    cancelled = (ours.float() - theirs.float()).abs() <= 2**-20 * largest
     same = cancelled | (ours.isnan() & theirs.isnan())
     return ((in_order(ours) - in_order(theirs)).abs() > 1) & ~same

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .capture import Capture
 from .contract import Call, ContractError, geometry_of
-from .entries import SHARE_OF_TIES, Entries, in_order, rotated_differ
+from .entries import SHARE_OF_TIES, Entries, bf16_differ, in_order
 
 MOST_TIES = 4  # or SHARE_OF_TIES, if that is more
 
@@ -91,7 +91,7 @@ def first_difference(reference: Stored, other: Stored, pages: Tensor) -> str:
             "rotated channel",
             reference.rotated,
             other.rotated,
-            rotated_differ(other.rotated, reference.rotated),
+            bf16_differ(other.rotated, reference.rotated),
         ),
     ):
         for row, column in differs.nonzero()[:1].tolist():

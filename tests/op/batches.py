@@ -19,7 +19,7 @@ from vllm_dsv4_indexer.contract import (
     HEAD_DIM,
     ROPE_DIM,
 )
-from vllm_dsv4_indexer.entries import bf16_differ, rotated_differ
+from vllm_dsv4_indexer.entries import bf16_differ
 
 # For the tests to import from here.
 __all__ = ["MAX_POSITION", "Batch", "Prefixes", "make_batch", "random_case"]
@@ -114,16 +114,14 @@ def assert_identical(a: Batch, b: Batch, case: object = "") -> None:
 def assert_close(
     actual: Batch, expected: Batch, case: object = "", scale_rtol: float = 0.0
 ) -> tuple[int, int]:
-    """Values at most one code apart, rotated channels as `rotated_differ` has them, scales within
-    `scale_rtol`, every other byte of the storages equal. Channels of `bf16` are as `bf16_differ`
-    has them, by the size of the entry's largest: rows of a window may cancel.
+    """Values at most one code apart, channels in bf16 as `bf16_differ` has them, scales within
+    `scale_rtol`, every other byte of the storages equal.
 
     Returns how many values differ, and how many values were stored; the caller bounds their ratio.
     """
     distance = (actual.ordered_codes() - expected.ordered_codes()).abs()
     if actual.k_format == "bf16":
-        largest = expected.k_cache.float().abs().amax(dim=-1, keepdim=True)
-        far = bf16_differ(actual.k_cache, expected.k_cache, largest)
+        far = bf16_differ(actual.k_cache, expected.k_cache)
         assert not far.any(), f"{actual.k_cache[far]} is not {expected.k_cache[far]}: {case}"
     else:
         assert distance.max() <= 1, f"codes differ by {distance.max()}: {case}"
@@ -131,7 +129,7 @@ def assert_close(
     blended.codes().copy_(expected.codes())
     if actual.k_format == "fp8_ds_mla":
         ours, theirs = actual.rotated(), expected.rotated()
-        far = rotated_differ(ours, theirs)
+        far = bf16_differ(ours, theirs)
         assert not far.any(), f"{ours[far]} is not {theirs[far]}: {case}"
     if actual.k_format in GEOMETRIES[MAIN_4]:
         blended.rotated().copy_(expected.rotated())

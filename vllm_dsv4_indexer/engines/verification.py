@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_dsv4_indexer.batches import Batch, make_batch
 from vllm_dsv4_indexer.contract import INDEXER, Geometry
-from vllm_dsv4_indexer.entries import SHARE_OF_TIES, rotated_differ
+from vllm_dsv4_indexer.entries import SHARE_OF_TIES, bf16_differ
 from vllm_dsv4_indexer.errors import UserError
 
 # (start, length): prompts and decodes in one step, at any start, with a prefix in the state.
@@ -66,7 +66,7 @@ def require_equal(layer: str, batches: list[Batch], engines: Compressor, ours: C
         for exact in (state, scales):
             exact.require(layer, batch, _bits(exact.engines) != _bits(exact.ours))
         for near in rotated:
-            near.require(layer, batch, rotated_differ(near.ours, near.engines))
+            near.require(layer, batch, bf16_differ(near.ours, near.engines))
             actual.rotated()[near.where] = expected.rotated()[near.where]
         codes.require(layer, batch, (codes.engines - codes.ours).abs() > 1)
         ties.append((batch, codes, codes.engines != codes.ours))
