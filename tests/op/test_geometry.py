@@ -54,12 +54,6 @@ def main_batch(geometry: Geometry, requests: list[tuple[int, int]], **options: A
     return make_batch(requests, geometry=geometry, **options)
 
 
-def stored(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """[E, ...]: the codes, rotated channels and scales that the call's tokens wrote."""
-    parts = batch.codes(), batch.rotated(), batch.scales()
-    return tuple(batch.written(part) for part in parts)
-
-
 # ---- against vLLM --------------------------------------------------------------------------------
 
 
@@ -134,7 +128,7 @@ def test_scales_are_vllms_at_any_size_of_the_values(geometry, impl, factor):
     batch.norm_weight.mul_(factor)
     ours = batch.clone().compress(impl)
     assert_close(ours, run_vllm(batch.clone()))
-    *_, scales = stored(ours)
+    scales = ours.written().scales
     assert (scales[:, :-1] >= 127 - 13).all() and not scales[:, -1].any()
     assert (scales[:, :-1] == 127 - 13).any() == (factor < 1)
 
@@ -193,7 +187,7 @@ def test_entries_are_those_of_the_transformers_compressor(geometry, impl, chunks
         batch.take(tokens).compress(impl)
     theirs = caches.layers[0].compressed_kv["compressor"][0]
     codes, rotated, scales = quantised(theirs)
-    our_codes, our_rotated, our_scales = stored(batch)
+    our_codes, our_rotated, our_scales = batch.written()
     assert torch.equal(our_scales[:, :-1], scales)
     apart = (in_order(our_codes) - in_order(codes)).abs()
     assert apart.max() <= 1 and apart.count_nonzero() <= 1e-3 * codes.numel()
@@ -351,9 +345,9 @@ def test_only_the_bytes_of_rows_and_entries_are_written(geometry, impl, k_format
 @every_impl
 def test_a_nan_spoils_its_own_entries_alone(geometry, impl):
     batch = main_batch(geometry, [(0, 512)])
-    expected = stored(batch.clone().compress(impl))
+    expected = batch.clone().compress(impl).written()
     batch.kv_score[geometry.window + 1] = torch.nan
-    spoiled = stored(batch.compress(impl))
+    spoiled = batch.compress(impl).written()
     entries = torch.arange(len(spoiled[0]))
     reached = 2 if geometry.overlap else 1  # the own group's, and the next one's
     first = (geometry.window + 1) // geometry.ratio
@@ -374,7 +368,7 @@ def test_a_row_whose_gate_is_minus_infinity_has_no_weight(geometry, impl):
     other = batch.clone()
     other.kv_score[first, : geometry.kv_width] = 7.0
     assert batch.compress(impl).entries() == other.compress(impl).entries()
-    assert not batch.written(batch.rotated()).isnan().any()
+    assert not batch.written().rotated.isnan().any()
 
 
 # ---- the plan ------------------------------------------------------------------------------------

@@ -115,14 +115,11 @@ class Batch:
         [pages, entries, 0] of `bf16`."""
         return self._stored.scales
 
-    def written(self, part: Tensor) -> Tensor:
-        """[E, ...]: of such a view, what each window-closing token stored, in the order of the
-        tokens."""
-        slots = self.k_slot_mapping[self.k_slot_mapping >= 0]
-        return part[slots // part.shape[1], slots % part.shape[1]]
+    def written(self) -> Entries:
+        """[E, ...]: what each window-closing token stored, in the order of the tokens."""
+        return self._stored.at(self.k_slot_mapping[self.k_slot_mapping >= 0])
 
     def entries(self) -> list[bytes]:
-        """What each window-closing token stored, in the order of the tokens."""
-        stored = [self.written(part) for part in self._stored]
-        rows = torch.cat([part[..., None].flatten(1).view(torch.uint8) for part in stored], dim=1)
-        return [bytes(row.tolist()) for row in rows]
+        """The same, byte by byte."""
+        parts = [part[..., None].flatten(1).view(torch.uint8) for part in self.written()]
+        return [bytes(row.tolist()) for row in torch.cat(parts, dim=1)]
