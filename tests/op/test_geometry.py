@@ -37,7 +37,7 @@ from vllm_dsv4_indexer.contract import (
     Geometry,
     Plan,
 )
-from vllm_dsv4_indexer.entries import in_order
+from vllm_dsv4_indexer.entries import bf16_differ, in_order
 from vllm_dsv4_indexer.errors import UserError
 from vllm_dsv4_indexer.ops import cpu
 
@@ -339,6 +339,18 @@ def test_only_the_bytes_of_rows_and_entries_are_written(geometry, impl, k_format
     state, old = (b.inner_state_cache.view(torch.int32) for b in (batch, before))
     state[rows // page, rows % page] = old[rows // page, rows % page]
     assert_identical(batch, before)
+
+
+def test_where_rows_cancel_a_channel_is_as_exact_as_the_entry_s_largest():
+    """Two sums of the same rows, of 512/128 in seed 50000003 of windows.py."""
+    small, other, far = -3.4124e-06, -3.3677e-06, -9e-06
+    expected, close, wrong, alone = (
+        torch.tensor([row]).bfloat16()
+        for row in ([2.0, small], [2.0, other], [2.0, far], [0.0, other])
+    )
+    assert bf16_differ(close, expected).tolist() == [[False, False]]
+    assert bf16_differ(wrong, expected).tolist() == [[False, True]]
+    assert bf16_differ(alone, torch.tensor([[0.0, small]]).bfloat16()).tolist() == [[False, True]]
 
 
 @every_main_compressor
